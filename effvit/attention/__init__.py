@@ -1,0 +1,97 @@
+"""Attention mechanisms, one a file: a file here that registers a class is a mechanism, named after the file.
+
+A mechanism's file is imported only when that mechanism is used.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from effvit.attention.base import Attention, AttentionOptions, Grid, registered
+from effvit.errors import UserError, explain
+
+__all__ = ["Attention", "attention_class", "available_attention", "build_attention", "check_options"]
+
+BASELINE = "fused"
+_ORDER = ("standard", "fused", "linformer", "performer", "nystromformer", "hybrid")  # of tables and legends
+_NOT_MECHANISMS = {"__init__", "base"}
+
+
+def available_attention() -> tuple[str, ...]:
+    """Names of all mechanisms."""
+    names = {path.stem for path in Path(__file__).parent.glob("*.py")} - _NOT_MECHANISMS
+    return tuple(sorted(names, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name)))
+
+
+def attention_class(name: str) -> type[Attention]:
+    """Return the mechanism called ``name``.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in available_attention():
+        raise UserError(f"attention={name!r}: unknown mechanism, expected one of {', '.join(available_attention())}")
+    import_module(f"effvit.attention.{name}")
+    return registered(name)
+
+
+def check_options(name: str, options: dict[str, Any], grid_size: Grid | None = None) -> AttentionOptions:
+    """Validate the options of a mechanism, and that they fit a grid of patches where one is given.
+
+    Raises:
+        UserError: an option is unknown, of the wrong type, out of range or does not fit the grid.
+    """
+    try:
+        checked = attention_class(name).Options(**options)
+    except ValidationError as error:
+        raise UserError(explain(error, f"attention.{name}")) from error
+    if grid_size is not None:
+        checked.check_grid(grid_size)
+    return checked
+
+
+def build_attention(
+    name: str,
+    dim: int,
+    num_heads: int,
+    grid_size: Grid,
+    *,
+    qkv_bias: bool = True,
+    attn_drop: float = 0.0,
+    proj_drop: float = 0.0,
+    **options: Any,
+) -> Attention:
+    """Build the attention module of one transformer block.
+
+    Args:
+        name: one of ``available_attention()``.
+        dim: width C of the tokens.
+        num_heads: heads H, dividing ``dim``.
+        grid_size: rows and columns of patches; the tokens are one class token and these patches, row-major.
+        qkv_bias: whether the query, key and value maps have a bias.
+        attn_drop: dropout of attention probabilities.
+        proj_drop: dropout after the output projection.
+        **options: the mechanism's own options.
+
+    Returns:
+        A module from tokens ``(B, 1 + gh*gw, C)`` to tokens of the same shape.
+
+    Raises:
+        UserError: unknown mechanism or option, or one that does not fit.
+    """
+    if num_heads < 1 or dim < 1 or dim % num_heads:
+        raise UserError(f"num_heads={num_heads}: must divide the width {dim}")
+    if min(grid_size) < 1:
+        raise UserError(f"grid_size={tuple(grid_size)}: needs at least one row and one column of patches")
+    checked = check_options(name, options)
+    return attention_class(name)(
+        dim,
+        num_heads,
+        (grid_size[0], grid_size[1]),
+        checked,
+        qkv_bias=qkv_bias,
+        attn_drop=attn_drop,
+        proj_drop=proj_drop,
+    )

@@ -1,0 +1,149 @@
+"""The attention contract: what every mechanism shares, and what it must say for itself.
+
+Shapes: B batch, N tokens (one class token, then gh*gw patches, row-major), C width, H heads, d = C / H.
+"""
+
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from effvit.errors import UserError
+
+Grid = tuple[int, int]
+
+
+class AttentionOptions(BaseModel):
+    """Options of one mechanism, with the rules that make them valid. Subclasses add the fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    def check_grid(self, grid_size: Grid) -> None:
+        """Raise ``UserError`` where the options do not fit the patch grid. Nothing to check by default."""
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention of which only the mixing of tokens varies.
+
+    A mechanism implements ``attend`` and ``mixing_macs``. It must be linear in ``v`` for given ``q``, ``k`` and
+    context, so that the N x N matrix it implies is ``attend(q, k, I)``: that is how ``return_map`` works for all.
+
+    Dropout of attention probabilities acts on the factor that multiplies the values from the left, where a
+    mechanism has no N x N matrix to drop from (each says which); it stays unbiased and linear in ``v``.
+    """
+
+    Options: ClassVar[type[AttentionOptions]] = AttentionOptions
+    complexity: ClassVar[str]
+    paper: ClassVar[str]
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid_size: Grid,
+        options: AttentionOptions,
+        *,
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        options.check_grid(grid_size)
+        self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
+        self.grid_size = grid_size
+        self.num_patches = grid_size[0] * grid_size[1]
+        self.num_tokens = 1 + self.num_patches
+        self.attn_drop = attn_drop
+        self.build_maps(qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def build_maps(self, qkv_bias: bool) -> None:
+        """Create the maps from tokens to queries, keys and values: one merged map, rows in the order q, k, v."""
+        self.qkv = nn.Linear(self.dim, 3 * self.dim, bias=qkv_bias)
+
+    def forward(self, x: Tensor, return_map: bool = False) -> Any:
+        """Mix the tokens of each sample.
+
+        Args:
+            x: tokens of shape ``(B, N, C)``.
+            return_map: also return the implied attention matrix.
+
+        Returns:
+            Tokens ``(B, N, C)``; with ``return_map`` a pair of those and the matrix ``(B, H, N, N)``.
+        """
+        if x.shape[1:] != (self.num_tokens, self.dim):
+            raise UserError(
+                f"attention: got tokens of shape {tuple(x.shape)}, expected (batch, {self.num_tokens}, {self.dim}): "
+                f"a class token and {self.grid_size[0]} x {self.grid_size[1]} patches of width {self.dim}"
+            )
+        q, k, v, *context = self.project(x)
+        if not return_map:
+            return self.merge(self.attend(q, k, v, *context))
+        # One pass over [v, I], so that both parts see the same dropout mask.
+        both = self.attend(q, k, torch.cat([v, self.map_values(v)], dim=-1), *context)
+        y, attention_map = both.split([self.head_dim, self.num_tokens], dim=-1)
+        return self.merge(y), attention_map
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Tokens ``(B, N, C)`` to q, k, v ``(B, H, N, d)``; anything after them is passed on to ``attend``."""
+        b, n, _ = x.shape
+        return self.qkv(x).view(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
+        """Mix values ``(B, H, N, e)`` of any width e into ``(B, H, N, e)``, linearly in ``v``."""
+        raise NotImplementedError
+
+    def map_values(self, v: Tensor) -> Tensor:
+        """Values for which ``attend`` returns the implied matrix: the identity over tokens, ``(B, H, N, N)``."""
+        eye = torch.eye(self.num_tokens, dtype=v.dtype, device=v.device)
+        return eye.expand(*v.shape[:2], -1, -1)
+
+    def merge(self, y: Tensor) -> Tensor:
+        """Heads ``(B, H, N, d)`` to tokens ``(B, N, C)``, through the output projection."""
+        return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
+
+    @property
+    def dropout_p(self) -> float:
+        """Probability with which attention is dropped right now: 0 in eval mode."""
+        return self.attn_drop if self.training else 0.0
+
+    def macs(self) -> int:
+        """Multiply-adds of one forward pass for one sample, in closed form.
+
+        Bias, softmax, exp, normalisation and pooling are not counted.
+        """
+        return self.map_macs() + self.mixing_macs()
+
+    def map_macs(self) -> int:
+        """MACs of the query, key, value and output maps: 4NC²."""
+        return 4 * self.num_tokens * self.dim**2
+
+    def mixing_macs(self) -> int:
+        """MACs of everything between the maps."""
+        raise NotImplementedError
+
+    def reset_mechanism(self) -> None:
+        """Set what the mechanism starts from, where a model's common initialisation must not touch it."""
+
+    def share_with(self, first: "Attention") -> None:
+        """Take over what the first block's attention shares with all blocks. Nothing by default."""
+
+    def after_step(self, step: int, generator: torch.Generator) -> None:
+        """Called by the training loop after optimiser step number ``step`` (from 1). Nothing by default."""
+
+
+A = TypeVar("A", bound=type[Attention])
+_registry: dict[str, type[Attention]] = {}
+
+
+def register(cls: A) -> A:
+    """Class decorator: make the mechanism available under the name of its file."""
+    _registry[cls.__module__.rsplit(".", 1)[-1]] = cls
+    return cls
+
+
+def registered(name: str) -> type[Attention]:
+    """Return the class that ``name``'s file registered."""
+    return _registry[name]

@@ -1,0 +1,111 @@
+"""Nyströmformer: softmax attention through m landmarks.
+
+Xiong et al. 2021 (arXiv 2102.03902, eq. 13 and 14).
+"""
+
+from typing import Any
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from effvit.attention.base import Attention, AttentionOptions, Grid, register
+
+
+class NystromformerOptions(AttentionOptions):
+    """m landmarks, iterations of the pseudo-inverse, width of the convolution over values (0 none, else odd)."""
+
+    num_landmarks: int = Field(32, ge=1)
+    pinv_iterations: int = Field(6, ge=1)
+    conv_kernel_size: int = Field(33, ge=0)
+
+    @field_validator("conv_kernel_size")
+    @classmethod
+    def _odd(cls, size: int) -> int:
+        if size and size % 2 == 0:
+            raise ValueError("must be odd, or 0 for no convolution")
+        return size
+
+
+@register
+class NystromformerAttention(Attention):
+    """K₁ Z K₃ v + conv(v), with Z ≈ K₂⁺. Exact attention where m ≥ N. Dropout acts on K₁.
+
+    The class token is a landmark of its own and the patches share the other m - 1 (docs/mechanisms.md has the
+    measurement behind it).
+    """
+
+    Options = NystromformerOptions
+    complexity = "O(N m)"
+    paper = "Xiong et al. 2021, arXiv 2102.03902"
+
+    def __init__(self, dim: int, num_heads: int, grid_size: Grid, options: NystromformerOptions, **kwargs: Any) -> None:
+        super().__init__(dim, num_heads, grid_size, options, **kwargs)
+        self.num_landmarks, self.pinv_iterations = options.num_landmarks, options.pinv_iterations
+        self.exact = self.num_landmarks >= self.num_tokens
+        w = options.conv_kernel_size
+        # Depthwise over tokens: one kernel a head, the same for each of its channels.
+        self.conv = (
+            nn.Conv2d(num_heads, num_heads, (w, 1), padding=(w // 2, 0), groups=num_heads, bias=False) if w else None
+        )
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
+        y = self.exact_attention(q, k, v) if self.exact else self.landmark_attention(q, k, v)
+        return y if self.conv is None else y + self.conv(v)
+
+    def exact_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """softmax(q kᵀ / √d) v."""
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout_p)
+
+    def landmark_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """K₁ (Z (K₃ v)): the products with K₁ and K₃ are attentions themselves, so neither is held in memory."""
+        q_m, k_m = self.landmarks(q), self.landmarks(k)  # (B, H, m, d)
+        k3_v = F.scaled_dot_product_attention(q_m, k, v)  # (B, H, m, e)
+        with torch.autocast(q.device.type, enabled=False):  # the iteration squares the condition number
+            dtype = torch.promote_types(q.dtype, torch.float32)
+            k2 = (q_m.to(dtype) * self.head_dim**-0.5 @ k_m.to(dtype).transpose(-2, -1)).softmax(dim=-1)
+            z_k3_v = iterative_pinv(k2, self.pinv_iterations) @ k3_v.to(dtype)
+        return F.scaled_dot_product_attention(q, k_m, z_k3_v.to(v.dtype), dropout_p=self.dropout_p)
+
+    def landmarks(self, x: Tensor) -> Tensor:
+        """Tokens ``(B, H, N, d)`` to landmarks ``(B, H, m, d)``."""
+        if self.num_landmarks == 1:
+            return x.mean(dim=-2, keepdim=True)
+        return torch.cat([x[..., :1, :], segment_means(x[..., 1:, :], self.num_landmarks - 1)], dim=-2)
+
+    def mixing_macs(self) -> int:
+        """4NmC + 2m²C + 4THm³ with landmarks, 2N²C where exact; wNC for the convolution."""
+        n, m, c = self.num_tokens, self.num_landmarks, self.dim
+        conv = 0 if self.conv is None else self.conv.kernel_size[0] * n * c
+        if self.exact:
+            return 2 * n**2 * c + conv
+        return 4 * n * m * c + 2 * m**2 * c + 4 * self.pinv_iterations * self.num_heads * m**3 + conv
+
+
+def segment_means(x: Tensor, m: int) -> Tensor:
+    """Means of m contiguous segments: ``(..., n, d)`` to ``(..., m, d)``.
+
+    With s = ⌊n/m⌋ the first (s+1)m - n segments have s tokens and the rest s + 1: nothing is padded.
+    """
+    s = x.shape[-2] // m
+    short = (s + 1) * m - x.shape[-2]
+    head, tail = x[..., : short * s, :], x[..., short * s :, :]
+    means = head.unflatten(-2, (short, s)).mean(dim=-2)
+    if short == m:
+        return means
+    return torch.cat([means, tail.unflatten(-2, (m - short, s + 1)).mean(dim=-2)], dim=-2)
+
+
+def iterative_pinv(a: Tensor, iterations: int) -> Tensor:
+    """Pseudo-inverse of row-stochastic matrices ``(..., m, m)`` by Razavi et al.'s third-order iteration.
+
+    Z₀ = Aᵀ / (‖A‖₁ ‖A‖∞) for each matrix by itself, so that a sample never depends on its batch; ‖A‖∞ = 1 for rows
+    that sum to one.
+    """
+    identity = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    z = a.transpose(-2, -1) / a.sum(dim=-2, keepdim=True).amax(dim=-1, keepdim=True)
+    for _ in range(iterations):
+        az = a @ z
+        z = 0.25 * z @ (13 * identity - az @ (15 * identity - az @ (7 * identity - az)))
+    return z

@@ -1,0 +1,85 @@
+"""Scaled dot-product attention written out, one head at a time: the readable reference.
+
+Vaswani et al. 2017 (arXiv 1706.03762, eq. 1); in Vision Transformers Dosovitskiy et al. 2021 (arXiv 2010.11929,
+appendix A).
+"""
+
+import re
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from effvit.attention.base import Attention, register
+
+
+class Head(nn.Module):
+    """The query, key and value maps of one head."""
+
+    def __init__(self, dim: int, head_dim: int, bias: bool) -> None:
+        super().__init__()
+        self.query = nn.Linear(dim, head_dim, bias=bias)
+        self.key = nn.Linear(dim, head_dim, bias=bias)
+        self.value = nn.Linear(dim, head_dim, bias=bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens ``(B, N, C)`` to this head's query, key and value, ``(B, N, d)`` each."""
+        return self.query(x), self.key(x), self.value(x)
+
+
+@register
+class StandardAttention(Attention):
+    """softmax(q kᵀ / √d) v with the N x N matrix in memory."""
+
+    complexity = "O(N²)"
+    paper = "Dosovitskiy et al. 2021, arXiv 2010.11929"
+
+    def build_maps(self, qkv_bias: bool) -> None:
+        self.heads = nn.ModuleList(Head(self.dim, self.head_dim, qkv_bias) for _ in range(self.num_heads))
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        per_head = [head(x) for head in self.heads]
+        q, k, v = (torch.stack(tokens, dim=1) for tokens in zip(*per_head, strict=True))
+        return q, k, v  # (B, H, N, d) each
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
+        scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)  # (B, H, N, N)
+        probabilities = scores.softmax(dim=-1)
+        return F.dropout(probabilities, self.dropout_p) @ v
+
+    def mixing_macs(self) -> int:
+        """2N²C."""
+        return 2 * self.num_tokens**2 * self.dim
+
+
+_HEAD_KEY = re.compile(r"(?P<prefix>.*)heads\.(?P<head>\d+)\.(?P<map>query|key|value)\.(?P<kind>weight|bias)")
+
+
+def standard_to_fused(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rewrite a state dict (of a module or a whole model) from ``standard``'s names to ``fused``'s. Lossless."""
+    parts: dict[str, dict[tuple[int, int], Tensor]] = {}
+    result = {}
+    for key, tensor in state.items():
+        match = _HEAD_KEY.fullmatch(key)
+        if match is None:
+            result[key] = tensor
+            continue
+        place = (("query", "key", "value").index(match["map"]), int(match["head"]))
+        parts.setdefault(f"{match['prefix']}qkv.{match['kind']}", {})[place] = tensor
+    for key, tensors in parts.items():
+        result[key] = torch.cat([tensors[place] for place in sorted(tensors)])
+    return result
+
+
+def fused_to_standard(state: dict[str, Tensor], num_heads: int) -> dict[str, Tensor]:
+    """Rewrite a state dict from ``fused``'s names to ``standard``'s, the inverse of ``standard_to_fused``."""
+    result = {}
+    for key, tensor in state.items():
+        match = re.fullmatch(r"((?:.*\.)?)qkv\.(weight|bias)", key)
+        if match is None:
+            result[key] = tensor
+            continue
+        for name, of_all_heads in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+            for head, part in enumerate(of_all_heads.chunk(num_heads)):
+                result[f"{match[1]}heads.{head}.{name}.{match[2]}"] = part.clone()
+    return result

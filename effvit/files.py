@@ -1,0 +1,62 @@
+"""Results appear whole or not at all: everything is written aside and renamed into place."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@contextmanager
+def staged_dir(final: Path) -> Iterator[Path]:
+    """Yield an empty directory beside ``final`` that replaces it on success and vanishes on any failure."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent))
+    aside.chmod(0o777 & ~_umask())  # mkdtemp makes it private to the owner
+    try:
+        yield aside
+        if final.is_symlink() or final.is_file():
+            final.unlink()
+        elif final.exists():
+            shutil.rmtree(final)
+        aside.replace(final)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def staged_file(final: Path) -> Iterator[Path]:
+    """Yield a path beside ``final``, with its suffix, that replaces it on success and vanishes on any failure."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    aside = final.with_name(f".{os.getpid()}.tmp.{final.name}")
+    try:
+        yield aside
+        aside.replace(final)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, keys in the order given."""
+    with staged_file(path) as aside:
+        aside.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_csv(path: Path, frame: "pd.DataFrame") -> None:
+    """Write ``frame`` without its index; floats in the shortest form that reads back the same."""
+    with staged_file(path) as aside:
+        frame.to_csv(aside, index=False, lineterminator="\n")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

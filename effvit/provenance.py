@@ -1,0 +1,52 @@
+"""What a reader needs to trust a result: code, versions, hardware, configuration."""
+
+import os
+import platform
+import subprocess
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from effvit.files import write_json
+
+_PACKAGES = ("effvit", "torch", "torchvision", "numpy", "lightning-fabric", "ptflops", "dvc")
+
+
+def write_provenance(directory: Path, config: dict[str, Any]) -> None:
+    """Write ``provenance.json`` into ``directory``: the resolved ``config`` and where and with what it ran."""
+    write_json(directory / "provenance.json", {"config": config, **_environment()})
+
+
+def _environment() -> dict[str, Any]:
+    import torch
+
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "git_revision": _git_revision(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in _PACKAGES},
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "load_average": [round(load, 2) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+    }
+
+
+def _git_revision() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
