@@ -26,8 +26,9 @@ def staged_dir(final: Path) -> Iterator[Path]:
         elif final.exists():
             shutil.rmtree(final)
         aside.replace(final)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
+        _name_file(error, final)
         raise
 
 
@@ -39,8 +40,9 @@ def staged_file(final: Path) -> Iterator[Path]:
     try:
         yield aside
         aside.replace(final)
-    except BaseException:
+    except BaseException as error:
         aside.unlink(missing_ok=True)
+        _name_file(error, final)
         raise
 
 
@@ -54,6 +56,12 @@ def write_csv(path: Path, frame: "pd.DataFrame") -> None:
     """Write ``frame`` without its index; floats in the shortest form that reads back the same."""
     with staged_file(path) as aside:
         frame.to_csv(aside, index=False, lineterminator="\n")
+
+
+def _name_file(error: BaseException, final: Path) -> None:
+    """A full disk shows in a write to an open file, and that error does not say which."""
+    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+        error.filename = str(final)
 
 
 def _umask() -> int:

@@ -1,0 +1,1 @@
+"""The ``effvit`` command: one module a command, put together in ``app``."""

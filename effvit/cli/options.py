@@ -1,0 +1,44 @@
+"""Command-line options that several commands share, so that they are named and explained once."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from effvit.errors import UserError
+
+Attention = Annotated[str, typer.Option(help="Attention mechanism; `effvit mechanisms` lists them.")]
+AttentionOptions = Annotated[
+    list[str] | None,
+    typer.Option("--option", "-o", metavar="KEY=VALUE", help="Option of the mechanism, e.g. -o k=64; repeatable."),
+]
+DatasetDir = Annotated[Path, typer.Option(help="Directory that `effvit prepare` wrote.")]
+ModelDir = Annotated[Path, typer.Option(help="Directory that `effvit train` wrote.")]
+OutputDir = Annotated[Path, typer.Option(help="Directory to write; replaced as a whole when all of it is there.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads of the measurement; PyTorch's default if not given.")]
+ImageSize = Annotated[int, typer.Option(help="Height and width of the input in pixels.")]
+PatchSize = Annotated[int, typer.Option(help="Height and width of a patch in pixels.")]
+HiddenSize = Annotated[int, typer.Option(help="Width of the model.")]
+NumLayers = Annotated[int, typer.Option(help="Number of transformer blocks.")]
+NumHeads = Annotated[int, typer.Option(help="Attention heads of a block.")]
+IntermediateSize = Annotated[int, typer.Option(help="Width of a block's MLP.")]
+MetricsDir = Annotated[Path, typer.Option(help="Directory that holds cells/ and scaling/.")]
+Datasets = Annotated[list[str], typer.Option("--dataset", help="Data set of the comparison; repeatable.")]
+Attentions = Annotated[list[str], typer.Option("--attention", help="Mechanism of the comparison; repeatable.")]
+Images = Annotated[list[Path], typer.Argument(help="Image files.", metavar="IMAGE...")]
+
+
+def parse_options(pairs: list[str] | None) -> dict[str, Any]:
+    """``["k=64", "share=kv"]`` to ``{"k": 64, "share": "kv"}``; values are read as YAML."""
+    options = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not (key and equals):
+            raise UserError(f"--option {pair}: expected KEY=VALUE, for example k=64")
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--option {pair}: {value!r} is not a YAML value") from error
+    return options

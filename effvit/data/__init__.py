@@ -1,0 +1,57 @@
+"""Data sets: one file a source, one prepared format, and the registry that joins them.
+
+A source is a function ``name(root, image_size) -> Source`` (see `effvit.data.source`) in the module named here; adding
+one takes a file and a line of ``_SOURCES``.
+"""
+
+from importlib import import_module
+from pathlib import Path
+
+from effvit.data.prepared import META_FILE, PreparedDataset
+from effvit.errors import UserError
+
+__all__ = ["PreparedDataset", "available_datasets", "prepare"]
+
+_SOURCES = {
+    "digits": "effvit.data.digits",
+    "cifar10": "effvit.data.cifar",
+    "cifar100": "effvit.data.cifar",
+}
+_SIZES = range(8, 1025)
+
+
+def available_datasets() -> tuple[str, ...]:
+    """Names that `prepare` knows."""
+    return tuple(_SOURCES)
+
+
+def prepare(name: str, root: Path | None, image_size: int, output_dir: Path) -> PreparedDataset:
+    """Write data set ``name`` to ``output_dir`` in the prepared format and open it.
+
+    Args:
+        name: one of `available_datasets`.
+        root: directory of the original files; None for the default of the source.
+        image_size: height and width of the prepared images in pixels.
+        output_dir: replaced as a whole; must be absent, empty, or a prepared data set.
+
+    Raises:
+        UserError: a wrong argument, or files that are missing, damaged or not what the source expects.
+    """
+    if name not in _SOURCES:
+        raise UserError(f"--dataset {name}: unknown data set; expected one of {', '.join(_SOURCES)}")
+    if image_size not in _SIZES:
+        raise UserError(f"--image-size {image_size}: expected {_SIZES.start} to {_SIZES[-1]} pixels")
+    _check_replaceable(output_dir)
+    from effvit.data.writer import write_prepared
+
+    source = getattr(import_module(_SOURCES[name]), name)(root and root.expanduser(), image_size)
+    write_prepared(source, name, image_size, output_dir)
+    return PreparedDataset.load(output_dir)
+
+
+def _check_replaceable(directory: Path) -> None:
+    """Refuse to replace what `prepare` did not write: a mistyped path must not cost the user a folder."""
+    if not directory.exists() or (directory / META_FILE).is_file():
+        return
+    if not directory.is_dir() or any(directory.iterdir()):
+        raise UserError(f"--output-dir {directory}: holds something else; expected a new or an empty directory")

@@ -1,0 +1,141 @@
+"""The one prepared format, which every data set becomes before training.
+
+A prepared directory holds
+
+- ``train_images.npy``, ``test_images.npy``: uint8 ``(n, image_size, image_size, 3)``, RGB; memory-mapped when loaded;
+- ``train_labels.npy``, ``test_labels.npy``: int64 ``(n,)``;
+- ``train_indices.npy``, ``validation_indices.npy``: int64, a partition of the rows of ``train_images``; validation is
+  one image in ten of each class by the rule of `effvit.data.holdout.hold_out`, whatever the seed of the training;
+- ``meta.json``: the fields of `Meta`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from effvit.errors import UserError, explain
+
+FORMAT_VERSION = 1
+META_FILE = "meta.json"
+SPLITS = ("train", "validation", "test")
+_DTYPES = {
+    "train_images": np.uint8,
+    "train_labels": np.int64,
+    "test_images": np.uint8,
+    "test_labels": np.int64,
+    "train_indices": np.int64,
+    "validation_indices": np.int64,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meta:
+    """What ``meta.json`` says of a prepared data set.
+
+    ``counts`` are images per split. ``mean`` and ``std`` are per channel on a scale of 0 to 1, computed from the
+    training part alone (without validation). ``notes`` counts per stored file what was done to its images.
+    """
+
+    format_version: int
+    name: str
+    classes: tuple[str, ...]
+    image_size: int
+    counts: dict[str, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    source: str
+    notes: dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True)
+class Images:
+    """Chosen rows of a memory-mapped array of images: index it like an array ``(n, H, W, 3)``; rows read on demand."""
+
+    array: np.ndarray
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(n, H, W, 3)``."""
+        return (len(self.rows), *self.array.shape[1:])
+
+    def __getitem__(self, index: int | slice | np.ndarray) -> np.ndarray:
+        return self.array[self.rows[index]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PreparedDataset(Meta):
+    """A prepared data set: the fields of `Meta`, and the arrays of the format by name."""
+
+    arrays: Mapping[str, np.ndarray]
+
+    @classmethod
+    def load(cls, directory: Path) -> "PreparedDataset":
+        """Open what `effvit prepare` wrote to ``directory``; raises `UserError` if it is not a whole, sound one."""
+        meta = _read_meta(directory)
+        arrays = {name: _read_array(directory / f"{name}.npy") for name in _DTYPES}
+        problem = _find_mismatch(meta, arrays)
+        if problem:
+            raise UserError(f"{directory}: {problem}; run `effvit prepare` again")
+        return cls(**vars(meta), arrays=arrays)
+
+    def split(self, name: str) -> tuple[Images, np.ndarray]:
+        """Images ``(n, H, W, 3)`` uint8, read when indexed, and int64 labels ``(n,)`` of one of ``SPLITS``."""
+        if name not in SPLITS:
+            raise ValueError(f"split {name!r}: expected one of {', '.join(SPLITS)}")
+        stored = "test" if name == "test" else "train"
+        images, labels = self.arrays[f"{stored}_images"], self.arrays[f"{stored}_labels"]
+        rows = np.arange(len(labels)) if name == "test" else self.arrays[f"{name}_indices"]
+        return Images(images, rows), labels[rows]
+
+
+def _read_meta(directory: Path) -> Meta:
+    path = directory / META_FILE
+    if not path.is_file():
+        raise UserError(f"{directory}: not a prepared data set (no {META_FILE}); run `effvit prepare`")
+    text = path.read_bytes()
+    try:
+        version = TypeAdapter(dict).validate_json(text).get("format_version")
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{directory}: prepared in format version {version}, this effvit reads version {FORMAT_VERSION}; "
+                "run `effvit prepare` again"
+            )
+        return TypeAdapter(Meta).validate_json(text)
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(error)}; run `effvit prepare` again") from error
+
+
+def _read_array(path: Path) -> np.ndarray:
+    try:
+        array = np.load(path, mmap_mode="r" if path.stem.endswith("images") else None, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: missing; run `effvit prepare` again") from error
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path}: truncated or not an array; run `effvit prepare` again") from error
+    return array.view(np.ndarray)  # a plain array over the map: np.memmap bookkeeping slows every indexing
+
+
+def _find_mismatch(meta: Meta, arrays: Mapping[str, np.ndarray]) -> str | None:
+    for name, array in arrays.items():
+        tail = (meta.image_size, meta.image_size, 3) if name.endswith("images") else ()
+        if array.dtype != _DTYPES[name] or array.ndim != 1 + len(tail) or array.shape[1:] != tail:
+            return f"{name}.npy is {array.dtype} {array.shape}, which does not fit {META_FILE}"
+    for stored in ("train", "test"):
+        labels, images = arrays[f"{stored}_labels"], arrays[f"{stored}_images"]
+        if len(labels) != len(images):
+            return f"{len(images)} images in {stored}_images.npy but {len(labels)} labels in {stored}_labels.npy"
+        if len(labels) and not 0 <= labels.min() <= labels.max() < len(meta.classes):
+            return f"{stored}_labels.npy has labels outside 0 to {len(meta.classes) - 1}"
+    rows = np.concatenate([arrays["train_indices"], arrays["validation_indices"]])
+    if not np.array_equal(np.sort(rows), np.arange(len(arrays["train_labels"]))):
+        return "train_indices.npy and validation_indices.npy do not partition the training images"
+    lengths = (len(arrays["train_indices"]), len(arrays["validation_indices"]), len(arrays["test_labels"]))
+    counts = dict(zip(SPLITS, lengths, strict=True))
+    return None if counts == meta.counts else f"{META_FILE} counts {meta.counts}, the arrays hold {counts}"

@@ -1,0 +1,104 @@
+import json
+
+import numpy as np
+import pytest
+
+from effvit.data.prepared import PreparedDataset
+from effvit.data.source import Source, Split
+from effvit.data.writer import write_prepared
+from effvit.errors import UserError
+
+RNG = np.random.default_rng(0)
+LABELS = {"train": np.repeat(np.arange(3), 20), "test": np.repeat(np.arange(3), 4)}
+PIXELS = {name: RNG.integers(0, 256, (len(labels), 8, 8, 3), dtype=np.uint8) for name, labels in LABELS.items()}
+
+
+@pytest.fixture
+def directory(tmp_path):
+    splits = {name: Split(LABELS[name], PIXELS[name]) for name in LABELS}
+    write_prepared(Source("a test", ("a", "b", "c"), **splits), "noise", 8, tmp_path / "prepared")
+    return tmp_path / "prepared"
+
+
+def test_splits_give_back_the_images_and_labels_of_the_source(directory):
+    dataset = PreparedDataset.load(directory)
+    rows = {"train": dataset.arrays["train_indices"], "validation": dataset.arrays["validation_indices"]}
+    for name, stored in (("train", "train"), ("validation", "train"), ("test", "test")):
+        images, labels = dataset.split(name)
+        chosen = rows.get(name, np.arange(len(LABELS["test"])))
+        assert images.shape == (len(images), 8, 8, 3) and len(images) == len(labels) == dataset.counts[name]
+        assert np.array_equal(images[:], PIXELS[stored][chosen])
+        assert np.array_equal(labels, LABELS[stored][chosen])
+    assert set(rows["train"]).isdisjoint(rows["validation"])
+
+
+def test_rows_are_picked_by_number_slice_and_array(directory):
+    images, _ = PreparedDataset.load(directory).split("validation")
+    everything = images[:]
+    picks = np.array([3, 0, 3])
+    assert np.array_equal(images[2], everything[2])
+    assert np.array_equal(images[1:4], everything[1:4])
+    assert np.array_equal(images[picks], everything[picks])
+
+
+def test_images_stay_on_disk_until_they_are_indexed(directory):
+    array = PreparedDataset.load(directory).arrays["train_images"]
+    assert isinstance(array.base, np.memmap) and not array.flags.writeable
+
+
+def edit_meta(directory, **changes):
+    path = directory / "meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def cut(path, keep):
+    path.write_bytes(path.read_bytes()[:keep])
+
+
+def objects(directory):
+    np.save(directory / "test_labels.npy", np.array([{}] * 12, dtype=object), allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda d: edit_meta(d, format_version=2), "format version 2, this effvit reads version 1"),
+        (lambda d: edit_meta(d, format_version=None), "format version None"),
+        (lambda d: edit_meta(d, mean=[0.5, "x", 0.5]), r"meta\.json: mean\.1='x'"),
+        (lambda d: edit_meta(d, image_size=16), "does not fit meta.json"),
+        (lambda d: edit_meta(d, classes=["a", "b"]), "labels outside 0 to 1"),
+        (lambda d: edit_meta(d, counts={"train": 1, "validation": 1, "test": 1}), "the arrays hold"),
+        (lambda d: (d / "meta.json").write_text("{"), r"meta\.json: "),
+        (lambda d: (d / "meta.json").write_text("[]"), r"meta\.json: "),
+        (lambda d: (d / "train_images.npy").unlink(), r"train_images\.npy: missing"),
+        (lambda d: cut(d / "train_images.npy", 5000), r"train_images\.npy: truncated"),
+        (lambda d: cut(d / "test_images.npy", 0), r"test_images\.npy: truncated"),
+        (lambda d: cut(d / "train_labels.npy", 200), r"train_labels\.npy: truncated"),
+        (objects, r"test_labels\.npy: truncated or not an array"),
+        (
+            lambda d: np.save(d / "test_labels.npy", np.zeros(11, np.int64)),
+            "12 images in test_images.npy but 11 labels",
+        ),
+        (lambda d: np.save(d / "test_labels.npy", np.full(12, 3)), "labels outside 0 to 2"),
+        (lambda d: np.save(d / "test_labels.npy", np.full(12, -1)), "labels outside 0 to 2"),
+        (lambda d: np.save(d / "test_labels.npy", np.zeros(12, np.float32)), "float32"),
+        (lambda d: np.save(d / "validation_indices.npy", np.array([0, 1], np.int64)), "do not partition"),
+    ],
+)
+def test_unsound_directory_is_refused_in_one_line_with_the_remedy(directory, spoil, message):
+    spoil(directory)
+    with pytest.raises(UserError, match=message) as caught:
+        PreparedDataset.load(directory)
+    assert str(directory) in str(caught.value) and "run `effvit prepare` again" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["", "absent"])
+def test_directory_that_was_never_prepared_is_refused(tmp_path, name):
+    with pytest.raises(UserError, match="not a prepared data set"):
+        PreparedDataset.load(tmp_path / name)
+
+
+def test_unknown_split_is_refused(directory):
+    with pytest.raises(ValueError, match="expected one of train, validation, test"):
+        PreparedDataset.load(directory).split("val")
