@@ -1,0 +1,34 @@
+# Everything a person types. `make help` lists it.
+.DEFAULT_GOAL := help
+.PHONY: help env study params test lint clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1: /p' $(MAKEFILE_LIST) | column -t -s: -l 2
+
+env: .venv/.made ## the environment in .venv, from requirements.lock alone
+
+.venv/.made: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+study: env ## train, measure and plot all mechanisms on the embedded data set
+	. $(BIN)/activate && dvc repro
+
+params: env ## compose params.yaml from conf/
+	$(BIN)/python -m stages.params
+
+lint: env ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint ## lint, then all tests
+	$(BIN)/pytest
+
+clean: ## remove the environment and everything that can be made again but results
+	rm -rf .venv build dist *.egg-info dvc_plots outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis

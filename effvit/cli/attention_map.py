@@ -1,0 +1,43 @@
+"""``effvit attention-map``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from effvit.cli import options
+
+
+def attention_map(
+    images: options.Images,
+    model_dir: options.ModelDir,
+    dataset_dir: options.DatasetDir,
+    output: Annotated[Path, typer.Option(help="PNG file to write.")],
+    device: options.Device = "auto",
+) -> None:
+    """Draw where a model looks: attention rollout from the class token, laid over each image."""
+    import numpy as np
+
+    from effvit.checkpoint import load_model
+    from effvit.data.images import load_image
+    from effvit.data.prepared import PreparedDataset
+    from effvit.device import pick_device
+    from effvit.errors import UserError
+    from effvit.files import staged_file
+    from effvit.inference import check_fits, rollout_maps
+    from effvit.overlay import map_sheet
+
+    if output.suffix.lower() != ".png":
+        raise UserError(f"--output {output}: expected a file name that ends in .png")
+    model = load_model(model_dir, pick_device(device))
+    dataset = PreparedDataset.load(dataset_dir)
+    check_fits(model, dataset)
+    batch = np.stack([load_image(path, dataset.image_size) for path in images])
+    logits, maps = rollout_maps(model, batch, dataset.mean, dataset.std)
+    titles = [
+        f"{path.stem}\nas {dataset.classes[i]}" for path, i in zip(images, logits.argmax(dim=1).tolist(), strict=True)
+    ]
+    figure = map_sheet(list(batch), list(maps), titles, f"{model.config.attention}: attention rollout")
+    with staged_file(output) as aside:
+        figure.savefig(aside, format="png", dpi=120, metadata={"Software": None})
+    typer.echo(f"written to {output}")

@@ -1,0 +1,35 @@
+"""``effvit evaluate``."""
+
+from typing import Annotated
+
+import typer
+
+from effvit.cli import options
+
+
+def evaluate(
+    model_dir: options.ModelDir,
+    dataset_dir: options.DatasetDir,
+    output_dir: options.OutputDir,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a forward pass.")] = 256,
+    device: options.Device = "auto",
+) -> None:
+    """Score a trained model on the test split: accuracy, calibration, confusion, attention maps."""
+    from effvit.checkpoint import load_model
+    from effvit.data.prepared import PreparedDataset
+    from effvit.device import pick_device
+    from effvit.files import staged_dir
+    from effvit.inference import check_fits, map_test_images, score_test_split
+    from effvit.provenance import write_provenance
+
+    model = load_model(model_dir, pick_device(device))
+    dataset = PreparedDataset.load(dataset_dir)
+    check_fits(model, dataset)
+    with staged_dir(output_dir) as directory:
+        scores = score_test_split(model, dataset, directory, batch_size)
+        map_test_images(model, dataset, directory)
+        write_provenance(directory, {"model": model.config.model_dump(), "dataset": dataset.name})
+    typer.echo(
+        f"{model.config.attention} on {scores['num_images']:,} test images of {dataset.name}: "
+        f"top-1 {scores['top1']:.2%}, top-5 {scores['top5']:.2%}, calibration error {scores['ece']:.3f}"
+    )

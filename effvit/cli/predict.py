@@ -1,0 +1,38 @@
+"""``effvit predict``."""
+
+from typing import Annotated
+
+import typer
+
+from effvit.cli import options
+
+
+def predict(
+    images: options.Images,
+    model_dir: options.ModelDir,
+    dataset_dir: options.DatasetDir,
+    top: Annotated[int, typer.Option(min=1, help="Classes to name for each image.")] = 3,
+    device: options.Device = "auto",
+) -> None:
+    """Name the classes of image files, most likely first.
+
+    The prepared data set gives the class names and the normalisation that the model was trained with.
+    """
+    import numpy as np
+
+    from effvit.checkpoint import load_model
+    from effvit.data.images import load_image
+    from effvit.data.prepared import PreparedDataset
+    from effvit.device import pick_device
+    from effvit.evaluation import predict_logits
+    from effvit.inference import check_fits
+
+    model = load_model(model_dir, pick_device(device))
+    dataset = PreparedDataset.load(dataset_dir)
+    check_fits(model, dataset)
+    batch = np.stack([load_image(path, dataset.image_size) for path in images])
+    probabilities = predict_logits(model, batch, dataset.mean, dataset.std, 64).softmax(dim=1)
+    for path, row in zip(images, probabilities, strict=True):
+        best = row.topk(min(top, len(row)))
+        named = (f"{dataset.classes[i]} {p:.1%}" for p, i in zip(best.values.tolist(), best.indices, strict=True))
+        typer.echo(f"{path}: {', '.join(named)}")

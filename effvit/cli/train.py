@@ -1,0 +1,87 @@
+"""``effvit train``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from effvit.cli import options
+from effvit.cli.options import parse_options
+
+
+def train(
+    dataset_dir: options.DatasetDir,
+    output_dir: options.OutputDir,
+    attention: options.Attention = "fused",
+    option: options.AttentionOptions = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights, data order and augmentation.")] = 0,
+    log_dir: Annotated[
+        Path | None, typer.Option(help="Directory for history.csv, timing.csv; <output-dir>-log if not given.")
+    ] = None,
+    patch_size: options.PatchSize = 4,
+    hidden_size: options.HiddenSize = 48,
+    num_hidden_layers: options.NumLayers = 4,
+    num_attention_heads: options.NumHeads = 4,
+    intermediate_size: options.IntermediateSize = 192,
+    initializer_range: Annotated[float, typer.Option(help="Deviation of the truncated normal start.")] = 0.02,
+    hidden_dropout_prob: Annotated[float, typer.Option(help="Dropout of embeddings, projections, MLP.")] = 0.0,
+    attention_probs_dropout_prob: Annotated[float, typer.Option(help="Dropout of attention.")] = 0.0,
+    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 10,
+    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 128,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-3,
+    weight_decay: Annotated[float, typer.Option(help="Decay of weight matrices.")] = 0.05,
+    warmup_epochs: Annotated[float, typer.Option(help="Epochs of linear warm-up before the cosine.")] = 0.0,
+    label_smoothing: Annotated[float, typer.Option(help="Share of the target spread over all classes.")] = 0.0,
+    clip_norm: Annotated[float, typer.Option(help="Largest norm of the gradient; 0 for no limit.")] = 0.0,
+    crop_padding: Annotated[int, typer.Option(help="Random crops from images padded by this many pixels.")] = 0,
+    horizontal_flip: Annotated[bool, typer.Option(help="Mirror half of the images.")] = False,
+    save_every: Annotated[int, typer.Option(help="Also keep the weights of every n-th epoch; 0 for none.")] = 0,
+    device: options.Device = "auto",
+) -> None:
+    """Train one model; keep the weights that are best on the validation split.
+
+    Writes model.safetensors and config.json to the output directory; the test split is not read.
+    """
+    from pydantic import ValidationError
+
+    from effvit.config import TrainConfig
+    from effvit.data.prepared import PreparedDataset
+    from effvit.errors import UserError, explain
+    from effvit.runs import train_to
+    from effvit.vit import ViTConfig
+
+    mechanism_options = parse_options(option)
+    try:
+        recipe = TrainConfig(
+            epochs=epochs,
+            batch_size=batch_size,
+            lr=lr,
+            weight_decay=weight_decay,
+            warmup_epochs=warmup_epochs,
+            label_smoothing=label_smoothing,
+            clip_norm=clip_norm,
+            crop_padding=crop_padding,
+            save_every=save_every,
+            device=device,  # type: ignore[arg-type]
+        )
+    except ValidationError as error:
+        raise UserError(explain(error, "train")) from error
+    dataset = PreparedDataset.load(dataset_dir)
+    config = ViTConfig.from_dict(
+        {
+            "image_size": dataset.image_size,
+            "num_classes": len(dataset.classes),
+            "patch_size": patch_size,
+            "hidden_size": hidden_size,
+            "num_hidden_layers": num_hidden_layers,
+            "num_attention_heads": num_attention_heads,
+            "intermediate_size": intermediate_size,
+            "initializer_range": initializer_range,
+            "hidden_dropout_prob": hidden_dropout_prob,
+            "attention_probs_dropout_prob": attention_probs_dropout_prob,
+            "attention": attention,
+            "attention_options": mechanism_options,
+        }
+    )
+    log = log_dir or output_dir.with_name(f"{output_dir.name}-log")
+    train_to(output_dir, log, config, dataset, recipe, seed=seed, horizontal_flip=horizontal_flip)

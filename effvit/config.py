@@ -1,0 +1,142 @@
+"""The study's configuration: what ``params.yaml`` may say, and every rule that makes it valid."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from effvit.data import available_datasets
+from effvit.errors import UserError, explain
+from effvit.vit import ViTConfig
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _distinct(values: list[int]) -> list[int]:
+    if len(set(values)) != len(values):
+        raise ValueError("must name each only once")
+    return values
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class DatasetConfig(_Strict):
+    """One data set: image and patch size in pixels, classes, where the user's own files are, what suits its images."""
+
+    image_size: PositiveInt
+    patch_size: PositiveInt
+    num_classes: PositiveInt
+    root: str | None = None
+    horizontal_flip: bool = True
+
+
+class ModelConfig(_Strict):
+    """Size of the ViT, in Hugging Face's names."""
+
+    hidden_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    intermediate_size: PositiveInt
+    initializer_range: float = Field(0.02, gt=0)
+    hidden_dropout_prob: Fraction = 0.0
+    attention_probs_dropout_prob: Fraction = 0.0
+
+
+class TrainConfig(_Strict):
+    """The recipe, the same for every mechanism. ``save_every`` also keeps the weights of every n-th epoch (0 none)."""
+
+    epochs: PositiveInt
+    batch_size: PositiveInt
+    lr: float = Field(gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    warmup_epochs: float = Field(0.0, ge=0)
+    label_smoothing: Fraction = 0.0
+    clip_norm: float = Field(0.0, ge=0)
+    crop_padding: int = Field(0, ge=0)
+    save_every: int = Field(0, ge=0)
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+
+    @model_validator(mode="after")
+    def _warms_up_in_time(self) -> "TrainConfig":
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs={self.warmup_epochs}: must be less than epochs={self.epochs}")
+        return self
+
+
+class BenchmarkConfig(_Strict):
+    """How one mechanism's cost is measured: batch, memory for the largest batch, seconds spent on each quantity."""
+
+    batch_size: PositiveInt
+    memory_mib: PositiveInt
+    budget_s: float = Field(gt=0)
+
+
+class ScalingConfig(_Strict):
+    """How cost against tokens is measured: token counts, and the memory and seconds at which it stops."""
+
+    tokens: list[PositiveInt] = Field(min_length=1)
+    batch_size: PositiveInt
+    memory_mib: PositiveInt
+    budget_s: float = Field(gt=0)
+
+
+class Study(_Strict):
+    """The whole of ``params.yaml``."""
+
+    attention: dict[str, dict[str, Any]] = Field(min_length=1)
+    dataset: dict[str, DatasetConfig] = Field(min_length=1)
+    model: ModelConfig
+    train: TrainConfig
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_distinct)]
+    benchmark: BenchmarkConfig
+    scaling: ScalingConfig
+
+    @model_validator(mode="after")
+    def _every_cell_is_possible(self) -> "Study":
+        for dataset in self.dataset:
+            if dataset not in available_datasets():
+                raise ValueError(f"dataset={dataset!r}: unknown, expected one of {', '.join(available_datasets())}")
+            for attention in self.attention:
+                self.vit(dataset, attention)
+        return self
+
+    @classmethod
+    def load(cls, path: Path | str = "params.yaml") -> "Study":
+        """Read and validate ``params.yaml``.
+
+        Raises:
+            UserError: one line that names the key as one writes it after ``-S``.
+        """
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise UserError(f"{path}: not valid YAML: {error}") from error
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: expected a mapping of attention, dataset, model, train, ...")
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise UserError(explain(error)) from error
+
+    def vit(self, dataset: str, attention: str) -> ViTConfig:
+        """Return the model of one cell.
+
+        Raises:
+            UserError: the model does not fit the data set's images or the mechanism.
+        """
+        data = self.dataset[dataset]
+        try:
+            return ViTConfig(
+                image_size=data.image_size,
+                patch_size=data.patch_size,
+                num_classes=data.num_classes,
+                attention=attention,
+                attention_options=self.attention[attention],
+                **self.model.model_dump(),
+            )
+        except ValidationError as error:
+            raise UserError(explain(error)) from error

@@ -1,0 +1,30 @@
+"""Where the study keeps what: the only place that knows its folders."""
+
+import sys
+from pathlib import Path
+
+from effvit.config import Study
+
+PREPARED = Path("data/prepared")
+METRICS = Path("metrics")
+PLOTS = Path("plots")
+
+
+def load() -> tuple[Study, list[str]]:
+    """Validated params.yaml, and the matrix items that DVC put on the command line."""
+    return Study.load("params.yaml"), sys.argv[1:]
+
+
+def model_dir(dataset: str, attention: str, seed: str) -> Path:
+    """Weights of one cell."""
+    return Path("models", dataset, attention, f"seed{seed}")
+
+
+def cell_dir(dataset: str, attention: str, seed: str) -> Path:
+    """Results of one cell, one directory a stage."""
+    return METRICS / "cells" / dataset / attention / f"seed{seed}"
+
+
+def as_options(options: dict[str, object]) -> list[str]:
+    """Write a mechanism's options as the command line takes them."""
+    return [f"{key}={value}" for key, value in options.items()]
