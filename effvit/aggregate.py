@@ -1,0 +1,121 @@
+"""The study's tables and its summary, gathered from the cells that are asked for and from no others."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from effvit import cells
+from effvit.errors import UserError
+from effvit.files import staged_dir, write_csv, write_json
+
+_MIB = 2**20
+_CONFUSED = ["dataset", "attention", "actual", "predicted"]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Tidy tables, one row per result. Accuracies are fractions 0..1; units stand in a column or its name."""
+
+    curves: pd.DataFrame
+    accuracy: pd.DataFrame
+    cost: pd.DataFrame
+    tradeoff: pd.DataFrame
+    scaling: pd.DataFrame
+    confusion: pd.DataFrame
+
+
+def aggregate(
+    metrics_dir: Path, plots_data_dir: Path, datasets: Sequence[str], attentions: Sequence[str], seeds: Sequence[int]
+) -> None:
+    """Write `metrics_dir/summary.json` and one CSV per table into `plots_data_dir`, which is replaced as a whole.
+
+    Raises:
+        UserError: an empty selection or one with duplicates; a file of a selected cell that is missing or malformed.
+    """
+    tables = collect(metrics_dir, datasets, attentions, seeds)
+    with staged_dir(plots_data_dir) as aside:
+        for field in fields(tables):
+            write_csv(aside / f"{field.name}.csv", getattr(tables, field.name))
+        write_json(metrics_dir / "summary.json", summarise(tables))
+
+
+def collect(metrics_dir: Path, datasets: Sequence[str], attentions: Sequence[str], seeds: Sequence[int]) -> Tables:
+    """Read the selected cells below `metrics_dir`; same errors as `aggregate`."""
+    for name, values in (("dataset", datasets), ("attention", attentions), ("seed", seeds)):
+        if not values or len(set(values)) < len(values):
+            given = ", ".join(map(str, values)) or "none"
+            raise UserError(f"{name}: expected one or more, each once, got {given}")
+    root = metrics_dir / "cells"
+    pairs = [({"dataset": d, "attention": a}, root / d / a) for d, a in product(datasets, attentions)]
+    runs = [(key | {"seed": seed}, cell / f"seed{seed}") for (key, cell), seed in product(pairs, seeds)]
+    evaluations = pd.DataFrame([key | cells.evaluation(run / "evaluate") for key, run in runs])
+    models = pd.DataFrame([key | cells.model(cell / "benchmark") for key, cell in pairs])
+    accuracy = _accuracy(evaluations, models)
+    cost = _stack([(key, cells.cost(cell / "benchmark")) for key, cell in pairs])
+    pairs_seen = _stack([(key, cells.confusion(run / "evaluate")) for key, run in runs])
+    return Tables(
+        curves=_stack([(key, cells.history(run / "train")) for key, run in runs]),
+        accuracy=accuracy,
+        cost=cost,
+        tradeoff=_tradeoff(accuracy, cost),
+        scaling=_stack([({"attention": a}, cells.scaling(metrics_dir / "scaling" / a)) for a in attentions]),
+        confusion=pairs_seen.groupby(_CONFUSED, sort=False)["count"].sum().reset_index(),
+    )
+
+
+def summarise(tables: Tables) -> dict[str, Any]:
+    """Nested `{dataset: {attention: {figure: number}}}`, five significant digits; what is not known is left out."""
+    summary: dict[str, dict[str, dict[str, float]]] = {}
+    interval = (tables.accuracy["top1"] - tables.accuracy["top1_low"]).to_numpy()
+    for row, ci95, n in zip(tables.tradeoff.itertuples(), interval, tables.accuracy["n_seeds"], strict=True):
+        figures = {
+            "top1": row.top1,
+            "top1_ci95": ci95,
+            "gmacs": row.gmacs,
+            "latency_ratio": row.latency_ratio,
+            "memory_mib": row.train_memory_mib,
+        }
+        numbers = {key: float(f"{value:.5g}") for key, value in figures.items() if np.isfinite(value)}
+        if n > 1:
+            numbers["n"] = int(n)
+        summary.setdefault(str(row.dataset), {})[str(row.attention)] = numbers
+    return summary
+
+
+def _accuracy(runs: pd.DataFrame, models: pd.DataFrame) -> pd.DataFrame:
+    """Mean over seeds with the 95 % interval of Student's t, beside what is known of the model without measuring."""
+    groups = runs.groupby(["dataset", "attention"], sort=False)
+    table = groups.agg(n_seeds=("seed", "size"), top1=("top1", "mean"), top5=("top5", "mean")).reset_index()
+    # NaN for one seed, where neither the deviation nor a t of zero degrees of freedom exists
+    half = groups["top1"].sem().to_numpy() * stats.t.ppf(0.975, table["n_seeds"] - 1)
+    table.insert(4, "top1_low", table["top1"] - half)
+    table.insert(5, "top1_high", table["top1"] + half)
+    table = table.merge(models, on=["dataset", "attention"], validate="one_to_one")
+    fused = table["dataset"].map(table[table["attention"] == "fused"].set_index("dataset")["parameters"])
+    differ = ((table["parameters"] - fused).abs() * 10 > fused).astype("boolean")
+    return table.assign(parameters_differ=differ.mask(fused.isna()))  # unknown where fused is not selected
+
+
+def _tradeoff(accuracy: pd.DataFrame, cost: pd.DataFrame) -> pd.DataFrame:
+    def at_largest_batch(quantity: str) -> pd.DataFrame:
+        rows = cost[cost["quantity"] == quantity].sort_values("batch_size", na_position="first")
+        return rows.drop_duplicates(["dataset", "attention"], keep="last").set_index(["dataset", "attention"])
+
+    keys = pd.MultiIndex.from_frame(accuracy[["dataset", "attention"]])
+    latency, memory = (at_largest_batch(q).reindex(keys) for q in ("latency", "train_memory"))
+    return accuracy[["dataset", "attention", "top1", "top1_low", "top1_high", "gmacs"]].assign(
+        latency_ms=latency["median"].to_numpy(),
+        latency_ratio=latency["ratio_to_fused"].to_numpy(),
+        train_memory_mib=memory["median"].to_numpy() / _MIB,
+    )
+
+
+def _stack(parts: Sequence[tuple[dict[str, Any], pd.DataFrame]]) -> pd.DataFrame:
+    """One frame of all parts, each with its key's columns in front."""
+    return pd.concat([part.assign(**key)[[*key, *part.columns]] for key, part in parts], ignore_index=True)

@@ -1,0 +1,1 @@
+"""What the measured numbers say: Pareto fronts, crossovers, slopes."""

@@ -1,0 +1,109 @@
+"""Readers of what the stages write about one cell; a file missing or malformed is told with the stage that makes it."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from effvit.errors import UserError
+
+_MEASURED = {"quantity": str, "unit": str, "median": float, "q25": float, "q75": float, "ratio_to_fused": float}
+_HISTORY = ["epoch", "train_loss", "val_loss", "train_accuracy", "val_accuracy"]
+_MAPS = {"images": 4, "labels": 1, "predictions": 1, "maps": 3}  # number of dimensions
+
+
+def history(directory: Path) -> pd.DataFrame:
+    """Learning curves, one row per epoch."""
+    return read_csv(directory / "history.csv", "train", dict.fromkeys(_HISTORY, float) | {"epoch": int})
+
+
+def confusion(directory: Path) -> pd.DataFrame:
+    """Counts of test images by actual and predicted class."""
+    return read_csv(directory / "confusion.csv", "evaluate", {"actual": str, "predicted": str, "count": int})
+
+
+def attention_maps(directory: Path) -> dict[str, np.ndarray]:
+    """`images` (n, H, W, 3) uint8, `labels` and `predictions` (n,) int64, `maps` (n, gh, gw) float32."""
+    path = directory / "attention_maps.safetensors"
+    try:
+        arrays = load_file(path)
+    except FileNotFoundError as error:
+        raise _missing(path, "evaluate") from error
+    except SafetensorError as error:
+        raise _malformed(path, "evaluate", "not a whole safetensors file") from error
+    shapes = {name: arrays[name].ndim for name in _MAPS if name in arrays}
+    if shapes != _MAPS or len({len(arrays[name]) for name in _MAPS}) != 1 or not len(arrays["images"]):
+        raise _malformed(path, "evaluate", f"expected {', '.join(_MAPS)} of the same images")
+    return arrays
+
+
+def evaluation(directory: Path) -> dict[str, float]:
+    """Test accuracies, fractions 0..1."""
+    return _read_json(directory / "evaluation.json", "evaluate", ["top1", "top5"])
+
+
+def model(directory: Path) -> dict[str, float]:
+    """Size of the model and its MACs, in 1e9 for one image."""
+    numbers = _read_json(directory / "model.json", "benchmark", ["parameters", "macs"])
+    return {"parameters": numbers["parameters"], "gmacs": numbers["macs"] / 1e9}
+
+
+def cost(directory: Path) -> pd.DataFrame:
+    """Measured costs, one row per quantity and batch size; latency and training memory are always among them."""
+    path = directory / "cost.csv"
+    table = read_csv(path, "benchmark", {"quantity": str, "batch_size": "Int64"} | _MEASURED)
+    if missing := {"latency", "train_memory"} - set(table["quantity"]):
+        raise UserError(f"{path}: no row for {', '.join(sorted(missing))}; `dvc repro -f benchmark` makes it anew")
+    return table
+
+
+def scaling(directory: Path) -> pd.DataFrame:
+    """Measured costs of one attention block, one row per token count, mode and quantity, with its exact MACs."""
+    columns = {"tokens": int, "mode": str} | _MEASURED | {"status": str}
+    table = read_csv(directory / "scaling.csv", "scaling", columns)
+    macs = read_csv(directory / "macs.csv", "scaling", {"tokens": int, "macs": int})
+    return table.merge(macs.astype({"macs": "Int64"}), on="tokens", how="left")
+
+
+def _read_json(path: Path, stage: str, keys: Sequence[str]) -> dict[str, float]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {key: content[key] + 0 for key in keys}  # + 0: numbers only
+    except FileNotFoundError as error:
+        raise _missing(path, stage) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise _malformed(path, stage, f"expected a JSON object with the numbers {', '.join(keys)}") from error
+
+
+def read_csv(path: Path, stage: str, columns: dict[str, Any]) -> pd.DataFrame:
+    """The named columns of a CSV in these types; `stage` is told as the one that writes it if anything is wrong."""
+    try:
+        # a class may well be called "nan" or "null"; an empty field alone is a missing value
+        frame = pd.read_csv(
+            path,
+            usecols=list(columns),
+            index_col=False,
+            dtype=columns,
+            keep_default_na=False,
+            na_values=[""],
+        )
+    except FileNotFoundError as error:
+        raise _missing(path, stage) from error
+    except ValueError as error:
+        raise _malformed(path, stage, f"expected a CSV with the columns {', '.join(columns)}") from error
+    if frame.empty:
+        raise _malformed(path, stage, "no rows")
+    return frame[list(columns)]
+
+
+def _missing(path: Path, stage: str) -> UserError:
+    return UserError(f"{path}: missing; `dvc repro {stage}` makes it")
+
+
+def _malformed(path: Path, stage: str, problem: str) -> UserError:
+    return UserError(f"{path}: {problem}; `dvc repro -f {stage}` makes it anew")

@@ -1,0 +1,126 @@
+"""A made-up study on disk, in the layout and formats of the pipeline's stages."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from safetensors.numpy import save_file
+
+ATTENTIONS = ("standard", "fused", "linformer", "performer", "nystromformer", "hybrid")
+TOKENS = (65, 145, 257, 577, 1025, 2305, 4097)
+
+
+def write_study(metrics_dir, datasets=("digits",), attentions=ATTENTIONS, seeds=(0,), classes=10, epochs=12, images=3):
+    """Write every cell; returns `metrics_dir`."""
+    for dataset in datasets:
+        for attention in attentions:
+            cell = Path(metrics_dir, "cells", dataset, attention)
+            rng = np.random.default_rng([ATTENTIONS.index(attention) if attention in ATTENTIONS else 99])
+            _benchmark(cell / "benchmark", attention)
+            for seed in seeds:
+                _train(cell / f"seed{seed}" / "train", rng, epochs)
+                _evaluate(cell / f"seed{seed}" / "evaluate", rng, classes, images)
+    for attention in attentions:
+        _scaling(Path(metrics_dir, "scaling", attention), attention)
+    return Path(metrics_dir)
+
+
+def _train(directory, rng, epochs):
+    directory.mkdir(parents=True)
+    t = np.arange(1, epochs + 1) / epochs
+    skill = 1 - np.exp(-5 * t * rng.uniform(0.8, 1.2))
+    noise = rng.normal(0, 0.01, (4, epochs))
+    history = pd.DataFrame({"epoch": np.arange(1, epochs + 1), "lr": 1e-3 * (1 - t)})
+    history["train_loss"] = 2.3 - 1.75 * skill + noise[0]
+    history["train_accuracy"] = np.clip(0.1 + 0.88 * skill + noise[1], 0, 1)
+    history["val_loss"] = 2.3 - 1.6 * skill + noise[2]
+    history["val_accuracy"] = np.clip(0.1 + 0.85 * skill + noise[3], 0, 1)
+    history.to_csv(directory / "history.csv", index=False)
+
+
+def _evaluate(directory, rng, classes, images):
+    directory.mkdir(parents=True)
+    actual = np.repeat(np.arange(classes), 36)
+    wrong = rng.random(actual.size) < 0.05
+    predicted = np.where(wrong, (actual + rng.integers(1, classes, actual.size)) % classes, actual)
+    names = [str(c) for c in range(classes)] if classes <= 10 else [f"class{c:03d}" for c in range(classes)]
+    counts = pd.crosstab(actual, predicted).stack()
+    rows = [(names[a], names[p], n) for (a, p), n in counts.items() if n]
+    pd.DataFrame(rows, columns=["actual", "predicted", "count"]).to_csv(directory / "confusion.csv", index=False)
+    result = {"top1": float((actual == predicted).mean()), "top5": 0.99, "loss": 0.3, "ece": 0.02}
+    (directory / "evaluation.json").write_text(json.dumps(result | {"num_images": len(actual)}))
+    maps = rng.random((images, 8, 8)).astype(np.float32)
+    maps[:, 2:6, 2:6] += 1.0
+    yy, xx = np.mgrid[0:32, 0:32]
+    picture = np.stack([127 + 120 * np.sin(xx / (3 + i)) * np.cos(yy / 5) for i in range(images)])
+    arrays = {
+        "images": np.repeat(picture[..., None], 3, axis=3).astype(np.uint8),
+        "labels": np.arange(images, dtype=np.int64) % classes,
+        "predictions": rng.integers(0, 2, images).astype(np.int64),
+        "maps": (maps / maps.sum((1, 2), keepdims=True)).astype(np.float32),
+    }
+    save_file(arrays, directory / "attention_maps.safetensors")
+
+
+def _cost_at(tokens, attention):
+    """Milliseconds of a block's forward and its peak bytes: quadratic for exact attention, linear for the others."""
+    work, memory = {
+        "standard": (3e-7 * tokens**2, 96 * tokens**2),
+        "fused": (2e-7 * tokens**2, 2e3 * tokens),
+        "linformer": (8e-5 * tokens, 4e3 * tokens),
+        "performer": (2.5e-4 * tokens, 9e3 * tokens),
+        "nystromformer": (4e-4 * tokens + 0.15, 7e3 * tokens),
+    }.get(attention, (1.5e-4 * tokens, 5e3 * tokens))
+    return 4e-4 * tokens + work, 3e3 * tokens + memory
+
+
+def _row(median, fused, **key):
+    return (
+        key
+        | {"median": median, "q25": 0.95 * median, "q75": 1.1 * median, "p90": 1.2 * median, "n": 30}
+        | {
+            "fused_median": fused,
+            "ratio_to_fused": median / fused,
+        }
+    )
+
+
+def _benchmark(directory, attention):
+    directory.mkdir(parents=True)
+    (ms, size), (fused_ms, fused_size) = _cost_at(65, attention), _cost_at(65, "fused")
+    parameters = 120_000 + (20_000 if attention == "linformer" else 0)
+    macs = int(8e6 * (0.8 + 0.2 * ms / fused_ms))
+    model = {"parameters": parameters, "trainable_parameters": parameters, "macs": macs, "macs_closed_form": macs}
+    (directory / "model.json").write_text(json.dumps(model | {"attention_macs": macs // 9, "tokens": 65}))
+    rows = [
+        _row(ms * scale, fused_ms * scale, quantity=quantity, batch_size=batch, unit=unit)
+        for quantity, batch, unit, scale in [
+            ("latency", 1, "ms", 40),
+            ("latency", 64, "ms", 9),
+            ("throughput", 64, "images/s", 1e3),
+            ("train_step", 64, "ms", 1500),
+        ]
+    ]
+    rows += [
+        _row(size * 800, fused_size * 800, quantity="train_memory", batch_size=64, unit="bytes"),
+        _row(3e8, 3e8, quantity="max_rss", batch_size=None, unit="bytes"),
+    ]
+    pd.DataFrame(rows).astype({"batch_size": "Int64"}).to_csv(directory / "cost.csv", index=False)
+
+
+def _scaling(directory, attention):
+    directory.mkdir(parents=True)
+    rows = []
+    for tokens in TOKENS:
+        for mode, factor in (("forward", 1), ("train", 3)):
+            stopped = attention == "standard" and tokens * factor > 4097
+            costs, fused = _cost_at(tokens, attention), _cost_at(tokens, "fused")
+            for quantity, unit, i in (("time", "ms", 0), ("memory", "bytes", 1)):
+                row = _row(costs[i] * factor, fused[i] * factor, tokens=tokens, mode=mode, quantity=quantity, unit=unit)
+                if stopped:
+                    row |= dict.fromkeys(["median", "q25", "q75", "n", "fused_median", "ratio_to_fused"])
+                rows.append(row | {"status": "out of memory" if stopped else "ok"})
+    pd.DataFrame(rows).drop(columns="p90").astype({"n": "Int64"}).to_csv(directory / "scaling.csv", index=False)
+    macs = pd.DataFrame({"tokens": TOKENS, "macs": [96 * n * n + 9216 * n for n in TOKENS]})
+    macs.to_csv(directory / "macs.csv", index=False)

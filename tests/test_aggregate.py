@@ -1,0 +1,212 @@
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import typer
+from scipy import stats
+from synthetic_study import ATTENTIONS, write_study
+from typer.testing import CliRunner
+
+from effvit.aggregate import aggregate, collect, summarise
+from effvit.cli.aggregate import aggregate as command
+from effvit.errors import UserError
+
+TABLES = {"curves.csv", "accuracy.csv", "cost.csv", "tradeoff.csv", "scaling.csv", "confusion.csv"}
+FEW = ("fused", "linformer")
+STAGE_OF = {
+    "cells/digits/linformer/seed0/train/history.csv": "train",
+    "cells/digits/linformer/seed0/evaluate/evaluation.json": "evaluate",
+    "cells/digits/linformer/seed0/evaluate/confusion.csv": "evaluate",
+    "cells/digits/linformer/benchmark/model.json": "benchmark",
+    "cells/digits/linformer/benchmark/cost.csv": "benchmark",
+    "scaling/linformer/scaling.csv": "scaling",
+    "scaling/linformer/macs.csv": "scaling",
+}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """Three seeds of two data sets, read only."""
+    return write_study(tmp_path_factory.mktemp("study"), datasets=("digits", "cifar10"), seeds=(0, 1, 2))
+
+
+@pytest.fixture
+def small(tmp_path):
+    """One data set, two mechanisms, one seed, to be spoilt."""
+    return write_study(tmp_path / "metrics", attentions=FEW)
+
+
+def evaluations(study, dataset, attention):
+    files = [study / "cells" / dataset / attention / f"seed{s}" / "evaluate" / "evaluation.json" for s in (0, 1, 2)]
+    return [json.loads(file.read_text())["top1"] for file in files]
+
+
+def test_interval_is_students_t_over_seeds(study):
+    tables = collect(study, ["digits", "cifar10"], ATTENTIONS, [0, 1, 2])
+    for row in tables.accuracy.itertuples():
+        top1 = evaluations(study, row.dataset, row.attention)
+        expected = stats.ttest_1samp(top1, 0).confidence_interval(0.95)
+        assert row.top1 == pytest.approx(np.mean(top1))
+        assert (row.top1_low, row.top1_high) == pytest.approx((expected.low, expected.high))
+        assert row.n_seeds == 3
+        figures = summarise(tables)[row.dataset][row.attention]
+        assert figures["n"] == 3
+        assert figures["top1_ci95"] == pytest.approx((expected.high - expected.low) / 2, rel=1e-4)
+
+
+def test_one_seed_has_no_interval(study):
+    tables = collect(study, ["digits"], FEW, [1])
+    assert tables.accuracy[["top1_low", "top1_high"]].isna().all(axis=None)
+    assert set(summarise(tables)["digits"]["fused"]) == {"top1", "gmacs", "latency_ratio", "memory_mib"}
+
+
+def test_only_selected_cells_enter_whatever_else_is_on_disk(study, tmp_path):
+    tables = collect(study, ["cifar10"], ["linformer"], [2])
+    for table in vars(tables).values():
+        assert set(table["attention"]) == {"linformer"}
+        assert "dataset" not in table or set(table["dataset"]) == {"cifar10"}
+    assert set(tables.curves["seed"]) == {2}
+    assert list(summarise(tables)["cifar10"]) == ["linformer"]
+
+
+def test_without_fused_ratios_come_from_the_cells_own_measurements(study):
+    alone = collect(study, ["digits"], ["linformer"], [0])
+    together = collect(study, ["digits"], FEW, [0])
+    assert alone.tradeoff["latency_ratio"].notna().all()
+    assert summarise(alone)["digits"]["linformer"] == summarise(together)["digits"]["linformer"]
+    assert alone.accuracy["parameters_differ"].isna().all()
+
+
+def test_more_than_a_tenth_of_other_parameters_is_marked(small):
+    for parameters, differs in ((132_000, False), (132_001, True), (108_000, False), (107_999, True)):
+        file = small / "cells/digits/linformer/benchmark/model.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"parameters": parameters}))
+        marked = collect(small, ["digits"], FEW, [0]).accuracy.set_index("attention")["parameters_differ"]
+        assert marked.to_dict() == {"fused": False, "linformer": differs}
+
+
+def test_latency_is_that_of_the_benchmark_batch_and_memory_in_mib(small):
+    tables = collect(small, ["digits"], FEW, [0])
+    cost = tables.cost[tables.cost["attention"] == "linformer"].set_index(["quantity", "batch_size"])
+    row = tables.tradeoff.set_index("attention").loc["linformer"]
+    assert row["latency_ms"] == cost.loc[("latency", 64), "median"] != cost.loc[("latency", 1), "median"]
+    assert row["train_memory_mib"] * 1024 * 1024 == pytest.approx(cost.loc[("train_memory", 64), "median"])
+
+
+def test_what_could_not_be_measured_is_left_out_of_the_summary(small):
+    file = small / "cells/digits/linformer/benchmark/cost.csv"
+    cost = pd.read_csv(file)
+    cost.loc[cost["quantity"] == "train_memory", ["median", "ratio_to_fused"]] = np.nan
+    cost.to_csv(file, index=False)
+    assert "memory_mib" not in summarise(collect(small, ["digits"], FEW, [0]))["digits"]["linformer"]
+
+
+def test_confusion_counts_every_test_image_of_every_seed(study):
+    confusion = collect(study, ["digits"], ["hybrid"], [0, 1, 2]).confusion
+    assert confusion["count"].sum() == 3 * 360
+    assert not confusion.duplicated(["actual", "predicted"]).any()
+    right = confusion.loc[confusion["actual"] == confusion["predicted"], "count"].sum()
+    assert right / (3 * 360) == pytest.approx(np.mean(evaluations(study, "digits", "hybrid")))
+
+
+def test_classes_may_be_called_like_missing_values(small):
+    file = small / "cells/digits/fused/seed0/evaluate/confusion.csv"
+    file.write_text("actual,predicted,count\nnan,null,3\nNA,nan,1\n")
+    confusion = collect(small, ["digits"], ["fused"], [0]).confusion
+    assert confusion["actual"].tolist() == ["nan", "NA"]
+
+
+def test_scaling_keeps_stopped_points_and_adds_exact_macs(study):
+    scaling = collect(study, ["digits"], ["standard"], [0]).scaling
+    stopped = scaling[scaling["status"] == "out of memory"]
+    assert len(stopped) and stopped["median"].isna().all() and stopped["macs"].notna().all()
+
+
+def test_files_are_the_same_bytes_at_each_run_and_the_summary_holds_numbers_only(study, tmp_path):
+    written = []
+    for name in ("a", "b"):
+        aggregate(study, tmp_path / name, ["digits", "cifar10"], ATTENTIONS, [0, 1, 2])
+        files = [*sorted((tmp_path / name).iterdir()), study / "summary.json"]
+        written.append({file.name: file.read_bytes() for file in files})
+    assert written[0] == written[1]
+    assert set(written[0]) == TABLES | {"summary.json"}
+    summary = json.loads(written[0]["summary.json"])
+    leaves = [x for dataset in summary.values() for figures in dataset.values() for x in figures.values()]
+    assert all(isinstance(x, (int, float)) for x in leaves)
+    assert list(summary) == ["digits", "cifar10"] and list(summary["digits"]) == list(ATTENTIONS)
+
+
+@pytest.mark.parametrize("file", STAGE_OF)
+def test_a_missing_file_is_named_with_the_stage_that_makes_it(small, tmp_path, file):
+    (small / file).unlink()
+    with pytest.raises(UserError, match=re.escape(f"{small / file}: missing; `dvc repro {STAGE_OF[file]}` makes it")):
+        aggregate(small, tmp_path / "data", ["digits"], FEW, [0])
+    assert not (tmp_path / "data").exists() and not (small / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b"a,b\n1,2\n", b"\xff\xfe\x00", b'{"top1": "much", "macs": null}']
+)
+@pytest.mark.parametrize("file", STAGE_OF)
+def test_a_malformed_file_is_named_with_the_stage_that_makes_it(small, tmp_path, file, content):
+    (small / file).write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(f"{small / file}: ")) as caught:
+        aggregate(small, tmp_path / "data", ["digits"], FEW, [0])
+    assert f"`dvc repro -f {STAGE_OF[file]}`" in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "data").exists() and not (small / "summary.json").exists()
+
+
+@pytest.mark.parametrize("file", [file for file in STAGE_OF if file.endswith(".csv")])
+def test_a_table_without_rows_or_with_words_for_numbers_is_malformed(small, file):
+    lines = (small / file).read_text().splitlines()
+    for rows in ([], [re.sub(r"\d+(\.\d+)?", "many", line) for line in lines[1:]]):
+        (small / file).write_text("\n".join([lines[0], *rows]) + "\n")
+        with pytest.raises(UserError, match=re.escape(f"{small / file}: ")):
+            collect(small, ["digits"], FEW, [0])
+
+
+@pytest.mark.parametrize("quantity", ["latency", "train_memory"])
+def test_a_cost_table_without_a_needed_quantity_is_malformed(small, quantity):
+    file = small / "cells/digits/fused/benchmark/cost.csv"
+    cost = pd.read_csv(file)
+    cost[cost["quantity"] != quantity].to_csv(file, index=False)
+    with pytest.raises(UserError, match=f"no row for {quantity}; `dvc repro -f benchmark`"):
+        collect(small, ["digits"], FEW, [0])
+
+
+@pytest.mark.parametrize(
+    ("selection", "message"),
+    [
+        (([], FEW, [0]), "dataset: expected one or more, each once, got none"),
+        ((["digits"], ["fused", "fused"], [0]), "attention: expected one or more, each once, got fused, fused"),
+        ((["digits"], FEW, [0, 0]), "seed: expected one or more, each once, got 0, 0"),
+    ],
+)
+def test_an_empty_selection_or_a_duplicate_is_refused(small, selection, message):
+    with pytest.raises(UserError, match=message):
+        collect(small, *selection)
+
+
+def test_tables_and_summary_are_written_together_or_not_at_all(small, tmp_path, monkeypatch):
+    aggregate(small, tmp_path / "data", ["digits"], FEW, [0])
+    before = {file: file.read_bytes() for file in [*(tmp_path / "data").iterdir(), small / "summary.json"]}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("effvit.aggregate.write_json", full)
+    with pytest.raises(OSError):
+        aggregate(small, tmp_path / "data", ["digits"], ["fused"], [0])
+    assert {file: file.read_bytes() for file in [*(tmp_path / "data").iterdir(), small / "summary.json"]} == before
+
+
+def test_command_gathers_the_named_cells(small, tmp_path):
+    app = typer.Typer()
+    app.command()(command)
+    arguments = ["--metrics-dir", str(small), "--plots-data-dir", str(tmp_path / "data")]
+    result = CliRunner().invoke(app, [*arguments, "--dataset", "digits", "--attention", "linformer", "--seed", "0"])
+    assert result.exit_code == 0, result.output
+    assert {file.name for file in (tmp_path / "data").iterdir()} == TABLES
+    assert list(json.loads((small / "summary.json").read_text())["digits"]) == ["linformer"]

@@ -1,0 +1,194 @@
+import json
+from io import BytesIO
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_hex
+from safetensors.numpy import load_file
+from synthetic_study import ATTENTIONS, TOKENS, write_study
+
+from effvit import figures
+from effvit.aggregate import collect
+
+TEMPLATES = sorted((Path(__file__).parents[1] / ".dvc" / "plots").glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    return write_study(tmp_path_factory.mktemp("study"), seeds=(0, 1))
+
+
+@pytest.fixture(scope="module")
+def tables(study):
+    return collect(study, ["digits"], ATTENTIONS, [0, 1])
+
+
+@pytest.fixture(scope="module")
+def maps(study):
+    cells = study / "cells" / "digits"
+    return {a: load_file(cells / a / "seed0" / "evaluate" / "attention_maps.safetensors") for a in ATTENTIONS}
+
+
+def png(figure):
+    file = BytesIO()
+    figures.save(figure, file)
+    return file.getvalue()
+
+
+def of(table, *attentions):
+    return table[table["attention"].isin(attentions)]
+
+
+def draw_all(tables, maps, *attentions):
+    return [
+        figures.training_curves(of(tables.curves, *attentions)),
+        figures.accuracy_tradeoff(of(tables.tradeoff, *attentions)),
+        figures.scaling(of(tables.scaling, *attentions)),
+        figures.confusion(of(tables.confusion, *attentions)),
+        figures.attention_maps({a: maps[a] for a in attentions}, [str(i) for i in range(10)]),
+    ]
+
+
+def test_the_same_bytes_whatever_style_the_user_has_and_no_date_in_them(tables, maps):
+    first = [png(figure) for figure in draw_all(tables, maps, "fused", "linformer")]
+    with matplotlib.rc_context({"font.size": 20, "lines.linewidth": 9, "savefig.facecolor": "red", "axes.grid": False}):
+        before = dict(matplotlib.rcParams)
+        second = [png(figure) for figure in draw_all(tables, maps, "fused", "linformer")]
+        assert dict(matplotlib.rcParams) == before
+    assert first == second
+    assert not any(word in data for data in first for word in (b"tEXt", b"iTXt", b"tIME"))
+
+
+@pytest.mark.parametrize("attention", ["fused", "standard"])
+def test_every_figure_can_be_drawn_of_one_mechanism_alone(tables, maps, attention):
+    for figure in draw_all(tables, maps, attention):
+        figure.draw_without_rendering()
+
+
+def test_colours_and_markers_are_distinct_and_a_new_mechanism_has_its_own():
+    looks = [figures.look(a) for a in ATTENTIONS]
+    assert len({colour for _, colour, _ in looks}) == len({marker for *_, marker in looks}) == len(ATTENTIONS)
+    label, colour, marker = figures.look("sparse")
+    assert label == "sparse"
+    assert colour not in {c for _, c, _ in looks} and marker not in {m for *_, m in looks}
+
+
+def test_a_mechanism_has_the_same_colour_in_any_company(tables):
+    for attentions in (("linformer",), ATTENTIONS):
+        axes = figures.training_curves(of(tables.curves, *attentions)).axes[1]
+        drawn = {to_hex(line.get_color()).upper() for line in axes.lines}
+        assert drawn == {figures.look(a)[1] for a in attentions}
+
+
+def test_curves_show_the_mean_over_seeds(tables):
+    axes = figures.training_curves(of(tables.curves, "hybrid")).axes[1]
+    mean = of(tables.curves, "hybrid").groupby("epoch")["val_accuracy"].mean()
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), mean)
+
+
+def test_error_bars_are_the_interval_where_there_is_one(study, tables):
+    def bars(tradeoff):
+        (container,) = figures.accuracy_tradeoff(of(tradeoff, "hybrid")).axes[0].containers
+        return container.lines[2][0].get_segments()
+
+    row = tables.tradeoff.set_index("attention").loc["hybrid"]
+    np.testing.assert_allclose(bars(tables.tradeoff)[0][:, 1], [row["top1_low"], row["top1_high"]])
+    one_seed = bars(collect(study, ["digits"], ATTENTIONS, [0]).tradeoff)
+    assert not any(len(segment) and np.isfinite(segment).all() for segment in one_seed)
+
+
+def test_a_cost_that_nobody_could_measure_leaves_its_panel_empty(tables):
+    figure = figures.accuracy_tradeoff(tables.tradeoff.assign(train_memory_mib=np.nan))
+    figure.draw_without_rendering()
+    assert [text.get_text() for text in figure.axes[2].texts] == ["not measured"]
+
+
+def texts(axes):
+    return {label: value for text in axes.texts for label, colon, value in [text.get_text().partition(": ")] if colon}
+
+
+def test_scaling_tells_the_length_from_which_each_mechanism_is_cheaper():
+    """Costs N² (fused), 1000 N (cheaper from 1000 tokens), 0.5 N² (always) and 2 N² (never)."""
+    tokens = np.array([64, 256, 1024, 4096])
+    costs = {"fused": tokens**2, "linformer": 1000 * tokens, "performer": tokens**2 / 2, "hybrid": tokens**2 * 2}
+    rows = [
+        {"attention": a, "tokens": n, "mode": m, "quantity": q, "median": c, "q25": c, "q75": c}
+        | {"ratio_to_fused": c / n**2, "status": "ok"}
+        for a, cost in costs.items()
+        for n, c in zip(tokens.tolist(), cost.tolist(), strict=True)
+        for m in ("forward", "train")
+        for q in ("time", "memory")
+    ]
+    table = pd.DataFrame(rows)
+    for chosen in (table, table[table["attention"] != "fused"]):
+        for axes in figures.scaling(chosen).axes:
+            assert texts(axes) == {"Linformer": "1,000", "Performer": "≤ 64", "Hybrid": "> 4,096"}
+
+
+def test_a_stopped_mechanism_is_crossed_at_its_first_length_and_does_not_pay_off(tables):
+    figure = figures.scaling(of(tables.scaling, "standard", "fused"))
+    for axes, stopped in zip(figure.axes, (False, True, False, True), strict=True):
+        crosses = [line for line in axes.lines if line.get_marker() == "x"]
+        assert [line.get_xdata()[0] for line in crosses] == ([TOKENS[5]] if stopped else [])
+        assert texts(axes)["Standard"].startswith(">")
+
+
+def test_a_mechanism_that_runs_where_fused_was_stopped_is_cheaper_there(tables):
+    table = of(tables.scaling, "fused", "performer").copy()
+    beyond = table["tokens"] == TOKENS[-1]
+    table.loc[beyond & (table["attention"] == "fused"), ["median", "status"]] = [np.nan, "out of memory"]
+    table.loc[beyond, "ratio_to_fused"] = np.nan
+    memory = figures.scaling(table).axes[2]
+    assert texts(memory)["Performer"] == f"{TOKENS[-1]:,}"
+
+
+def test_a_mechanism_stopped_everywhere_does_not_stop_the_figure(tables):
+    table = of(tables.scaling, "linformer").assign(status="over budget", median=np.nan, ratio_to_fused=np.nan)
+    assert texts(figures.scaling(table).axes[0]) == {"Linformer": "never"}
+
+
+def test_cells_of_a_confusion_matrix_are_labelled_while_that_is_readable(tables, tmp_path):
+    many = collect(write_study(tmp_path, attentions=["fused"], classes=100), ["digits"], ["fused"], [0]).confusion
+    assert not figures.confusion(many).axes[0].texts
+    panel = figures.confusion(of(tables.confusion, "fused")).axes[0]
+    assert [label.get_text() for label in panel.get_yticklabels()] == [str(i) for i in range(10)]
+    shares = np.asarray(panel.images[0].get_array())
+    np.testing.assert_allclose(shares.sum(axis=1), 1)
+    assert len(panel.texts) == (shares >= 0.005).sum()
+
+
+def test_classes_may_be_called_like_formulas(maps, tables):
+    confusion = of(tables.confusion, "fused").replace({"actual": {"0": "$x"}, "predicted": {"0": "$x"}})
+    png(figures.confusion(confusion))
+    png(figures.attention_maps({"fused": maps["fused"]}, ["$x$ $", *"123456789"]))
+
+
+def test_wrong_predictions_stand_out(maps):
+    figure = figures.attention_maps({"fused": maps["fused"]}, [str(i) for i in range(10)])
+    marked = [axes.xaxis.label.get_weight() == "bold" for axes in figure.axes[1::2]]
+    assert marked == (maps["fused"]["labels"] != maps["fused"]["predictions"]).tolist()
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_dvc_fills_every_anchor_of_the_templates(path, tables):
+    from dvc_render.vega import VegaRenderer
+
+    rows = tables.scaling[["attention", "tokens", "median"]].dropna().assign(rev="workspace").to_dict("records")
+    renderer = VegaRenderer(
+        rows, "plot", template=path.stem, template_dir=str(path.parent), x="tokens", y="median", title="t"
+    )
+    filled = renderer.partial_html()
+    assert "<DVC_METRIC" not in filled
+    assert json.loads(filled)["data"]["values"] == rows
+
+
+def test_the_templates_have_the_colours_of_the_figures():
+    templates = [path.read_text() for path in TEMPLATES if path.stem != "mechanisms_confusion"]
+    assert len(templates) == 3
+    for template in templates:
+        places = [template.index(f'"{figures.look(a)[1]}"') for a in ATTENTIONS]
+        assert places == sorted(places)
+        assert [template.index(f'"{i} {a}"') for i, a in enumerate(ATTENTIONS)]
