@@ -12,6 +12,7 @@ env: .venv/.made ## the environment in .venv, from requirements.lock alone
 
 .venv/.made: requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
+	@echo "installing into .venv: some minutes the first time"
 	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@

@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_model as load_safetensors
-from safetensors.torch import save_model as save_safetensors
+from safetensors.torch import save as to_safetensors
 
 from effvit.errors import UserError, explain
 from effvit.files import write_json
@@ -18,7 +18,10 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 def save_model(model: ViT, directory: Path) -> None:
     """Write the model's weights and configuration into an existing directory."""
-    save_safetensors(model, str(directory / WEIGHTS))
+    once = dict((*model.named_parameters(), *model.named_buffers()))  # a shared tensor under its first name only
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name in once}
+    # Written here, as safetensors' own writer tells of a full disk in an error that is no OSError.
+    (directory / WEIGHTS).write_bytes(to_safetensors(tensors))
     write_json(directory / CONFIG, model.config.model_dump())
 
 

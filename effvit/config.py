@@ -21,7 +21,7 @@ def _distinct(values: list[int]) -> list[int]:
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class DatasetConfig(_Strict):
@@ -118,7 +118,7 @@ class Study(_Strict):
         if not isinstance(values, dict):
             raise UserError(f"{path}: expected a mapping of attention, dataset, model, train, ...")
         try:
-            return cls(**values)
+            return cls.model_validate(values)
         except ValidationError as error:
             raise UserError(explain(error)) from error
 
@@ -139,4 +139,8 @@ class Study(_Strict):
                 **self.model.model_dump(),
             )
         except ValidationError as error:
-            raise UserError(explain(error)) from error
+            message = explain(error)
+            for group, values in ((f"dataset.{dataset}", data), ("model", self.model)):
+                if message.partition("=")[0] in type(values).model_fields:
+                    message = f"{group}.{message}"
+            raise UserError(message) from error

@@ -9,13 +9,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from effvit.errors import UserError
+
 if TYPE_CHECKING:
     import pandas as pd
 
 
 @contextmanager
 def staged_dir(final: Path) -> Iterator[Path]:
-    """Yield an empty directory beside ``final`` that replaces it on success and vanishes on any failure."""
+    """Yield an empty directory beside ``final`` that replaces it on success and vanishes on any failure.
+
+    Raises:
+        UserError: ``final`` is or holds the current directory, which would be replaced as a whole.
+    """
+    if Path.cwd().is_relative_to(final.resolve()):
+        raise UserError(f"{final}: is replaced as a whole, and with it the current directory; name another")
     final.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent))
     aside.chmod(0o777 & ~_umask())  # mkdtemp makes it private to the owner

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from torch import Tensor
 
 from effvit.data.prepared import PreparedDataset
@@ -70,10 +70,8 @@ def map_test_images(model: ViT, dataset: PreparedDataset, directory: Path, count
     rows = np.array([int(np.argmax(labels == index)) for index in classes])
     logits, maps = rollout_maps(model, images[rows], dataset.mean, dataset.std)
     predictions = logits.argmax(dim=1).numpy()
-    save_file(
-        {"images": images[rows], "labels": labels[rows], "predictions": predictions, "maps": maps},
-        str(directory / "attention_maps.safetensors"),
-    )
+    arrays = {"images": images[rows], "labels": labels[rows], "predictions": predictions, "maps": maps}
+    (directory / "attention_maps.safetensors").write_bytes(save(arrays))
     titles = [
         f"{dataset.classes[label]}\nas {dataset.classes[predicted]}"
         for label, predicted in zip(labels[rows], predictions, strict=True)

@@ -77,7 +77,7 @@ def train_to(
             for epoch, model in fit(config, dataset, recipe, seed=seed, horizontal_flip=horizontal_flip, on_step=show):
                 history.append(epoch)
                 chosen = best.offer(epoch, model)
-                console.print(_line(epoch, recipe.epochs, chosen), highlight=False)
+                console.print(_line(epoch, recipe.epochs, chosen), highlight=False, soft_wrap=True)
                 if recipe.save_every and epoch.epoch % recipe.save_every == 0:
                     kept = model_dir / f"epoch-{epoch.epoch:03d}"
                     kept.mkdir()

@@ -97,11 +97,8 @@ def fit(
             target = labels[rows].to(fabric.device)
             logits = forward(batch)
             loss = F.cross_entropy(logits, target, label_smoothing=recipe.label_smoothing)
-            if not loss.isfinite():
-                raise DivergedError(
-                    f"loss became {loss.item()} at epoch {epoch}, step {step % steps_per_epoch + 1} of "
-                    f"{steps_per_epoch}, learning rate {lr:.3g}: lower train.lr or lengthen train.warmup_epochs"
-                )
+            where = f"epoch {epoch}, step {step % steps_per_epoch + 1} of {steps_per_epoch}, learning rate {lr:.3g}"
+            _require_finite(loss, "loss", where)
             fabric.backward(loss)
             if recipe.clip_norm:
                 fabric.clip_gradients(forward, optimizer, max_norm=recipe.clip_norm)
@@ -117,17 +114,24 @@ def fit(
         seconds = time.perf_counter() - started
         model.eval()
         val_logits = predict_logits(model, val_images, dataset.mean, dataset.std, recipe.batch_size)
+        val_loss = F.cross_entropy(val_logits, torch.from_numpy(val_labels))
+        _require_finite(val_loss, "validation loss", where)
         record = Epoch(
             epoch=epoch,
             lr=lr,
             train_loss=total_loss / len(labels),
             train_accuracy=total_right / len(labels),
-            val_loss=F.cross_entropy(val_logits, torch.from_numpy(val_labels)).item(),
+            val_loss=val_loss.item(),
             val_accuracy=top_k_accuracy(val_logits, torch.from_numpy(val_labels), 1),
             seconds=seconds,
             images_per_second=len(labels) / seconds,
         )
         yield record, model
+
+
+def _require_finite(loss: Tensor, what: str, where: str) -> None:
+    if not loss.isfinite():
+        raise DivergedError(f"{what} became {loss.item()} at {where}: lower train.lr or lengthen train.warmup_epochs")
 
 
 def augmented(

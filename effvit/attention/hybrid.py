@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from effvit.attention.base import Attention, AttentionOptions, Grid, register
 from effvit.errors import UserError
 
+_EPS = 1e-6  # elu + 1 rounds to 0 below -17, and the normaliser with it
 Branch = Literal["regional", "dilated", "linear"]
 
 
@@ -47,10 +48,11 @@ class HybridOptions(AttentionOptions):
         return self
 
     def check_grid(self, grid_size: Grid) -> None:
-        if self.window_size > max(grid_size):
-            rows, columns = grid_size
+        rows, columns = grid_size
+        if max(self.window_size, *self.dilations) > max(grid_size):
+            name = "window_size" if self.window_size > max(grid_size) else "dilations"
             raise UserError(
-                f"attention.hybrid.window_size={self.window_size}: must be at most {max(grid_size)}, "
+                f"attention.hybrid.{name}={getattr(self, name)}: must be at most {max(grid_size)}, "
                 f"the longer side of the grid of {rows} x {columns} patches"
             )
 
@@ -65,11 +67,11 @@ class HybridAttention(Attention):
 
     One q, k, v serves all branches. In the branch of dilation r a patch attends to the patches of its window (same
     row and column modulo r, w x w of them) and to the class token; in the linear branch to all tokens, with
-    φ = elu + 1. The class token attends to all tokens by softmax. Dropout acts on the softmaxes and on φ(q).
+    φ = elu + 1 + ε. The class token attends to all tokens by softmax. Dropout acts on the softmaxes and on φ(q).
     """
 
     Options = HybridOptions
-    complexity = "O(N (w² r + d))"
+    complexity = "O(N (w² |dilations| + d))"
     paper = "effvit; inspired by arXiv 2403.04200 and 2006.16236"
 
     def __init__(self, dim: int, num_heads: int, grid_size: Grid, options: HybridOptions, **kwargs: Any) -> None:
@@ -133,13 +135,13 @@ class HybridAttention(Attention):
 
     def linear_branch(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """φ(q) (φ(k)ᵀ v) / (φ(q) · Σ φ(k)) for the patches: ``(B, H, P, e)``."""
-        with torch.autocast(q.device.type, enabled=False):  # the normaliser sums over all tokens
+        with torch.autocast(q.device.type, enabled=False):  # sums over all tokens overflow float16
             dtype = torch.promote_types(q.dtype, torch.float32)
-            phi_q = F.elu(q[:, :, 1:].to(dtype)) + 1
-            phi_k = F.elu(k.to(dtype)) + 1
+            phi_q = F.elu(q[:, :, 1:].to(dtype)) + 1 + _EPS
+            phi_k = F.elu(k.to(dtype)) + 1 + _EPS
             phi_q = phi_q / (phi_q @ phi_k.sum(dim=-2).unsqueeze(-1))
-            phi_q = F.dropout(phi_q, self.dropout_p)
-        return phi_q.to(v.dtype) @ (phi_k.to(v.dtype).transpose(-2, -1) @ v)
+            y = F.dropout(phi_q, self.dropout_p) @ (phi_k.transpose(-2, -1) @ v.to(dtype))
+        return y.to(v.dtype)
 
     def mixing_macs(self) -> int:
         """2NC for the class token; per dilation 2SC(w² + 1) with S window slots (P where windows tile the grid).

@@ -41,11 +41,10 @@ class LinformerAttention(Attention):
         super().__init__(dim, num_heads, grid_size, options, **kwargs)
         self.k, self.share = options.k, options.share
         heads = (num_heads,) if self.share == "none" else ()
-        self.E = nn.Parameter(torch.empty(*heads, self.k, self.num_tokens))
-        self.F = self.E if self.share in ("kv", "layers") else nn.Parameter(torch.empty_like(self.E))
-        for projection in {self.E, self.F}:
-            # A row of E x is then a sum of N unit-scale tokens scaled back to unit scale.
-            nn.init.normal_(projection, std=self.num_tokens**-0.5)
+        # A row of E x is then a sum of N unit-scale tokens scaled back to unit scale.
+        shape, std = (*heads, self.k, self.num_tokens), self.num_tokens**-0.5
+        self.E = nn.Parameter(torch.randn(shape) * std)
+        self.F = self.E if self.share in ("kv", "layers") else nn.Parameter(torch.randn(shape) * std)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         w_q, w_k, w_v = self.qkv.weight.chunk(3)

@@ -3,6 +3,7 @@
 Xiong et al. 2021 (arXiv 2102.03902, eq. 13 and 14).
 """
 
+from math import ceil, sqrt
 from typing import Any
 
 import torch
@@ -32,8 +33,8 @@ class NystromformerOptions(AttentionOptions):
 class NystromformerAttention(Attention):
     """K₁ Z K₃ v + conv(v), with Z ≈ K₂⁺. Exact attention where m ≥ N. Dropout acts on K₁.
 
-    The class token is a landmark of its own and the patches share the other m - 1 (docs/mechanisms.md has the
-    measurement behind it).
+    The class token is a landmark of its own; the patches share the other m - 1, each the mean of neighbours in the
+    grid (docs/mechanisms.md has the measurement behind it).
     """
 
     Options = NystromformerOptions
@@ -44,6 +45,10 @@ class NystromformerAttention(Attention):
         super().__init__(dim, num_heads, grid_size, options, **kwargs)
         self.num_landmarks, self.pinv_iterations = options.num_landmarks, options.pinv_iterations
         self.exact = self.num_landmarks >= self.num_tokens
+        if not self.exact and self.num_landmarks > 1:
+            # Derived from the grid, hence not in the state dict.
+            order = block_order(grid_size, self.num_landmarks - 1)
+            self.register_buffer("order", torch.cat([torch.zeros(1, dtype=torch.long), 1 + order]), persistent=False)
         w = options.conv_kernel_size
         # Depthwise over tokens: one kernel a head, the same for each of its channels.
         self.conv = (
@@ -72,6 +77,7 @@ class NystromformerAttention(Attention):
         """Tokens ``(B, H, N, d)`` to landmarks ``(B, H, m, d)``."""
         if self.num_landmarks == 1:
             return x.mean(dim=-2, keepdim=True)
+        x = x.index_select(-2, self.get_buffer("order"))
         return torch.cat([x[..., :1, :], segment_means(x[..., 1:, :], self.num_landmarks - 1)], dim=-2)
 
     def mixing_macs(self) -> int:
@@ -81,6 +87,19 @@ class NystromformerAttention(Attention):
         if self.exact:
             return 2 * n**2 * c + conv
         return 4 * n * m * c + 2 * m**2 * c + 4 * self.pinv_iterations * self.num_heads * m**3 + conv
+
+
+def block_order(grid_size: Grid, num_segments: int) -> Tensor:
+    """Order of the patches ``(P,)`` in which contiguous segments are compact blocks of the grid.
+
+    The grid is cut into bands about as high as a square block of P / num_segments patches; each band is read column
+    by column.
+    """
+    rows, columns = grid_size
+    height = ceil(sqrt(rows * columns / num_segments))
+    bands = ceil(rows / height)
+    row, column = torch.arange(rows)[:, None], torch.arange(columns)
+    return (((row * bands // rows) * columns + column) * rows + row).flatten().argsort()
 
 
 def segment_means(x: Tensor, m: int) -> Tensor:

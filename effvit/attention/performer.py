@@ -34,20 +34,17 @@ class PerformerAttention(Attention):
 
     def __init__(self, dim: int, num_heads: int, grid_size: Grid, options: PerformerOptions, **kwargs: Any) -> None:
         super().__init__(dim, num_heads, grid_size, options, **kwargs)
-        self.num_features, self.kernel, self.redraw_every = (
-            options.num_features,
-            options.kernel,
-            options.redraw_every,
-        )
+        self.num_features, self.kernel = options.num_features, options.kernel
+        self.redraw_every = options.redraw_every
         self.register_buffer("omega", draw_features(self.num_features, self.head_dim))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
-        with torch.autocast(q.device.type, enabled=False):  # exponentials and normaliser need float32's range
+        with torch.autocast(q.device.type, enabled=False):  # φ, its sums over tokens and 1 / them overflow float16
             phi_q, phi_k = self.features(q, over_tokens=False), self.features(k, over_tokens=True)
             normaliser = phi_q @ phi_k.sum(dim=-2).unsqueeze(-1)  # (B, H, N, 1)
             phi_q = F.dropout(phi_q / normaliser, self.dropout_p)
-        context_v = phi_k.to(v.dtype).transpose(-2, -1) @ v  # (B, H, m, e)
-        return phi_q.to(v.dtype) @ context_v
+            y = phi_q @ (phi_k.transpose(-2, -1) @ v.to(phi_k.dtype))
+        return y.to(v.dtype)
 
     def features(self, x: Tensor, over_tokens: bool) -> Tensor:
         """φ(x): ``(B, H, N, d)`` to positive features ``(B, H, N, m)``, in float32 at least.
@@ -64,7 +61,7 @@ class PerformerAttention(Attention):
         return (exponent - maximum).exp() * self.num_features**-0.5 + _EPS["softmax"]
 
     def after_step(self, step: int, generator: torch.Generator) -> None:
-        if self.redraw_every and step % self.redraw_every == 0:
+        if self.training and self.redraw_every and step % self.redraw_every == 0:
             self.omega.copy_(draw_features(self.num_features, self.head_dim, generator))
 
     def mixing_macs(self) -> int:

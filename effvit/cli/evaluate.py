@@ -22,6 +22,7 @@ def evaluate(
     from effvit.inference import check_fits, map_test_images, score_test_split
     from effvit.provenance import write_provenance
 
+    options.check_apart(output_dir, model_dir, dataset_dir)
     model = load_model(model_dir, pick_device(device))
     dataset = PreparedDataset.load(dataset_dir)
     check_fits(model, dataset)

@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from effvit.cli import options
-from effvit.cli.options import parse_options
 
 
 def train(
@@ -50,7 +49,10 @@ def train(
     from effvit.runs import train_to
     from effvit.vit import ViTConfig
 
-    mechanism_options = parse_options(option)
+    log = log_dir or Path(f"{output_dir}-log")
+    options.check_apart(output_dir, dataset_dir, log)
+    options.check_apart(log, dataset_dir, output_dir)
+    mechanism_options = options.parse_options(option)
     try:
         recipe = TrainConfig(
             epochs=epochs,
@@ -83,5 +85,4 @@ def train(
             "attention_options": mechanism_options,
         }
     )
-    log = log_dir or output_dir.with_name(f"{output_dir.name}-log")
     train_to(output_dir, log, config, dataset, recipe, seed=seed, horizontal_flip=horizontal_flip)

@@ -1,0 +1,78 @@
+"""``effvit benchmark``: what a model costs, beside the same model with ``fused`` attention."""
+
+from typing import Annotated
+
+import typer
+
+from effvit.cli import options
+
+
+def benchmark(
+    attention: options.Attention,
+    output_dir: options.OutputDir,
+    option: options.AttentionOptions = None,
+    image_size: options.ImageSize = 32,
+    patch_size: options.PatchSize = 4,
+    num_classes: Annotated[int, typer.Option(help="Number of classes.")] = 10,
+    hidden_size: options.HiddenSize = 48,
+    num_hidden_layers: options.NumLayers = 4,
+    num_attention_heads: options.NumHeads = 4,
+    intermediate_size: options.IntermediateSize = 192,
+    hidden_dropout_prob: Annotated[float, typer.Option(help="Dropout of embeddings, projections, MLP.")] = 0.0,
+    attention_probs_dropout_prob: Annotated[float, typer.Option(help="Dropout of attention.")] = 0.0,
+    batch_size: Annotated[int, typer.Option(help="Images of the benchmark batch.")] = 64,
+    memory_mib: Annotated[float, typer.Option(help="MiB that the largest batch may take.")] = 256,
+    budget_s: Annotated[float, typer.Option(help="Seconds of sampling each quantity.")] = 1.0,
+    threads: options.Threads = None,
+    device: options.Device = "auto",
+) -> None:
+    """Measure parameters, exact MACs, latency, throughput, training step and memory, each beside fused attention.
+
+    Writes model.json (always the same), cost.csv (measured) and provenance.json.
+    """
+    import pandas as pd
+    import torch
+    from rich.progress import track
+
+    from effvit.files import staged_dir, write_csv, write_json
+    from effvit.measure.benchmark import COST_STEPS, measure_cost, model_size
+    from effvit.measure.compare import measuring_device, require_positive
+    from effvit.measure.display import print_rows
+    from effvit.measure.latency import measuring_alone
+    from effvit.provenance import write_provenance
+    from effvit.vit import ViTConfig
+
+    require_positive(batch_size=batch_size, memory_mib=memory_mib, budget_s=budget_s, threads=threads)
+    where = measuring_device(device)
+    config = ViTConfig.from_dict(
+        {
+            "image_size": image_size,
+            "patch_size": patch_size,
+            "num_classes": num_classes,
+            "hidden_size": hidden_size,
+            "num_hidden_layers": num_hidden_layers,
+            "num_attention_heads": num_attention_heads,
+            "intermediate_size": intermediate_size,
+            "hidden_dropout_prob": hidden_dropout_prob,
+            "attention_probs_dropout_prob": attention_probs_dropout_prob,
+            "attention": attention,
+            "attention_options": options.parse_options(option),
+        }
+    )
+    if threads:
+        torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    with staged_dir(output_dir) as staged, measuring_alone():
+        size = model_size(config)
+        write_json(staged / "model.json", size)
+        steps = measure_cost(config, batch_size=batch_size, memory_mib=memory_mib, budget_s=budget_s, device=where)
+        rows = [row for rows in track(steps, f"measuring {attention}", COST_STEPS, transient=True) for row in rows]
+        write_csv(staged / "cost.csv", pd.DataFrame(rows).astype({"batch_size": "Int64", "n": "Int64"}))
+        settings: dict[str, object] = {"batch_size": batch_size, "memory_mib": memory_mib, "budget_s": budget_s}
+        settings |= {"device": str(where), "dtype": "float32", "model": config.model_dump()}
+        write_provenance(staged, settings)
+    print_rows(
+        f"{attention}: {size['parameters']:,} parameters, {size['macs'] / 1e6:,.2f} M multiply-adds an image",
+        rows,
+        ("quantity", "batch_size"),
+    )

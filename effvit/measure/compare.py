@@ -1,0 +1,116 @@
+"""A mechanism's cost beside ``fused``, with running out of memory or time as results."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from effvit.device import pick_device
+from effvit.errors import UserError
+from effvit.measure.latency import Call, interleaved, paired_ratio, stopwatch_for, summarise
+from effvit.measure.memory import is_out_of_memory, peak_bytes
+
+OK, OUT_OF_MEMORY, OVER_BUDGET = "ok", "out of memory", "over budget"
+LONGEST_CALL = 4  # times the sampling budget: longer calls would give too few samples for too much time
+Samples = NDArray[np.float64]
+Convert = Callable[[Samples], Samples]
+Row = dict[str, object]
+MakeCall = Callable[[], Call]
+"""Allocates what a call needs, so that memory running out there is a result as well."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Samples of a mechanism and of ``fused``; None where there are none, ``status`` then says why for the former."""
+
+    status: str
+    samples: Samples | None = None
+    fused: Samples | None = None
+
+    @classmethod
+    def single(cls, value: int | None, fused: int | None) -> "Comparison":
+        """One exact sample each; None is out of memory."""
+        if value is None:
+            return cls(OUT_OF_MEMORY)
+        return cls(OK, np.array([value], float), None if fused is None else np.array([fused], float))
+
+    def map(self, convert: Convert, convert_fused: Convert | None = None) -> "Comparison":
+        """Convert every sample, into another unit say."""
+        return Comparison(
+            self.status,
+            None if self.samples is None else convert(self.samples),
+            None if self.fused is None else (convert_fused or convert)(self.fused),
+        )
+
+    def row(self) -> Row:
+        """Columns ``median, q25, q75, p90, n, fused_median, ratio_to_fused, status``; None where not measured."""
+        row: Row = dict.fromkeys(("median", "q25", "q75", "p90", "n", "fused_median", "ratio_to_fused"))
+        if self.samples is not None:
+            row |= summarise(self.samples)
+            if self.fused is not None:
+                row["fused_median"] = float(np.median(self.fused))
+                row["ratio_to_fused"] = paired_ratio(self.samples, self.fused)
+        return row | {"status": self.status}
+
+
+def compare_seconds(make: MakeCall, fused: MakeCall | None, *, budget_s: float, device: torch.device) -> Comparison:
+    """Seconds of both calls, interleaved for ``budget_s``.
+
+    A call that takes more than ``LONGEST_CALL`` times that is over budget.
+    """
+    status, call = _try_out(make, LONGEST_CALL * budget_s, device)
+    if call is None:
+        return Comparison(status)
+    calls = {"this": call}
+    if fused is not None and (fused_call := _try_out(fused, LONGEST_CALL * budget_s, device)[1]) is not None:
+        calls["fused"] = fused_call
+    samples = interleaved(calls, budget_s=budget_s, device=device)
+    return Comparison(OK, samples["this"], samples.get("fused"))
+
+
+def compare_peaks(make: MakeCall, fused: MakeCall | None, *, device: torch.device) -> Comparison:
+    """Peak bytes of one call each; exact, hence a single sample."""
+    return Comparison.single(peak_or_none(make, device), None if fused is None else peak_or_none(fused, device))
+
+
+def peak_or_none(make: MakeCall, device: torch.device) -> int | None:
+    """Peak bytes of a call; None where memory runs out."""
+    try:
+        return peak_bytes(make(), device)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+
+
+def _try_out(make: MakeCall, limit_s: float, device: torch.device) -> tuple[str, Call | None]:
+    try:
+        call = make()
+        # Twice, since a first call may load code: only a second one over the limit says something of the mechanism.
+        fits = any(stopwatch_for(device)(call, 1) <= limit_s for _ in range(2))
+        return (OK, call) if fits else (OVER_BUDGET, None)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return OUT_OF_MEMORY, None
+
+
+def measuring_device(name: str) -> torch.device:
+    """Return the device to measure on; ``auto`` is CUDA where there is one, else the CPU.
+
+    Raises:
+        UserError: no such device here, or one whose peak memory PyTorch cannot tell exactly.
+    """
+    if name == "mps":
+        raise UserError("device=mps: peak memory cannot be told exactly there; measure on cpu or cuda")
+    return pick_device("cpu" if name == "auto" and not torch.cuda.is_available() else name)
+
+
+def require_positive(**values: float | None) -> None:
+    """Raise ``UserError`` naming the first value that is not a finite number above 0; None passes."""
+    for name, value in values.items():
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise UserError(f"{name}={value}: must be a number above 0")

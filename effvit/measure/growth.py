@@ -1,0 +1,60 @@
+"""Foretelling what more tokens will cost, so that what cannot be afforded is never tried."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from effvit.measure.compare import LONGEST_CALL, OK, OUT_OF_MEMORY, OVER_BUDGET, Samples
+from effvit.measure.memory import MIB
+
+
+def foretell(points: list[tuple[int, float]], tokens: int) -> float:
+    """Cost at ``tokens`` from costs at fewer tokens, on the curve a·N² + b·N (a, b ≥ 0) through the last two points.
+
+    Attention grows no faster than N². One point is taken as all quadratic, the worst case; without points nothing
+    is known and the answer is 0.
+    """
+    if not points:
+        return 0.0
+    n1, cost1 = points[-1]
+    if len(points) == 1:
+        return cost1 * (tokens / n1) ** 2
+    n0, cost0 = points[-2]
+    a = max(0.0, (cost1 / n1 - cost0 / n0) / (n1 - n0))
+    b = max(0.0, cost1 / n1 - a * n1)
+    return a * tokens**2 + b * tokens
+
+
+@dataclass
+class Budget:
+    """MiB of one call and seconds of sampling at a point, what smaller calls took, and what that has led to so far."""
+
+    memory_mib: float
+    sampling_s: float
+    status: str = OK
+    peaks: list[tuple[int, float]] = field(default_factory=list)
+    times: list[tuple[int, float]] = field(default_factory=list)
+
+    def foresee(self, tokens: int) -> str:
+        """Whether a call on so many tokens can be afforded; once one cannot, no larger one can."""
+        self._judge(foretell(self.peaks, tokens), foretell(self.times, tokens))
+        return self.status
+
+    def learn(self, tokens: int, peak: Samples | None, seconds: Samples | None) -> None:
+        """Take in what a call took, None where it was not measured."""
+        if peak is not None:
+            self.peaks.append((tokens, float(peak[0])))
+            self._judge(float(peak[0]), 0.0)
+        if seconds is not None:
+            self.times.append((tokens, float(np.median(seconds))))
+
+    def stop(self, status: str) -> None:
+        """Try nothing larger, for the reason ``status``."""
+        if self.status == OK:
+            self.status = status
+
+    def _judge(self, peak: float, seconds: float) -> None:
+        if peak > self.memory_mib * MIB:
+            self.stop(OUT_OF_MEMORY)
+        if seconds > LONGEST_CALL * self.sampling_s:
+            self.stop(OVER_BUDGET)

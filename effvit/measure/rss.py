@@ -1,0 +1,87 @@
+"""Resident memory of a training step as the operating system sees it, in a process of its own.
+
+A cross-check of ``memory.peak_bytes``: it also sees what libraries allocate outside PyTorch, and the allocator's
+waste. Run as ``python -m effvit.measure.rss`` this module is that process.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from effvit.measure.memory import is_out_of_memory
+from effvit.measure.workload import adamw, training_step
+from effvit.vit import ViT, ViTConfig
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def max_rss_bytes(configs: Sequence[ViTConfig], batch_size: int, device: torch.device) -> list[int | None]:
+    """Most resident bytes of one training step of each model, above a process in which all is built and warm.
+
+    The processes run at the same time. None for a process that ran out of memory.
+    """
+    workers = []
+    for config in configs:
+        job = {"config": config.model_dump(), "batch_size": batch_size, "device": str(device)}
+        job["threads"] = torch.get_num_threads()
+        command = [sys.executable, "-m", "effvit.measure.rss", json.dumps(job)]
+        workers.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    results = [(worker, *worker.communicate()) for worker in workers]
+    return [_result(worker, out, err) for worker, out, err in results]
+
+
+def _result(worker: "subprocess.Popen[str]", out: str, err: str) -> int | None:
+    if worker.returncode == 0:
+        return int(out)
+    if worker.returncode == -9 or is_out_of_memory(RuntimeError(err)):  # the kernel ends what asks for too much
+        return None
+    raise RuntimeError(f"effvit.measure.rss failed:\n{err}")
+
+
+def _measure(job: str) -> int:
+    settings = json.loads(job)
+    torch.set_num_threads(settings["threads"])
+    device = torch.device(settings["device"])
+    model = ViT(ViTConfig(**settings["config"])).to(device)
+    optimiser = adamw(model)
+    # Creates the optimiser's state, and loads the code that a step needs: resident memory too.
+    training_step(model, optimiser, 1, device)()
+    step = training_step(model, optimiser, settings["batch_size"], device)
+    before = _rss_reset_peak()
+    step()
+    return max(0, _peak_rss() - before)
+
+
+def _rss_reset_peak() -> int:
+    """Bytes resident now, from which the peak is counted."""
+    if not _STATUS.exists():
+        return _peak_rss()
+    try:
+        _CLEAR.write_text("5")
+    except OSError:
+        return _status_bytes("VmHWM")  # no permission: only what exceeds the earlier peak can be seen
+    return _status_bytes("VmRSS")
+
+
+def _peak_rss() -> int:
+    if _STATUS.exists():
+        # Not getrusage: on Linux its maximum is inherited from the process that started this one.
+        return _status_bytes("VmHWM")
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _status_bytes(field: str) -> int:
+    for line in _STATUS.read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{_STATUS} has no {field}")
+
+
+if __name__ == "__main__":
+    print(_measure(sys.argv[1]))

@@ -1,0 +1,69 @@
+"""The calls whose cost is measured: inference and a training step of a model, passes of one attention block."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from effvit.measure.latency import Call
+from effvit.vit import ViT
+
+
+def inference(model: ViT, batch_size: int, device: torch.device) -> Call:
+    """Forward pass of ``batch_size`` random images; puts the model into eval mode."""
+    model.eval()
+    images = _images(model, batch_size, device)
+
+    @torch.inference_mode()
+    def call() -> object:
+        return model(images)
+
+    return call
+
+
+def adamw(model: ViT) -> torch.optim.AdamW:
+    """Return an optimiser whose learning rate is zero: it does all its work and leaves the weights where they are."""
+    return torch.optim.AdamW(model.parameters(), lr=0.0)
+
+
+def training_step(model: ViT, optimiser: torch.optim.Optimizer, batch_size: int, device: torch.device) -> Call:
+    """Forward, backward and optimiser step on ``batch_size`` random images; puts the model into training mode."""
+    model.train()
+    images = _images(model, batch_size, device)
+    labels = torch.randint(model.config.num_classes, (batch_size,), device=device)
+
+    def call() -> None:
+        F.cross_entropy(model(images), labels).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    return call
+
+
+def block_forward(block: nn.Module, tokens: torch.Tensor) -> Call:
+    """Forward pass of a block on tokens ``(B, N, C)``; puts the block into eval mode."""
+    block.eval()
+
+    @torch.inference_mode()
+    def call() -> object:
+        return block(tokens)
+
+    return call
+
+
+def block_training(block: nn.Module, tokens: torch.Tensor) -> Call:
+    """Forward and backward pass, down to the tokens as inside a model; puts the block into training mode."""
+    block.train()
+    tokens = tokens.detach().requires_grad_()
+    gradient = torch.ones_like(tokens)
+
+    def call() -> None:
+        block(tokens).backward(gradient)
+        block.zero_grad()
+        tokens.grad = None
+
+    return call
+
+
+def _images(model: ViT, batch_size: int, device: torch.device) -> torch.Tensor:
+    config = model.config
+    return torch.randn(batch_size, config.num_channels, config.image_size, config.image_size, device=device)

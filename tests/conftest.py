@@ -1,0 +1,91 @@
+"""What several test modules need: a small prepared data set, a trained model, the command as a function."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models here are so small that threads only wait for one another
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+# The smallest ViT that learns the digits at all, and its flags.
+TINY = {
+    "patch_size": 4,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "initializer_range": 0.1,
+}
+TINY_FLAGS = [word for key, value in TINY.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+
+
+class Outcome(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory) -> Path:
+    """The digits at 16 x 16 pixels, prepared."""
+    from effvit.data import prepare
+
+    directory = tmp_path_factory.mktemp("prepared") / "digits"
+    prepare("digits", None, 16, directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def digits(digits_dir):
+    from effvit.data.prepared import PreparedDataset
+
+    return PreparedDataset.load(digits_dir)
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """Configuration of the tiny model for `digits`; keyword arguments change or add fields."""
+    from effvit.vit import ViTConfig
+
+    def make(**changes):
+        return ViTConfig(**({"image_size": 16, "num_classes": 10} | TINY | changes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, digits, tiny_config) -> Path:
+    """A directory with the model ``run`` and its log ``run-log``: fused attention, 3 epochs, every epoch kept."""
+    from effvit.config import TrainConfig
+    from effvit.runs import train_to
+
+    directory = tmp_path_factory.mktemp("trained")
+    recipe = TrainConfig(epochs=3, batch_size=64, lr=5e-3, warmup_epochs=0.5, save_every=1, device="cpu")
+    train_to(directory / "run", directory / "run-log", tiny_config(), digits, recipe, seed=0, horizontal_flip=False)
+    return directory
+
+
+@pytest.fixture
+def effvit(monkeypatch, capsys, tmp_path):
+    """Call the console script's own entry point, in `tmp_path` and in this process: effvit("train", ...)."""
+
+    def call(*arguments) -> Outcome:
+        from effvit.cli.app import main
+
+        monkeypatch.setattr(sys, "argv", ["effvit", *map(str, arguments)])
+        monkeypatch.setenv("TERMINAL_WIDTH", "100")
+        monkeypatch.chdir(tmp_path)
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        return Outcome(code, *capsys.readouterr())
+
+    return call

@@ -1,0 +1,79 @@
+import errno
+
+import pytest
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from effvit.errors import UserError, explain, one_line_errors
+
+
+class Inner(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    k: int = 1
+
+
+class Outer(BaseModel):
+    inner: Inner
+    a: int = 1
+    b: int = 2
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        if self.a > self.b:
+            raise ValueError(f"a={self.a}: must be at most b={self.b}")
+        return self
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"inner": {"k": 1.5}}, "study.inner.k=1.5: input should be a valid integer"),
+        ({"inner": {"m": 1}}, "study.inner.m: unknown option"),
+        ({}, "study.inner: missing"),
+        ({"inner": {}, "a": 3}, "study: a=3: must be at most b=2"),
+    ],
+)
+def test_validation_error_is_told_in_one_line_with_the_key_as_one_writes_it(values, told):
+    with pytest.raises(ValidationError) as caught:
+        Outer(**values)
+    assert explain(caught.value, "study") == told
+
+
+def test_every_problem_is_told(capsys):
+    with pytest.raises(ValidationError) as caught:
+        Outer(inner={"k": "x", "m": 1})
+    assert len(explain(caught.value).split("; ")) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (UserError("k=0:\n  too small"), "error: k=0: too small\n"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "x.png"),
+            "error: x.png: No such file or directory\n",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "error: No space left on device (free some space and run again)\n",
+        ),
+    ],
+)
+def test_error_a_user_can_mend_ends_the_process_with_one_line(capsys, error, line):
+    with pytest.raises(SystemExit) as end, one_line_errors():
+        raise error
+    assert end.value.code == 1
+    assert capsys.readouterr().err == line
+
+
+def test_interrupt_ends_the_process_as_shells_expect(capsys):
+    with pytest.raises(SystemExit) as end, one_line_errors():
+        raise KeyboardInterrupt
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), KeyError("a bug"), OSError("no errno: some library's own")])
+def test_bugs_keep_their_traceback(error):
+    with pytest.raises(type(error)) as caught, one_line_errors():
+        raise error
+    assert caught.value is error

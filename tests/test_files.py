@@ -1,0 +1,134 @@
+import errno
+import json
+import math
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from effvit.errors import UserError
+from effvit.files import staged_dir, staged_file, write_csv, write_json
+
+
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], check=False, capture_output=True
+    ).returncode:
+        pytest.skip("mounting a small tmpfs takes root")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_directory_appears_only_when_whole_and_replaces_the_old_one(tmp_path):
+    final = tmp_path / "out"
+    for content in ("old", "new"):
+        with staged_dir(final) as aside:
+            (aside / content).write_text(content)
+            assert not (final / content).exists()
+        assert names(final) == [content]
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_failure_leaves_the_old_directory_and_nothing_else(tmp_path, error):
+    final = tmp_path / "out"
+    final.mkdir()
+    (final / "old").touch()
+    with pytest.raises(error), staged_dir(final) as aside:
+        (aside / "half").touch()
+        raise error
+    assert names(tmp_path) == ["out"] and names(final) == ["old"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_failure_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    final = tmp_path / "out.png"
+    final.write_text("old")
+    with pytest.raises(error), staged_file(final) as aside:
+        aside.write_text("half")
+        raise error
+    assert names(tmp_path) == ["out.png"] and final.read_text() == "old"
+
+
+def test_file_or_link_in_the_place_of_a_directory_is_replaced_and_what_it_points_to_kept(tmp_path):
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "precious").touch()
+    (tmp_path / "link").symlink_to(kept)
+    (tmp_path / "file").touch()
+    for name in ("link", "file"):
+        with staged_dir(tmp_path / name) as aside:
+            (aside / "new").touch()
+        assert (tmp_path / name).is_dir() and not (tmp_path / name).is_symlink()
+    assert names(kept) == ["precious"]
+
+
+def test_directory_has_the_permissions_of_any_other(tmp_path):
+    (tmp_path / "usual").mkdir()
+    with staged_dir(tmp_path / "staged"):
+        pass
+    assert (tmp_path / "staged").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+@pytest.mark.parametrize("final", [".", "..", "sub/.."])
+def test_current_directory_is_never_replaced(tmp_path, monkeypatch, final):
+    (tmp_path / "here" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match="current directory"), staged_dir(Path(final)):
+        pass
+    assert (tmp_path / "here" / "sub").is_dir()
+
+
+def test_json_that_could_not_be_read_elsewhere_is_refused_and_leaves_nothing(tmp_path):
+    for value in (math.nan, math.inf):
+        with pytest.raises(ValueError):
+            write_json(tmp_path / "x.json", {"value": value})
+    assert names(tmp_path) == []
+
+
+def test_json_and_csv_read_back_the_same(tmp_path):
+    value = {"z": 1, "a": [0.1, 1e-300, None, "ä"]}
+    write_json(tmp_path / "x.json", value)
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == value
+    assert (tmp_path / "x.json").read_text(encoding="utf-8").index('"z"') < 10, "keys keep their order"
+    frame = pd.DataFrame({"n": np.arange(100), "x": np.random.default_rng(0).standard_normal(100)})
+    write_csv(tmp_path / "x.csv", frame)
+    assert np.array_equal(np.loadtxt(tmp_path / "x.csv", delimiter=",", skiprows=1), frame.to_numpy())
+
+
+def test_full_disk_names_the_file_and_leaves_the_old_one(small_disk):
+    final = small_disk / "x.json"
+    write_json(final, "old")
+    with pytest.raises(OSError) as caught:
+        write_json(final, "x" * 200_000)
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(final)
+    assert names(small_disk) == ["x.json"] and json.loads(final.read_text()) == "old"
+
+
+def test_full_disk_leaves_the_old_directory(small_disk):
+    final = small_disk / "out"
+    final.mkdir()
+    (final / "old").touch()
+    with pytest.raises(OSError) as caught, staged_dir(final) as aside:
+        (aside / "big").write_bytes(bytes(200_000))
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename is not None
+    assert names(small_disk) == ["out"] and names(final) == ["old"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_directory_that_may_not_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError) as caught, staged_dir(tmp_path / "file" / "out"):
+        pass
+    assert "file" in str(caught.value)

@@ -1,0 +1,153 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mechanisms import copy_maps, options_for, qkv_of
+
+from effvit import ViT, ViTConfig, build_attention
+from effvit.attention.hybrid import window_members
+
+
+def hybrid(grid=(6, 6), **options):
+    torch.manual_seed(0)
+    attention = build_attention("hybrid", 12, 3, grid, **options).double()
+    if attention.gate is not None:
+        torch.nn.init.normal_(attention.gate.weight)
+        torch.nn.init.normal_(attention.gate.bias)
+    return attention
+
+
+def neighbours(patch, grid, w, r):
+    """Patches in the window of a patch, by the definition: same phase, same window of that phase. Row-major numbers."""
+    rows, columns = grid
+
+    def window(number):
+        row, column = divmod(number, columns)
+        return row % r, column % r, row // r // w, column // r // w
+
+    return [other for other in range(rows * columns) if window(other) == window(patch)]
+
+
+def brute_force_map(attention, x, w, dilations, linear):
+    """The implied matrix, token by token and branch by branch."""
+    q, k, _ = qkv_of(attention, x)
+    grid, n, d = attention.grid_size, x.shape[1], q.shape[-1]
+    matrix = torch.zeros(*q.shape[:2], n, n, dtype=x.dtype)
+    matrix[:, :, 0] = (q[:, :, :1] @ k.mT / d**0.5).softmax(dim=-1)[:, :, 0]
+    branches = len(dilations) + linear
+    if branches > 1:
+        shares = (x @ attention.gate.weight.T + attention.gate.bias).softmax(dim=-1)
+    else:
+        shares = torch.ones(*x.shape[:2], 1, dtype=x.dtype)
+
+    def phi(t):
+        return torch.where(t > 0, t + 1, t.exp())
+
+    for token in range(1, n):
+        for branch, r in enumerate(dilations):
+            seen = [0] + [1 + other for other in neighbours(token - 1, grid, w, r)]
+            weights = torch.einsum("bhd,bhjd->bhj", q[:, :, token], k[:, :, seen]) / d**0.5
+            matrix[:, :, token, seen] += shares[:, None, token, branch, None] * weights.softmax(dim=-1)
+        if linear:
+            weights = torch.einsum("bhd,bhjd->bhj", phi(q[:, :, token]), phi(k))
+            matrix[:, :, token] += shares[:, None, token, -1, None] * weights / weights.sum(dim=-1, keepdim=True)
+    return matrix
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_a_loop_over_tokens_with_explicit_neighbour_sets_gives_the_same(data):
+    grid = data.draw(st.tuples(st.integers(1, 7), st.integers(1, 7)))
+    options = data.draw(options_for("hybrid", grid))
+    attention = hybrid(grid, **options)
+    x = torch.randn(2, 1 + grid[0] * grid[1], 12, dtype=torch.float64)
+    used = [r for r in options["dilations"] if ("regional" if r == 1 else "dilated") in options["branches"]]
+    expected = brute_force_map(attention, x, options["window_size"], used, "linear" in options["branches"])
+    y, matrix = attention(x, return_map=True)
+    torch.testing.assert_close(matrix, expected, rtol=1e-4, atol=1e-5)
+    v = qkv_of(attention, x)[2]
+    torch.testing.assert_close(y, attention.proj((expected @ v).transpose(1, 2).flatten(2)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 4), (1, 4)])
+def test_one_window_over_the_whole_grid_is_fused_class_token_included(grid):
+    fused = build_attention("fused", 12, 3, grid)
+    one = build_attention("hybrid", 12, 3, grid, window_size=4, dilations=[1], branches=["regional"])
+    x = torch.randn(2, 1 + grid[0] * grid[1], 12)
+    torch.testing.assert_close(copy_maps(fused, one)(x), fused(x), rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(grid=st.tuples(st.integers(1, 9), st.integers(1, 9)), w=st.integers(1, 5), r=st.integers(1, 4))
+def test_windows_are_a_partition_that_never_wraps(grid, w, r):
+    members = window_members(grid, w, r)
+    assert sorted(members[members >= 0].tolist()) == list(range(grid[0] * grid[1]))
+    for window in members:
+        inside = window[window >= 0]
+        for side in (inside // grid[1], inside % grid[1]):
+            assert side.max() - side.min() <= (w - 1) * r
+
+
+def test_a_patch_sees_its_window_and_the_class_token_only():
+    attention = hybrid((5, 7), window_size=2, dilations=[2], branches=["dilated"])
+    _, matrix = attention(torch.randn(1, 36, 12, dtype=torch.float64), return_map=True)
+    for patch in range(35):
+        seen = matrix[0, 0, 1 + patch].nonzero().flatten().tolist()
+        assert seen == [0] + [1 + other for other in neighbours(patch, (5, 7), 2, 2)]
+
+
+@pytest.mark.parametrize(
+    "branches, shares",
+    [
+        (["regional"], 1),
+        (["dilated"], 1),
+        (["linear"], 1),
+        (["regional", "linear"], 2),
+        (["regional", "dilated"], 2),
+        (["regional", "dilated", "linear"], 3),
+    ],
+)
+def test_every_subset_of_branches_is_a_mechanism_and_a_gate_is_there_only_for_several(branches, shares):
+    attention = build_attention("hybrid", 12, 3, (4, 4), branches=branches)
+    assert len(attention.branch_names) == shares
+    assert (attention.gate is None) == (shares == 1)
+
+
+@pytest.mark.parametrize("in_model", [False, True])
+def test_the_gate_starts_with_equal_shares(in_model):
+    if in_model:
+        model = ViT(ViTConfig(image_size=16, attention="hybrid", initializer_range=0.3))
+        attention, width = model.attentions()[1], 48
+    else:
+        attention, width = build_attention("hybrid", 12, 3, (4, 4)), 12
+    shares = attention.gate_shares(torch.randn(2, 17, width))
+    torch.testing.assert_close(shares, torch.full((2, 16, 3), 1 / 3))
+
+
+def test_shares_sum_to_one_and_follow_the_token():
+    shares = hybrid(window_size=3).gate_shares(torch.randn(2, 37, 12, dtype=torch.float64))
+    torch.testing.assert_close(shares.sum(dim=-1), torch.ones(2, 36, dtype=torch.float64))
+    assert shares.std(dim=1).min() > 0.01
+
+
+@pytest.mark.parametrize("scale", [-100.0, 100.0])
+def test_queries_far_below_zero_do_not_divide_zero_by_zero(scale):
+    attention = build_attention("hybrid", 3, 3, (4, 4), branches=["linear"])  # heads of width 1
+    assert attention(torch.randn(2, 17, 3) * scale).isfinite().all()
+
+
+def test_its_macs_grow_linearly_with_the_grid():
+    def mixing(side):
+        return build_attention("hybrid", 12, 3, (side, side)).mixing_macs()
+
+    # 8, 16, 32 patches a side are tiled without a rest: the cost of a patch is the same, that of the class token too.
+    per_patch = [(mixing(2 * side) - mixing(side)) / (3 * side**2) for side in (8, 16, 32)]
+    assert per_patch[0] == per_patch[1] == per_patch[2]
+
+
+def test_its_macs_are_the_closed_form():
+    n, p, c, d, w = 37, 36, 12, 4, 3
+    windows = 2 * 2 * p * c * (w**2 + 1)  # both dilations tile 6 x 6
+    linear = n * c * d + p * c * d + p * c
+    expected = 4 * n * c**2 + 2 * n * c + windows + linear + p * c * 3
+    assert hybrid(window_size=3).macs() == expected

@@ -1,0 +1,320 @@
+import json
+import math
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from effvit.checkpoint import load_model
+from effvit.config import TrainConfig
+from effvit.data.prepared import PreparedDataset
+from effvit.data.transforms import to_float
+from effvit.errors import UserError
+from effvit.evaluation import predict_logits
+from effvit.runs import Best, train_to
+from effvit.training import DivergedError, Epoch, augmented, fit, make_fabric, parameter_groups, schedule
+from effvit.vit import ViT
+
+RECIPE = {"epochs": 2, "batch_size": 128, "lr": 3e-3, "crop_padding": 1, "device": "cpu"}
+
+
+@pytest.fixture
+def run(tmp_path, digits, tiny_config):
+    """Train into tmp_path/<name> and tmp_path/<name>-log; keywords are of the recipe or the model."""
+
+    def start(name="run", seed=0, dataset=digits, flip=False, **changes):
+        recipe = {key: changes.pop(key) for key in list(changes) if key in TrainConfig.model_fields}
+        train_to(
+            tmp_path / name,
+            tmp_path / f"{name}-log",
+            tiny_config(**changes),
+            dataset,
+            TrainConfig(**(RECIPE | recipe)),
+            seed=seed,
+            horizontal_flip=flip,
+        )
+        return tmp_path / name
+
+    return start
+
+
+def visible(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+MECHANISMS = [
+    {"attention": "linformer", "attention_options": {"k": 4}, "hidden_dropout_prob": 0.1},
+    {"attention": "performer", "attention_options": {"num_features": 8, "redraw_every": 3}},
+]
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS, ids=lambda m: m["attention"])
+def test_training_again_gives_the_same_bytes_and_another_seed_others(run, tmp_path, mechanism):
+    for name, seed in (("one", 0), ("two", 0), ("other", 1)):
+        run(name, seed=seed, flip=True, label_smoothing=0.1, clip_norm=1.0, **mechanism)
+    for path in ("{}/model.safetensors", "{}/config.json", "{}-log/history.csv"):
+        one, two, other = (tmp_path.joinpath(path.format(name)).read_bytes() for name in ("one", "two", "other"))
+        assert one == two
+        assert (one == other) == path.endswith("config.json")
+
+
+def test_random_features_are_redrawn_while_training(digits, tiny_config):
+    omegas = []
+    config = tiny_config(attention="performer", attention_options={"num_features": 8, "redraw_every": 3})
+    for _, model in fit(config, digits, TrainConfig(**RECIPE), seed=0, horizontal_flip=False):
+        omegas.append(model.attentions()[0].omega.clone())
+    assert not torch.equal(*omegas)
+
+
+class WatchedRows(np.ndarray):
+    """Images that note which rows are read."""
+
+    def __getitem__(self, index):
+        if isinstance(index, np.ndarray):
+            self.seen.append(index.copy())
+        return super().__getitem__(index)
+
+
+def test_only_training_rows_are_trained_on_and_the_test_split_is_never_read(digits, tiny_config):
+    class NoTestSplit(PreparedDataset):
+        def split(self, name):
+            assert name != "test", "the test split was read"
+            return super().split(name)
+
+    # Validation images all white and test arrays gone: neither may change what is learnt.
+    arrays = {name: array for name, array in digits.arrays.items() if not name.startswith("test")}
+    white = digits.arrays["train_images"].copy()
+    white[arrays["validation_indices"]] = 255
+    fields = {key: value for key, value in vars(digits).items() if key != "arrays"}
+    histories = []
+    for images in (arrays["train_images"], white):
+        watched = images.view(WatchedRows)
+        watched.seen = []
+        dataset = NoTestSplit(**fields, arrays=arrays | {"train_images": watched})
+        steps = []
+
+        def note(count, loss, accuracy, steps=steps, watched=watched):
+            steps.append((count, loss, len(watched.seen)))
+
+        list(fit(tiny_config(), dataset, TrainConfig(**RECIPE), seed=0, horizontal_flip=False, on_step=note))
+        histories.append([loss for _, loss, _ in steps])
+        per_epoch = len(steps) // 2
+        first_epoch = np.concatenate(watched.seen[:per_epoch])
+        assert np.array_equal(np.sort(first_epoch), np.sort(arrays["train_indices"])), "each training row once an epoch"
+        assert sum(count for count, _, _ in steps) == 2 * digits.counts["train"]
+    assert histories[0] == histories[1]
+
+
+def test_saved_model_is_the_best_by_validation(trained, digits):
+    history = pd.read_csv(trained / "run-log" / "history.csv")
+    images, labels = digits.split("validation")
+
+    def accuracy(directory):
+        logits = predict_logits(load_model(directory), images, digits.mean, digits.std, 50)
+        return float((logits.argmax(1).numpy() == labels).mean())
+
+    assert accuracy(trained / "run") == pytest.approx(history["val_accuracy"].max())
+    for epoch, expected in zip(history["epoch"], history["val_accuracy"], strict=True):
+        assert accuracy(trained / "run" / f"epoch-{epoch:03d}") == pytest.approx(expected)
+    assert history["train_loss"].is_monotonic_decreasing, "it learns"
+
+
+def epoch_of(accuracy, loss):
+    return Epoch(1, 0.1, 1.0, 0.5, loss, accuracy, 1.0, 1.0)
+
+
+def test_best_is_the_first_of_the_most_accurate_and_of_those_the_surest(tiny_config):
+    best, model = Best(), ViT(tiny_config())
+    offers = [(0.5, 1.0), (0.6, 2.0), (0.6, 1.5), (0.6, 1.5), (0.4, 0.1), (0.6, 1.9)]
+    assert [best.offer(epoch_of(*offer), model) for offer in offers] == [True, True, True, False, False, False]
+
+
+def test_best_is_a_copy_that_later_steps_do_not_change(tiny_config):
+    best, model = Best(), ViT(tiny_config())
+    best.offer(epoch_of(0.5, 1.0), model)
+    before = model.head.weight.detach().clone()
+    nn.init.zeros_(model.head.weight)
+    assert torch.equal(best.weights["head.weight"], before)
+
+
+def test_log_has_a_row_an_epoch_and_measured_columns_apart(trained):
+    history = pd.read_csv(trained / "run-log" / "history.csv")
+    timing = pd.read_csv(trained / "run-log" / "timing.csv")
+    names = ["epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy"]
+    assert list(history.columns) == names and history["epoch"].tolist() == [1, 2, 3]
+    assert list(timing.columns) == ["epoch", "seconds", "images_per_second"] and (timing["seconds"] > 0).all()
+    assert visible(trained / "run-log") == ["history.csv", "provenance.json", "timing.csv"]
+
+
+def test_save_every_keeps_the_epochs_it_names(run):
+    assert visible(run(epochs=3, save_every=2)) == ["config.json", "epoch-002", "model.safetensors"]
+
+
+@pytest.mark.parametrize("warmup_epochs", [0.0, 0.5, 2.0, 3.0])
+def test_learning_rate_rises_linearly_then_falls_as_half_a_cosine(warmup_epochs):
+    recipe, steps = TrainConfig(epochs=10, batch_size=1, lr=1.0, warmup_epochs=warmup_epochs), 20
+    warmup, total = int(warmup_epochs * steps), 200
+    factors = np.array([schedule(step, steps, recipe) for step in range(total)])
+    assert np.allclose(factors[:warmup], np.arange(1, warmup + 1) / max(warmup, 1))
+    x = np.arange(total - warmup) / (total - warmup)
+    assert np.allclose(factors[warmup:], np.cos(np.pi * x / 2) ** 2)  # half-angle form of (1 + cos πx) / 2
+    assert factors.max() == 1 and 0 < factors[-1] < 1e-3
+
+
+def test_logged_learning_rate_is_that_of_the_epochs_last_step(trained, digits):
+    steps = math.ceil(digits.counts["train"] / 64)
+    recipe = TrainConfig(epochs=3, batch_size=64, lr=5e-3, warmup_epochs=0.5)
+    expected = [5e-3 * schedule(epoch * steps - 1, steps, recipe) for epoch in (1, 2, 3)]
+    assert np.allclose(pd.read_csv(trained / "run-log" / "history.csv")["lr"], expected)
+
+
+@pytest.mark.parametrize(
+    ("attention", "options"),
+    [("fused", {}), ("linformer", {"k": 4, "share": "kv"}), ("nystromformer", {}), ("hybrid", {"window_size": 2})],
+)
+def test_weight_decay_spares_biases_norms_positions_and_class_token(tiny_config, attention, options):
+    model = ViT(tiny_config(attention=attention, attention_options=options))
+    exempt = {id(model.cls_token), id(model.pos_embed)}
+    for module in model.modules():
+        if isinstance(getattr(module, "bias", None), nn.Parameter):
+            exempt.add(id(module.bias))
+        if isinstance(module, nn.LayerNorm):
+            exempt.add(id(module.weight))
+    groups = {group["weight_decay"]: group["params"] for group in parameter_groups(model, 0.3)}
+    assert {id(p) for p in groups[0.0]} == exempt
+    assert {id(p) for p in groups[0.3]} == {id(p) for p in model.parameters()} - exempt
+    assert sum(map(len, groups.values())) == len(list(model.parameters())), "none twice"
+
+
+def test_without_augmentation_a_batch_is_the_rows_as_they_are(digits):
+    images, _ = digits.split("train")
+    rows = torch.tensor([5, 0, 7])
+    batch = augmented(images, rows, digits, 0, False, torch.device("cpu"), torch.Generator().manual_seed(0))
+    plain = np.stack([images[int(row)] for row in rows]) / 255
+    expected = (plain - np.array(digits.mean)) / np.array(digits.std)
+    assert np.allclose(batch.permute(0, 2, 3, 1).numpy(), expected, atol=1e-5)
+    assert torch.equal(batch, to_float(torch.from_numpy(images[rows.numpy()]), digits.mean, digits.std))
+
+
+def test_divergence_in_the_first_epoch_is_told_and_leaves_nothing(run, tmp_path):
+    with pytest.raises(DivergedError) as caught:
+        run(lr=1e30)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in ("loss became", "epoch 1", "step 2 of 11", "learning rate", "e+29", "train.lr"):
+        assert part in message
+    assert visible(tmp_path) == []
+
+
+def break_after(monkeypatch, steps):
+    """Weights that stop being numbers at an optimiser step, as too high a learning rate makes them."""
+    step, done = torch.optim.AdamW.step, []
+
+    def breaking(self, *args, **kwargs):
+        result = step(self, *args, **kwargs)
+        done.append(1)
+        if len(done) == steps:
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].fill_(math.nan)
+        return result
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", breaking)
+
+
+def test_divergence_later_keeps_the_best_model_so_far_aside(run, tmp_path, digits, monkeypatch):
+    run("good", epochs=2, save_every=1)
+    break_after(monkeypatch, 15)
+    with pytest.raises(DivergedError, match="epoch 2, step 5 of 11"):
+        run("bad", epochs=2)
+    assert visible(tmp_path) == ["bad.diverged", "good", "good-log"]
+    kept, same_epoch = load_model(tmp_path / "bad.diverged"), load_model(tmp_path / "good" / "epoch-001")
+    for name, tensor in kept.state_dict().items():
+        assert torch.equal(tensor, same_epoch.state_dict()[name])
+
+
+def test_divergence_at_the_very_last_step_is_not_taken_for_success(run, tmp_path, monkeypatch):
+    break_after(monkeypatch, 22)
+    with pytest.raises(DivergedError, match="validation loss became nan at epoch 2, step 11 of 11"):
+        run(epochs=2)
+    assert visible(tmp_path) == ["run.diverged"]
+
+
+def test_earlier_model_survives_a_run_that_fails(run, tmp_path, monkeypatch):
+    before = (run() / "model.safetensors").read_bytes()
+    break_after(monkeypatch, 1)
+    with pytest.raises(DivergedError):
+        run()
+    assert visible(tmp_path) == ["run", "run-log"]
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+
+
+def test_device_that_is_not_there_is_a_user_error():
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="device=cuda"):
+            make_fabric("cuda")
+    assert make_fabric("cpu").device.type == "cpu"
+
+
+def test_batch_larger_than_the_data_set_is_one_step(digits, tiny_config):
+    steps = []
+    recipe = TrainConfig(**(RECIPE | {"batch_size": 5000, "epochs": 1}))
+    list(fit(tiny_config(), digits, recipe, seed=0, horizontal_flip=False, on_step=lambda n, *_: steps.append(n)))
+    assert steps == [digits.counts["train"]]
+
+
+def test_losses_are_those_of_plain_cross_entropy(digits, tiny_config):
+    """One step over all rows: the logged training loss is the untrained model's."""
+    recipe = TrainConfig(epochs=1, batch_size=5000, lr=1e-9, weight_decay=0.0, device="cpu")
+    ((epoch, model),) = fit(tiny_config(), digits, recipe, seed=0, horizontal_flip=False)
+    for split, loss, accuracy in (
+        ("train", epoch.train_loss, epoch.train_accuracy),
+        ("validation", epoch.val_loss, epoch.val_accuracy),
+    ):
+        images, labels = digits.split(split)
+        logits = predict_logits(model, images, digits.mean, digits.std, 100).double().numpy()
+        log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+        assert loss == pytest.approx(-log_p[np.arange(len(labels)), labels].mean(), rel=1e-4)
+        assert accuracy == pytest.approx((logits.argmax(1) == labels).mean(), abs=2e-3)
+
+
+def start_long_run(digits_dir, output_dir):
+    code = "from effvit.cli.app import main; main()"
+    command = [sys.executable, "-c", code, "train", "--dataset-dir", digits_dir, "--output-dir", output_dir]
+    command += ["--epochs", "100000", "--save-every", "1", "--hidden-size", "16", "--num-hidden-layers", "1"]
+    process = subprocess.Popen([*map(str, command), "--device", "cpu"], stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if line.startswith("epoch   2/"):
+            return process
+    raise AssertionError("it never came to its second epoch")
+
+
+def test_killed_run_leaves_no_output_and_the_next_one_works(run, tmp_path, digits_dir):
+    process = start_long_run(digits_dir, tmp_path / "run")
+    process.kill()
+    process.communicate()
+    left = visible(tmp_path)
+    assert all(name.startswith(".") for name in left)
+    run(epochs=1)
+    assert visible(tmp_path) == sorted([*left, "run", "run-log"])
+    load_model(tmp_path / "run")
+
+
+def test_interrupted_run_says_so_and_leaves_nothing(tmp_path, digits_dir):
+    process = start_long_run(digits_dir, tmp_path / "run")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert visible(tmp_path) == []
+
+
+def test_recipe_is_recorded_beside_the_log(run, tmp_path):
+    run(seed=3, epochs=1)
+    config = json.loads((tmp_path / "run-log" / "provenance.json").read_text())["config"]
+    assert config["seed"] == 3 and config["train"]["epochs"] == 1 and config["dataset"] == "digits"
+    assert config["model"] == load_model(tmp_path / "run").config.model_dump()
