@@ -175,9 +175,9 @@ def test_a_queued_sweep_runs_in_checkouts_of_its_own(repository: Repository) -> 
     )
     experiments = repository.run("dvc exp list --name-only").split()
     summaries = [json.loads(repository.run(f"git show {name}:metrics/summary.json")) for name in experiments]
-    assert [["linformer"], ["performer"]] == sorted(
-        mechanisms for one in summaries if len(mechanisms := list(one["digits"])) == 1 and "k" not in one
-    )[-2:]
+    assert sorted(mechanisms for one in summaries if len(mechanisms := list(one["digits"])) == 1 and "k" not in one)[
+        -2:
+    ] == [["linformer"], ["performer"]]
 
 
 def test_exp_show_is_readable_at_160_columns(repository: Repository) -> None:

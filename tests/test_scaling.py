@@ -28,12 +28,20 @@ def status(table, tokens):
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Small products are quickest on one thread, above all beside other processes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def clock(monkeypatch):
+    """Make every call, but let it take 10 ms, or what ``clock`` says for it: statuses must not hang on real time."""
+    seconds = {}
+
+    def stopwatch_for(device):
+        def measure(call, repeats):
+            call()
+            return seconds.get(call, 0.01) * repeats
+
+        return measure
+
+    monkeypatch.setattr(compare, "stopwatch_for", stopwatch_for)
+    monkeypatch.setattr(latency, "stopwatch_for", stopwatch_for)
+    return seconds
 
 
 @pytest.fixture
@@ -97,21 +105,13 @@ def test_a_large_point_alone_is_foreseen_from_smaller_ones_which_are_no_rows(bui
     assert built and max(built) < 16385
 
 
-def test_points_beyond_the_time_are_rows_and_are_not_tried(monkeypatch, built):
-    slow = set()
-
+def test_points_beyond_the_time_are_rows_and_are_not_tried(monkeypatch, built, clock):
     def forward(block, tokens):
         call = block_forward(block, tokens)
-        if tokens.shape[1] >= 65:
-            slow.add(call)
+        clock[call] = 100.0 if tokens.shape[1] >= 65 else 0.01
         return call
 
-    def stopwatch_for(device):
-        return lambda call, repeats: (100.0 if call in slow else 0.01) * repeats
-
     monkeypatch.setitem(module.MODES, "forward", forward)
-    monkeypatch.setattr(compare, "stopwatch_for", stopwatch_for)
-    monkeypatch.setattr(latency, "stopwatch_for", stopwatch_for)
     table = measure(tokens=(17, 65, 257), budget_s=1.0)
     assert [status(table, n)["forward"] for n in (17, 65, 257)] == [
         "ok",
@@ -119,6 +119,29 @@ def test_points_beyond_the_time_are_rows_and_are_not_tried(monkeypatch, built):
         "over budget",
     ]
     assert set(table.loc[table["mode"] == "train", "status"]) == {"ok"}
+
+
+def test_one_slow_small_point_refuses_no_larger_one_that_was_never_tried(monkeypatch, clock):
+    def forward(block, tokens):
+        call = block_forward(block, tokens)
+        clock[call] = 3.0 if tokens.shape[1] == 17 else 0.01  # within the limit of 4 s, and not what tokens cost
+        return call
+
+    monkeypatch.setitem(module.MODES, "forward", forward)
+    assert set(measure(tokens=(17, 65, 257), budget_s=1.0)["status"]) == {"ok"}
+
+
+def test_two_points_on_their_way_over_the_budget_do_refuse_a_larger_one(monkeypatch, clock, built):
+    def forward(block, tokens):
+        call = block_forward(block, tokens)
+        clock[call] = 1e-5 * tokens.shape[1] ** 2  # 4.2 s at 650 tokens
+        return call
+
+    monkeypatch.setitem(module.MODES, "forward", forward)
+    monkeypatch.setitem(module.MODES, "train", forward)
+    table = measure(tokens=(65, 257, 1025), budget_s=1.0)
+    assert status(table, 1025) == {"forward": "over budget", "train": "over budget"}
+    assert max(built) == 257
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])

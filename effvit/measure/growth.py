@@ -36,8 +36,13 @@ class Budget:
     times: list[tuple[int, float]] = field(default_factory=list)
 
     def foresee(self, tokens: int) -> str:
-        """Whether a call on so many tokens can be afforded; once one cannot, no larger one can."""
-        self._judge(foretell(self.peaks, tokens), foretell(self.times, tokens))
+        """Whether a call on so many tokens can be afforded; once one cannot, no larger one can.
+
+        Memory is judged from one point on, as trying too much of it can end the process. Time is judged from two:
+        a single short call is mostly overhead, and calling it quadratic would refuse what was never tried.
+        """
+        seconds = foretell(self.times, tokens) if len(self.times) > 1 else 0.0
+        self._judge(foretell(self.peaks, tokens), seconds)
         return self.status
 
     def learn(self, tokens: int, peak: Samples | None, seconds: Samples | None) -> None:

@@ -96,7 +96,7 @@ def measure_scaling(
         for mode in MODES
     }
     for count in with_probes(block, tokens):
-        rows = [row for mode in MODES for row in _point(count, *subjects[mode], only_memory=count not in tokens)]
+        rows = [row for mode in MODES for row in _point(count, *subjects[mode])]
         if count in tokens:
             yield rows
 
@@ -104,7 +104,7 @@ def measure_scaling(
 def with_probes(block: Block, tokens: Sequence[int]) -> list[int]:
     """Add token counts so that none has more than four times the patches of the one before, from 65 tokens on.
 
-    The memory measured there foretells what the larger ones need, before they are tried.
+    What is measured there foretells what the larger ones need, before they are tried.
     """
     counts: list[int] = []
     for count in sorted(set(tokens)):
@@ -130,13 +130,13 @@ class _Subject:
         return MODES[self.mode](module, torch.randn(self.batch_size, tokens, self.block.dim, device=self.device))
 
 
-def _point(tokens: int, this: _Subject, fused: _Subject, *, only_memory: bool) -> list[Row]:
+def _point(tokens: int, this: _Subject, fused: _Subject) -> list[Row]:
     time = memory = Comparison(this.budget.foresee(tokens))
     if time.status == OK:
         make = partial(this.make, tokens)
         make_fused = partial(fused.make, tokens) if fused.budget.foresee(tokens) == OK else None
-        if not only_memory:  # before memory, so that nothing is left which only a first call allocates
-            time = compare_seconds(make, make_fused, budget_s=this.budget.sampling_s, device=this.device)
+        # Time before memory, so that nothing is left which only a first call allocates.
+        time = compare_seconds(make, make_fused, budget_s=this.budget.sampling_s, device=this.device)
         if time.status != OUT_OF_MEMORY:
             memory = compare_peaks(make, make_fused, device=this.device)
         this.budget.learn(tokens, memory.samples, time.samples)
@@ -145,7 +145,7 @@ def _point(tokens: int, this: _Subject, fused: _Subject, *, only_memory: bool) -
             this.budget.stop(status)
         if memory.fused is None:
             fused.budget.stop(OUT_OF_MEMORY)
-        elif time.fused is None and time.status == OK and not only_memory:
+        elif time.fused is None and time.status == OK:
             fused.budget.stop(OVER_BUDGET)
         if this.budget.status == OUT_OF_MEMORY:
             time = memory = Comparison(OUT_OF_MEMORY)
