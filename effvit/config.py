@@ -12,6 +12,7 @@ from effvit.vit import ViTConfig
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy takes
 
 
 def _distinct(values: list[int]) -> list[int]:
@@ -91,7 +92,7 @@ class Study(_Strict):
     dataset: dict[str, DatasetConfig] = Field(min_length=1)
     model: ModelConfig
     train: TrainConfig
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_distinct)]
+    seeds: Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct)]
     benchmark: BenchmarkConfig
     scaling: ScalingConfig
 

@@ -17,7 +17,7 @@ from effvit.errors import UserError, explain
 class ViTConfig(BaseModel):
     """Shape of a ViT, in Hugging Face's names; raises pydantic's ``ValidationError`` (a ``ValueError``) if invalid."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     image_size: int = Field(32, ge=1)
     patch_size: int = Field(4, ge=1)

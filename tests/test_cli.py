@@ -62,6 +62,7 @@ def test_every_command_and_option_is_explained(effvit):
         (["train", "--dataset-dir", "d", "--output-dir", "o", "--epochs", "x"], "'--epochs'"),
         (["train", "--dataset-dir", "d", "--output-dir", "o", "--bogus", "1"], "--bogus"),
         (["train", "--dataset-dir", "d", "--output-dir", "o", "--seed", "-1"], "'--seed'"),
+        (["train", "--dataset-dir", "d", "--output-dir", "o", "--seed", "4294967296"], "'--seed'"),
         (["evaluate", "--model-dir", "m"], "Missing option"),
         (["predict"], "Missing"),
         (["predict", "x.png", "--model-dir", "m", "--dataset-dir", "d", "--top", "0"], "'--top'"),

@@ -46,6 +46,7 @@ def test_one_mechanism_alone_is_a_study(tmp_path):
         ({"seeds": []}, ["seeds"]),
         ({"seeds": [0, 0]}, ["seeds", "once"]),
         ({"seeds": [-1]}, ["seeds.0=-1"]),
+        ({"seeds": [2**32]}, ["seeds.0=4294967296"]),
         ({"typo": 1}, ["typo", "unknown"]),
         ({"train__learning_rate": 1}, ["train.learning_rate", "unknown"]),
         ({"train__epochs": REMOVED}, ["train.epochs", "missing"]),

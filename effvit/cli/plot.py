@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from effvit.cli.options import Attentions, Datasets, MetricsDir, OutputDir
+from effvit.cli.options import Attentions, Datasets, MetricsDir, OutputDir, check_apart
 from effvit.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def plot(
     from effvit.data.samples import sample_sheet
     from effvit.files import staged_dir
 
-    _check_apart(output_dir, data_dir, metrics_dir, prepared_dir)
+    check_apart(output_dir, data_dir, metrics_dir, prepared_dir)
     prepared = {d: PreparedDataset.load(prepared_dir / d) for d in datasets}
     maps = {d: _maps(metrics_dir / "cells" / d, attentions, seed, len(prepared[d].classes)) for d in datasets}
     rows = {(t, d): _select(data_dir, t, attentions, d) for t in ("curves", "tradeoff", "confusion") for d in datasets}
@@ -57,12 +57,6 @@ def plot(
             for name, figure in pictures.items():
                 figures.save(figure, aside / f"{dataset}-{name}.png")
     typer.echo(f"{1 + len(datasets) * len(pictures)} figures in {output_dir}")
-
-
-def _check_apart(output_dir: Path, *inputs: Path) -> None:
-    for directory in inputs:
-        if directory.resolve().is_relative_to(output_dir.resolve()):
-            raise UserError(f"--output-dir {output_dir}: is replaced as a whole, and {directory} with it; name another")
 
 
 def _select(data_dir: Path, table: str, attentions: list[str], dataset: str | None = None) -> "pd.DataFrame":

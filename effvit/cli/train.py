@@ -13,7 +13,7 @@ def train(
     output_dir: options.OutputDir,
     attention: options.Attention = "fused",
     option: options.AttentionOptions = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of weights, data order and augmentation.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of weights, data order and augmentation.")] = 0,
     log_dir: Annotated[
         Path | None, typer.Option(help="Directory for history.csv, timing.csv; <output-dir>-log if not given.")
     ] = None,
