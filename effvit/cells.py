@@ -14,6 +14,7 @@ from effvit.errors import UserError
 
 _MEASURED = {"quantity": str, "unit": str, "median": float, "q25": float, "q75": float, "ratio_to_fused": float}
 _HISTORY = ["epoch", "train_loss", "val_loss", "train_accuracy", "val_accuracy"]
+_ENVIRONMENT = ["time", "git_revision", "python", "platform", "cpu", "cpu_count", "threads", "accelerator"]
 _MAPS = {"images": 4, "labels": 1, "predictions": 1, "maps": 3}  # number of dimensions
 
 
@@ -70,14 +71,31 @@ def scaling(directory: Path) -> pd.DataFrame:
     return table.merge(macs.astype({"macs": "Int64"}), on="tokens", how="left")
 
 
-def _read_json(path: Path, stage: str, keys: Sequence[str]) -> dict[str, float]:
+def provenance(directory: Path, stage: str) -> dict[str, Any]:
+    """Code, versions and hardware of one result, by the stage that made it."""
+    record = _load_json(directory / "provenance.json", stage)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        versions = {name: record["packages"][name] for name in ("effvit", "torch")}
+        return {"stage": stage} | {name: record[name] for name in _ENVIRONMENT} | versions
+    except (KeyError, TypeError) as error:
+        raise _malformed(directory / "provenance.json", stage, f"expected {', '.join(_ENVIRONMENT)}") from error
+
+
+def _read_json(path: Path, stage: str, keys: Sequence[str]) -> dict[str, float]:
+    content = _load_json(path, stage)
+    try:
         return {key: content[key] + 0 for key in keys}  # + 0: numbers only
+    except (KeyError, TypeError) as error:
+        raise _malformed(path, stage, f"expected a JSON object with the numbers {', '.join(keys)}") from error
+
+
+def _load_json(path: Path, stage: str) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise _missing(path, stage) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise _malformed(path, stage, f"expected a JSON object with the numbers {', '.join(keys)}") from error
+    except ValueError as error:
+        raise _malformed(path, stage, "not a whole JSON file") from error
 
 
 def read_csv(path: Path, stage: str, columns: dict[str, Any]) -> pd.DataFrame:

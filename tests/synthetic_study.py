@@ -26,8 +26,16 @@ def write_study(metrics_dir, datasets=("digits",), attentions=ATTENTIONS, seeds=
     return Path(metrics_dir)
 
 
+def _provenance(directory):
+    record = {"time": "2026-01-01T00:00:00+00:00", "git_revision": None, "python": "3.11.7", "platform": "Linux x86_64"}
+    record |= {"cpu": "made up", "cpu_count": 2, "threads": 2, "accelerator": None}
+    packages = {"effvit": "0.1.0", "torch": "2.14.1"}
+    (directory / "provenance.json").write_text(json.dumps(record | {"packages": packages, "config": {}}))
+
+
 def _train(directory, rng, epochs):
     directory.mkdir(parents=True)
+    _provenance(directory)
     t = np.arange(1, epochs + 1) / epochs
     skill = 1 - np.exp(-5 * t * rng.uniform(0.8, 1.2))
     noise = rng.normal(0, 0.01, (4, epochs))
@@ -41,6 +49,7 @@ def _train(directory, rng, epochs):
 
 def _evaluate(directory, rng, classes, images):
     directory.mkdir(parents=True)
+    _provenance(directory)
     actual = np.repeat(np.arange(classes), 36)
     wrong = rng.random(actual.size) < 0.05
     predicted = np.where(wrong, (actual + rng.integers(1, classes, actual.size)) % classes, actual)
@@ -88,6 +97,7 @@ def _row(median, fused, **key):
 
 def _benchmark(directory, attention):
     directory.mkdir(parents=True)
+    _provenance(directory)
     (ms, size), (fused_ms, fused_size) = _cost_at(65, attention), _cost_at(65, "fused")
     parameters = 120_000 + (20_000 if attention == "linformer" else 0)
     macs = int(8e6 * (0.8 + 0.2 * ms / fused_ms))
@@ -111,6 +121,7 @@ def _benchmark(directory, attention):
 
 def _scaling(directory, attention):
     directory.mkdir(parents=True)
+    _provenance(directory)
     rows = []
     for tokens in TOKENS:
         for mode, factor in (("forward", 1), ("train", 3)):

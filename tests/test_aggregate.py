@@ -13,7 +13,7 @@ from effvit.aggregate import aggregate, collect, summarise
 from effvit.cli.aggregate import aggregate as command
 from effvit.errors import UserError
 
-TABLES = {"curves.csv", "accuracy.csv", "cost.csv", "tradeoff.csv", "scaling.csv", "confusion.csv"}
+TABLES = {"curves.csv", "accuracy.csv", "cost.csv", "tradeoff.csv", "scaling.csv", "confusion.csv", "provenance.csv"}
 FEW = ("fused", "linformer")
 STAGE_OF = {
     "cells/digits/linformer/seed0/train/history.csv": "train",
@@ -23,6 +23,8 @@ STAGE_OF = {
     "cells/digits/linformer/benchmark/cost.csv": "benchmark",
     "scaling/linformer/scaling.csv": "scaling",
     "scaling/linformer/macs.csv": "scaling",
+    "cells/digits/linformer/seed0/evaluate/provenance.json": "evaluate",
+    "scaling/linformer/provenance.json": "scaling",
 }
 
 
@@ -56,6 +58,16 @@ def test_interval_is_students_t_over_seeds(study):
         assert figures["top1_ci95"] == pytest.approx((expected.high - expected.low) / 2, rel=1e-4)
 
 
+def test_every_result_has_its_provenance(study):
+    table = collect(study, ["digits", "cifar10"], FEW, [0, 2]).provenance
+    stages = table.groupby("stage").size().to_dict()
+    assert stages == {"train": 2 * 2 * 2, "evaluate": 2 * 2 * 2, "benchmark": 2 * 2, "scaling": 2}
+    record = json.loads((study / "cells/digits/linformer/seed2/train/provenance.json").read_text())
+    row = table.query("dataset == 'digits' and attention == 'linformer' and seed == 2 and stage == 'train'")
+    assert row[["time", "threads", "cpu"]].values.tolist() == [[record["time"], record["threads"], record["cpu"]]]
+    assert row["torch"].tolist() == [record["packages"]["torch"]]
+
+
 def test_one_seed_has_no_interval(study):
     tables = collect(study, ["digits"], FEW, [1])
     assert tables.accuracy[["top1_low", "top1_high"]].isna().all(axis=None)
@@ -66,7 +78,7 @@ def test_only_selected_cells_enter_whatever_else_is_on_disk(study, tmp_path):
     tables = collect(study, ["cifar10"], ["linformer"], [2])
     for table in vars(tables).values():
         assert set(table["attention"]) == {"linformer"}
-        assert "dataset" not in table or set(table["dataset"]) == {"cifar10"}
+        assert "dataset" not in table or set(table["dataset"].dropna()) == {"cifar10"}
     assert set(tables.curves["seed"]) == {2}
     assert list(summarise(tables)["cifar10"]) == ["linformer"]
 

@@ -151,6 +151,13 @@ def test_one_option_runs_its_mechanism_again_and_nothing_else(repository: Reposi
     assert own <= ran <= own | {"aggregate", "plot"}
 
 
+def test_going_back_to_the_defaults_retrains_nothing(repository: Repository) -> None:
+    before = repository.run("git show HEAD:plots/data/accuracy.csv")
+    ran = stages_run(repository.run("dvc exp run"))
+    assert not [stage for stage in ran if stage.startswith(("prepare", "train", "evaluate", "benchmark", "scaling"))]
+    assert (repository.path / "plots/data/accuracy.csv").read_text() == before
+
+
 def test_going_back_to_the_committed_state_retrains_nothing(repository: Repository) -> None:
     repository.run("git checkout --quiet --force main && dvc checkout --quiet")
     ran = stages_run(repository.run("dvc repro"))
