@@ -286,7 +286,13 @@ def start_long_run(digits_dir, output_dir):
     code = "from effvit.cli.app import main; main()"
     command = [sys.executable, "-c", code, "train", "--dataset-dir", digits_dir, "--output-dir", output_dir]
     command += ["--epochs", "100000", "--save-every", "1", "--hidden-size", "16", "--num-hidden-layers", "1"]
-    process = subprocess.Popen([*map(str, command), "--device", "cpu"], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*map(str, command), "--device", "cpu"],
+        stderr=subprocess.PIPE,
+        text=True,
+        # a test run in the background may ignore the signal, which its children would inherit
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     for line in process.stderr:
         if line.startswith("epoch   2/"):
             return process
