@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -209,3 +210,23 @@ def test_plots_diff_renders_pages_and_pictures_of_two_branches(repository: Repos
         assert f'"rev": "{branch}"' in page or f'"rev":"{branch}"' in page
         for picture in ("scaling.png", "digits-tradeoff.png"):
             assert list((repository.path / "dvc_plots/static").glob(f"{branch}*{picture}"))
+
+
+def test_a_queued_sweep_runs_in_checkouts_of_its_own(repository: Repository) -> None:
+    repository.run("git checkout --quiet --force main && dvc checkout --quiet")
+    known = set(repository.run("git for-each-ref --format='%(refname)' refs/exps").split())
+    try:
+        repository.run("dvc exp run --queue -S attention=linformer,performer")
+        repository.run("dvc queue start")
+        deadline = time.monotonic() + 300
+        while "Running" in (status := repository.run("dvc queue status")) or "Queued" in status:
+            assert time.monotonic() < deadline, status
+            time.sleep(2)
+        assert status.count("Success") == 2, status
+    finally:
+        repository.run("dvc queue stop --kill || true")
+    refs = set(repository.run("git for-each-ref --format='%(refname)' refs/exps").split()) - known
+    summaries = [
+        json.loads(repository.run(f"git show {ref}:metrics/summary.json")) for ref in refs if "/celery/" not in ref
+    ]
+    assert sorted(list(summary["digits"]) for summary in summaries) == [["linformer"], ["performer"]]
