@@ -15,6 +15,7 @@ COMMANDS = (
     "attention_map",
     "benchmark",
     "scaling",
+    "bench_peers",
     "aggregate",
     "plot",
     "mechanisms",

@@ -1,0 +1,61 @@
+"""``effvit bench-peers``: our attention modules beside the public ones, at equal hyperparameters."""
+
+from typing import Annotated
+
+import typer
+
+from effvit.cli import options
+
+
+def bench_peers(
+    output_dir: options.OutputDir,
+    attention: Annotated[
+        list[str] | None, typer.Option(help="Mechanism to compare; repeatable. All that have a peer if not given.")
+    ] = None,
+    width: Annotated[list[str] | None, typer.Option(help="Width and heads, e.g. 192x3; repeatable.")] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option(help="Token count 1 + n²: a class token and n x n patches; repeatable.")
+    ] = None,
+    tokens_per_batch: Annotated[int, typer.Option(help="Tokens of a batch, all samples together.")] = 16384,
+    budget_s: Annotated[float, typer.Option(help="Seconds of sampling each point.")] = 5.0,
+    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 under autocast.")] = "float32",
+    threads: options.Threads = None,
+) -> None:
+    """Time each module and its public peer alternately on the CPU, forward and forward + backward.
+
+    Needs the `peers` extra. Writes peers.csv (measured) and provenance.json.
+    """
+    import pandas as pd
+    import torch
+    from rich.progress import track
+
+    from effvit.errors import UserError
+    from effvit.files import staged_dir, write_csv
+    from effvit.measure.compare import require_positive
+    from effvit.measure.latency import measuring_alone
+    from effvit.measure.peers import PEERS, compare_with_peer, grid_of_points, parse_width, print_ratios, require_peers
+    from effvit.measure.scaling import square_grid
+    from effvit.provenance import write_provenance
+
+    require_positive(tokens_per_batch=tokens_per_batch, budget_s=budget_s, threads=threads)
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"dtype={dtype!r}: expected float32 or bfloat16")
+    mechanisms = attention or list(PEERS)
+    require_peers(mechanisms)
+    counts = tokens or [65, 197, 401, 1025, 4097]
+    for count in counts:
+        square_grid(count)
+    widths = [parse_width(text) for text in width or ["192x3", "384x6"]]
+    if threads:
+        torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    points = list(grid_of_points(mechanisms, widths, counts))
+    with staged_dir(output_dir) as staged, measuring_alone():
+        rows = [
+            compare_with_peer(point, tokens_per_batch=tokens_per_batch, budget_s=budget_s, dtype=getattr(torch, dtype))
+            for point in track(points, "measuring", transient=True)
+        ]
+        write_csv(staged / "peers.csv", pd.DataFrame(rows))
+        settings = {"attention": mechanisms, "widths": widths, "tokens": counts, "dtype": dtype}
+        write_provenance(staged, settings | {"tokens_per_batch": tokens_per_batch, "budget_s": budget_s})
+    print_ratios(rows)
