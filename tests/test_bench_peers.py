@@ -3,11 +3,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from effvit import peers
 from effvit.attention import build_attention
 from effvit.cli.app import app
 from effvit.errors import UserError
-from effvit.measure import peers
-from effvit.measure.peers import PEERS, Point, compare_with_peer, parse_width, require_peers
+from effvit.peers import PEERS, Point, compare_with_peer, parse_width, require_peers
 
 SMALL = {"tokens_per_batch": 65, "budget_s": 0.01, "dtype": torch.float32}
 

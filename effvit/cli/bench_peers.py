@@ -33,8 +33,8 @@ def bench_peers(
     from effvit.files import staged_dir, write_csv
     from effvit.measure.compare import require_positive
     from effvit.measure.latency import measuring_alone
-    from effvit.measure.peers import PEERS, compare_with_peer, grid_of_points, parse_width, print_ratios, require_peers
     from effvit.measure.scaling import square_grid
+    from effvit.peers import PEERS, compare_with_peer, grid_of_points, parse_width, print_ratios, require_peers
     from effvit.provenance import write_provenance
 
     require_positive(tokens_per_batch=tokens_per_batch, budget_s=budget_s, threads=threads)
