@@ -11,6 +11,7 @@ from typing import Any
 from effvit.files import write_json
 
 _PACKAGES = ("effvit", "torch", "torchvision", "numpy", "lightning-fabric", "ptflops", "dvc")
+_CODE = ("effvit", "stages")
 
 
 def write_provenance(directory: Path, config: dict[str, Any]) -> None:
@@ -36,11 +37,16 @@ def _environment() -> dict[str, Any]:
 
 
 def _git_revision() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    """Commit that the code is of, with ``-dirty`` where code differs; DVC writes other files while it runs."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        changed = _git("status", "--porcelain", "--", *_CODE)
+        return _git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(("git", *arguments), capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
 
 def _cpu_name() -> str:

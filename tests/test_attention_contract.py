@@ -1,5 +1,7 @@
 """What holds for every mechanism; a new one is tested here without a word being added."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +13,8 @@ from torch.func import functional_call
 from effvit import available_attention, build_attention
 from effvit.attention import attention_class, check_options
 from effvit.errors import UserError
+from effvit.measure.memory import peak_bytes
+from effvit.measure.workload import block_training
 
 GRID, TOKENS, WIDTH, HEADS = (3, 5), 16, 12, 3
 SOFT = ("standard", "fused", "performer", "hybrid")  # whose rows are weighted means of the values
@@ -161,14 +165,51 @@ def test_gradients_equal_finite_differences(name, options):
     assert torch.autograd.gradcheck(forward, (x, *parameters.values()), atol=2e-5)
 
 
-@pytest.mark.parametrize("name, options", FIRST)
-def test_it_compiles_without_a_graph_break(name, options):
-    attention = small(name, options)
-    x = torch.randn(2, TOKENS, WIDTH)
+@pytest.mark.parametrize("name, options", CASES)
+def test_it_compiles_without_a_graph_break_and_gives_the_same_output_and_gradients(name, options):
+    attention = small(name, options).train()
+    x = torch.randn(2, TOKENS, WIDTH, requires_grad=True)
+    inputs = (x, *attention.parameters())
     torch._dynamo.reset()
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    results = [(y, *torch.autograd.grad(y.square().sum(), inputs)) for y in (compiled(x), attention(x))]
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name, options", CASES)
+def test_the_exported_program_gives_the_same_output(name, options):
+    attention = small(name, options)
+    x = torch.randn(2, TOKENS, WIDTH)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(x), attention(x))
+        program = torch.export.export(attention, (x,)).module()
+        other = torch.randn(2, TOKENS, WIDTH)
+        torch.testing.assert_close(program(other), attention(other), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name, options", CASES)
+def test_output_and_gradients_are_the_same_bits_every_time(name, options):
+    attention = small(name, options).train()
+    x = torch.randn(3, TOKENS, WIDTH, requires_grad=True)
+    runs = []
+    for _ in range(2):
+        y = attention(x)
+        runs.append((y, *torch.autograd.grad(y.square().sum(), (x, *attention.parameters()))))
+    assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("name", available_attention())
+def test_memory_of_a_training_step_is_linear_in_tokens_but_for_the_matrix_of_standard(name):
+    peaks = []
+    for side in (32, 64):
+        attention = build_attention(name, 48, 2, (side, side))
+        step = block_training(attention, torch.randn(1, 1 + side**2, 48))
+        step()
+        peaks.append(peak_bytes(step, torch.device("cpu")))
+    slope = math.log(peaks[1] / peaks[0]) / math.log(4097 / 1025)
+    if name == "standard":
+        assert slope > 1.9
+    else:
+        assert slope <= 1.05
 
 
 @pytest.mark.parametrize("name, options", CASES)

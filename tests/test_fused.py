@@ -1,7 +1,9 @@
+import pytest
 import torch
 from mechanisms import qkv_of
 
 from effvit import build_attention
+from effvit.attention.base import QKVMaps
 
 
 def test_it_is_softmax_attention_written_out():
@@ -41,3 +43,22 @@ def test_its_macs_are_quadratic_in_tokens_and_the_maps_linear():
 
     assert macs(2) == 4 * 5 * 12**2 + 2 * 5**2 * 12
     assert macs(8) == 4 * 65 * 12**2 + 2 * 65**2 * 12
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_maps_in_three_parts_have_the_gradients_of_the_merged_one(bias):
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
+    merged = torch.nn.Linear(12, 36, bias=bias, dtype=torch.float64)
+    inputs = (x, *merged.parameters())
+
+    def parts(x, weight, bias=None):
+        return torch.cat(QKVMaps.apply(x, weight, bias), dim=-1)
+
+    gradient = torch.randn(2, 5, 36, dtype=torch.float64)
+    results = [(y, *torch.autograd.grad(y, inputs, gradient)) for y in (merged(x), parts(*inputs))]
+    torch.testing.assert_close(*results)
+    assert torch.autograd.gradgradcheck(parts, inputs)
+    per_sample = torch.func.vmap(torch.func.grad(lambda w, x: parts(x, w).sin().sum()), in_dims=(None, 0))
+    expected = [torch.func.grad(lambda w, x=x: (x @ w.T).sin().sum())(merged.weight) for x in x.detach()]
+    torch.testing.assert_close(per_sample(merged.weight.detach(), x.detach()), torch.stack(expected))

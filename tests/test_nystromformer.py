@@ -6,7 +6,7 @@ from mechanisms import copy_maps, qkv_of, relative_error
 from torch.nn import functional as F
 
 from effvit import build_attention
-from effvit.attention.nystromformer import block_order, iterative_pinv, segment_means
+from effvit.attention.nystromformer import block_order, iterative_pinv, landmark_members, segments
 
 
 def nystromformer(m, grid=(4, 5), conv=0, **options):
@@ -65,16 +65,36 @@ def test_the_iteration_starts_from_each_matrix_by_itself():
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
-def test_segment_means_are_means_of_contiguous_runs_that_differ_by_one_at_most():
+def test_segments_are_contiguous_runs_that_differ_by_one_at_most_the_longer_ones_last():
     for n in range(1, 20):
-        x = torch.randn(2, n, 3)
         for m in range(1, n + 1):
             short = n // m
             lengths = [short] * ((short + 1) * m - n)
             lengths += [short + 1] * (m - len(lengths))
-            assert sum(lengths) == n
-            expected = torch.stack([run.mean(dim=1) for run in x.split(lengths, dim=1)], dim=1)
-            torch.testing.assert_close(segment_means(x, m), expected)
+            assert segments(n, m).tolist() == [run for run, length in enumerate(lengths) for _ in range(length)]
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(rows=st.integers(1, 12), columns=st.integers(1, 12), data=st.data())
+def test_every_token_belongs_to_one_landmark_and_the_class_token_alone_to_the_first(rows, columns, data):
+    m = data.draw(st.integers(2, rows * columns + 1))
+    members = landmark_members((rows, columns), m)
+    assert members.shape == (m, 1 + rows * columns)
+    assert torch.equal(members.sum(dim=0), torch.ones(1 + rows * columns))
+    assert members[0].nonzero().flatten().tolist() == [0]
+    sizes = members[1:].sum(dim=1)
+    assert sizes.min() >= 1
+    assert sizes.max() - sizes.min() <= 1
+
+
+@pytest.mark.parametrize("width", [4, 11])
+def test_the_convolution_is_that_of_each_head_as_an_image_of_tokens_and_channels(width):
+    attention = nystromformer(6, conv=5).double()
+    v = torch.randn(2, 3, 21, width, dtype=torch.float64, requires_grad=True)
+    gradient = torch.randn_like(v)
+    inputs = (v, attention.conv.weight)
+    results = [(y, *torch.autograd.grad(y, inputs, gradient)) for y in (attention.convolution(v), attention.conv(v))]
+    torch.testing.assert_close(*results)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -106,6 +126,6 @@ def test_a_single_landmark_is_the_mean_of_all_tokens():
 
 def test_its_macs_are_linear_in_tokens():
     n, m, c, heads = 21, 6, 12, 3
-    expected = 4 * n * c**2 + 4 * n * m * c + 2 * m**2 * c + 4 * 6 * heads * m**3
+    expected = 4 * n * c**2 + 6 * n * m * c + 2 * m**2 * c + 4 * 6 * heads * m**3
     assert nystromformer(m).macs() == expected
     assert nystromformer(m, conv=5).macs() == expected + 5 * n * c

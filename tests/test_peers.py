@@ -5,7 +5,8 @@ import torch
 from mechanisms import heads_of, relative_error
 
 from effvit import build_attention
-from effvit.attention.nystromformer import segment_means
+from effvit.measure.memory import peak_bytes
+from effvit.peers import MODES, PEERS
 
 REASON = "a peer to compare with: pip install effvit[peers]"
 WIDTH, HEADS, GRID, TOKENS = 12, 3, (3, 5), 16
@@ -97,7 +98,7 @@ def nystrom_pair(heads):
     """Both with landmarks as theirs: segments of all tokens, the class token pooled with the rest."""
     package = pytest.importorskip("nystrom_attention", reason=REASON)
     mine = ours("nystromformer", heads=heads, num_landmarks=4, conv_kernel_size=5, qkv_bias=False)
-    mine.landmarks = lambda t: segment_means(t, 4)
+    mine.landmarks = lambda t: t.unflatten(-2, (4, TOKENS // 4)).mean(dim=-2)
     theirs = package.NystromAttention(
         WIDTH, dim_head=WIDTH // heads, heads=heads, num_landmarks=4, residual_conv_kernel=5
     ).eval()
@@ -126,3 +127,16 @@ def test_in_nystrom_attention_a_sample_depends_on_its_batch_and_here_not(x):
     x[1] *= 30
     assert relative_error(theirs(x)[:1], theirs(x[:1])) > 1e-3
     assert relative_error(mine(x)[:1], mine(x[:1])) < 1e-5
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", [name for name in PEERS if name not in ("standard", "fused")])
+def test_at_4097_tokens_no_peer_needs_less_memory(name, mode):
+    pytest.importorskip(PEERS[name].package.replace("-", "_"), reason=REASON, exc_type=ImportError)
+    mine = build_attention(name, 192, 3, (64, 64), qkv_bias=False)
+    x = torch.randn(1, 4097, 192)
+    calls = [MODES[mode](module, x) for module in (mine, PEERS[name].build(mine))]
+    for call in calls:
+        call()
+    needed, theirs = (peak_bytes(call, torch.device("cpu")) for call in calls)
+    assert needed <= theirs

@@ -6,7 +6,7 @@ from scipy import stats
 from torch.nn import functional as F
 
 from effvit import build_attention
-from effvit.attention.performer import draw_features
+from effvit.attention.performer import blocks, draw_features, key_features, query_features
 
 D = 4
 
@@ -73,25 +73,63 @@ def test_one_feature_and_heads_of_width_one_work():
 
 
 def test_query_features_are_the_formula_up_to_one_factor_a_token_and_keys_up_to_one_a_head():
-    attention = performer(m=20)
+    omega = performer(m=20).omega.double()
     x = 0.5 * torch.randn(2, 3, 13, 4, dtype=torch.float64)
     x_hat = x * 4**-0.25
-    formula = (x_hat @ attention.omega.double().T - x_hat.square().sum(dim=-1, keepdim=True) / 2).exp() / 20**0.5
-    ratio = (attention.features(x, over_tokens=False) - 1e-6) / formula
+    h = x_hat @ omega.T
+    formula = (h - x_hat.square().sum(dim=-1, keepdim=True) / 2).exp()
+    ratio = query_features(h.clone(), "softmax") / formula
     torch.testing.assert_close(ratio, ratio[..., :1].expand_as(ratio))
-    ratio = (attention.features(x, over_tokens=True) - 1e-6) / formula
+    ratio = key_features(h.clone(), x, "softmax") / formula
     torch.testing.assert_close(ratio, ratio[..., :1, :1].expand_as(ratio))
     assert not torch.allclose(ratio[0, 0, 0], ratio[1, 0, 0])
 
 
 def test_every_query_and_the_keys_of_a_head_together_reach_the_largest_feature_whatever_their_norms():
-    attention = performer(m=20)
+    omega = performer(m=20).omega * 4**-0.25
     x = torch.randn(2, 3, 13, 4) * torch.logspace(-1, 2, 13)[:, None]
-    largest = 20**-0.5 + 1e-6
-    queries = attention.features(x, over_tokens=False).amax(dim=-1)
-    torch.testing.assert_close(queries, torch.full_like(queries, largest))
-    keys = attention.features(x, over_tokens=True).amax(dim=(-2, -1))
-    torch.testing.assert_close(keys, torch.full_like(keys, largest))
+    queries = query_features(x @ omega.T, "softmax").amax(dim=-1)
+    torch.testing.assert_close(queries, torch.ones_like(queries))
+    keys = key_features(x @ omega.T, x, "softmax").amax(dim=(-2, -1))
+    torch.testing.assert_close(keys, torch.ones_like(keys))
+
+
+def test_epsilon_is_added_to_features_of_scale_one_over_root_m():
+    # Far from all keys a query's features are all ε but one, so that ε is what decides where it looks.
+    attention = performer(m=16, width=4, heads=1).double()
+    q = torch.full((1, 1, 13, 4), 40.0, dtype=torch.float64)
+    k, v = torch.randn(2, 1, 1, 13, 4, dtype=torch.float64)
+    h_q, h_k = (x * 4**-0.25 @ attention.omega.T for x in (q, k))
+    exponent = h_k - k.square().sum(dim=-1, keepdim=True) / 4
+    phi_q = (h_q - h_q.amax(dim=-1, keepdim=True)).exp() / 16**0.5 + 1e-6
+    phi_k = (exponent - exponent.amax()).exp() / 16**0.5 + 1e-6
+    expected = phi_q @ (phi_k.mT @ v) / (phi_q @ phi_k.sum(dim=-2)[..., None])
+    torch.testing.assert_close(attention.attend(q, k, v), expected)
+    assert ((phi_q - 1e-6).log() < -20).any()
+
+
+@pytest.mark.parametrize("kernel", ["softmax", "relu"])
+@pytest.mark.parametrize("shape", [(1, 3, 13, 4), (7, 3, 13, 4), (2, 1, 1, 5)])
+@pytest.mark.parametrize("numbers", [1, 2 * 13 * 4, 10**6], ids=["sample by sample", "two samples", "at once"])
+def test_in_blocks_output_and_gradients_are_those_of_the_whole(kernel, shape, numbers, monkeypatch):
+    monkeypatch.setattr("effvit.attention.performer._BLOCK_NUMBERS", numbers)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    attention = performer(m=11, width=shape[1] * shape[3], heads=shape[1], kernel=kernel).double()
+    q, k, v, gradient = torch.randn(4, *shape, dtype=torch.float64)
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    results = []
+    for compiling in (False, True):  # a compiler is given the formula over whole tensors
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        y = attention.attend(*inputs)
+        results.append((y.detach(), *torch.autograd.grad(y, inputs, gradient)))
+    torch.testing.assert_close(*results)
+
+
+def test_blocks_cover_each_sample_and_head_once():
+    x = torch.zeros(7, 3, 13, 4)
+    for block in blocks(x):
+        x[block] += 1
+    assert torch.equal(x, torch.ones_like(x))
 
 
 def test_attention_is_the_quotient_of_kernel_sums_token_by_token():
@@ -127,10 +165,10 @@ def test_the_relu_kernel_is_another_one():
     relu = copy_maps(softmax, performer(kernel="relu"))
     assert torch.equal(softmax.omega, relu.omega)
     assert relative_error(relu(x), softmax(x)) > 0.01
-    tokens = torch.randn(1, 3, 13, 4)
-    expected = (tokens * 4**-0.25 @ relu.omega.T).clamp(min=0) / 16**0.5 + 1e-3
-    for over_tokens in (False, True):
-        torch.testing.assert_close(relu.features(tokens, over_tokens), expected)
+    q, k, v = torch.randn(3, 1, 3, 13, 4)
+    phi_q, phi_k = ((t * 4**-0.25 @ relu.omega.T).clamp(min=0) / 16**0.5 + 1e-3 for t in (q, k))
+    expected = phi_q @ (phi_k.mT @ v) / (phi_q @ phi_k.sum(dim=-2)[..., None])
+    torch.testing.assert_close(relu.attend(q, k, v), expected)
 
 
 def test_features_are_redrawn_in_training_at_multiples_only_and_from_the_given_generator():

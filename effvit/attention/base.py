@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from effvit.errors import UserError
 
@@ -88,8 +89,19 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Tokens ``(B, N, C)`` to q, k, v ``(B, H, N, d)``; anything after them is passed on to ``attend``."""
-        b, n, _ = x.shape
-        return self.qkv(x).view(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.split_maps(x, self.qkv.weight, self.qkv.bias)
+
+    def split_maps(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens to q, k, v by merged maps: ``weight`` ``(3C, C)`` and ``bias`` ``(3C,)``, rows in that order."""
+        if x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
+            q, k, v = QKVMaps.apply(x, weight, bias)
+        else:
+            q, k, v = F.linear(x, weight, bias).chunk(3, dim=-1)
+        return self.split_heads(q), self.split_heads(k), self.split_heads(v)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """``(B, rows, C)`` to ``(B, H, rows, d)``, without a copy."""
+        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
         """Mix values ``(B, H, N, e)`` of any width e into ``(B, H, N, e)``, linearly in ``v``."""
@@ -132,6 +144,37 @@ class Attention(nn.Module):
 
     def after_step(self, step: int, generator: torch.Generator) -> None:
         """Called by the training loop after optimiser step number ``step`` (from 1). Nothing by default."""
+
+
+class QKVMaps(torch.autograd.Function):
+    """The merged map x Wᵀ + b as three results, each whole in memory: nothing of 3C columns is written, cut or glued.
+
+    An accelerator is better off with one product, of which the parts are views; a CPU pays for each pass over tokens.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+        biases = (None,) * 3 if bias is None else bias.chunk(3)
+        return tuple(F.linear(x, w, b) for w, b in zip(weight.chunk(3), biases, strict=True))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, weight, bias = inputs
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        (q, k, v), (w_q, w_k, w_v) = (g.flatten(0, -2) for g in gradients), weight.chunk(3)
+        rows = x.flatten(0, -2)
+        # Each product adds itself to the sum, where autograd would add up three results.
+        d_x = (q @ w_q).addmm_(k, w_k).addmm_(v, w_v).view_as(x) if ctx.needs_input_grad[0] else None
+        d_weight = torch.cat([q.T @ rows, k.T @ rows, v.T @ rows])
+        d_bias = torch.cat([q.sum(0), k.sum(0), v.sum(0)]) if ctx.has_bias else None
+        return d_x, d_weight, d_bias
 
 
 A = TypeVar("A", bound=type[Attention])

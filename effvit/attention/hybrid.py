@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from effvit.attention.base import Attention, AttentionOptions, Grid, register
 from effvit.errors import UserError
 
-_EPS = 1e-6  # elu + 1 rounds to 0 below -17, and the normaliser with it
+_EPS = 1e-6  # exp underflows far below 0, and the normaliser with it
 Branch = Literal["regional", "dilated", "linear"]
 
 
@@ -137,8 +137,7 @@ class HybridAttention(Attention):
         """φ(q) (φ(k)ᵀ v) / (φ(q) · Σ φ(k)) for the patches: ``(B, H, P, e)``."""
         with torch.autocast(q.device.type, enabled=False):  # sums over all tokens overflow float16
             dtype = torch.promote_types(q.dtype, torch.float32)
-            phi_q = F.elu(q[:, :, 1:].to(dtype)) + 1 + _EPS
-            phi_k = F.elu(k.to(dtype)) + 1 + _EPS
+            phi_q, phi_k = elu_features(q[:, :, 1:].to(dtype)), elu_features(k.to(dtype))
             phi_q = phi_q / (phi_q @ phi_k.sum(dim=-2).unsqueeze(-1))
             y = F.dropout(phi_q, self.dropout_p) @ (phi_k.transpose(-2, -1) @ v.to(dtype))
         return y.to(v.dtype)
@@ -158,6 +157,12 @@ class HybridAttention(Attention):
         if self.gate is not None:
             total += p * c * len(self.branch_names)
         return total
+
+
+def elu_features(x: Tensor) -> Tensor:
+    """φ(x) = elu(x) + 1 + ε."""
+    # elu + 1 is exp(x) below 0 and x + 1 above. Adding 1 to elu's -1 + exp(x) would round exp(x) away.
+    return x.clamp(max=0).exp() + (x.relu() + _EPS)
 
 
 def window_members(grid_size: Grid, window_size: int, dilation: int) -> Tensor:

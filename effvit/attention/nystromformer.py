@@ -45,10 +45,9 @@ class NystromformerAttention(Attention):
         super().__init__(dim, num_heads, grid_size, options, **kwargs)
         self.num_landmarks, self.pinv_iterations = options.num_landmarks, options.pinv_iterations
         self.exact = self.num_landmarks >= self.num_tokens
-        if not self.exact and self.num_landmarks > 1:
+        if not self.exact:
             # Derived from the grid, hence not in the state dict.
-            order = block_order(grid_size, self.num_landmarks - 1)
-            self.register_buffer("order", torch.cat([torch.zeros(1, dtype=torch.long), 1 + order]), persistent=False)
+            self.register_buffer("members", landmark_members(grid_size, self.num_landmarks), persistent=False)
         w = options.conv_kernel_size
         # Depthwise over tokens: one kernel a head, the same for each of its channels.
         self.conv = (
@@ -57,7 +56,19 @@ class NystromformerAttention(Attention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
         y = self.exact_attention(q, k, v) if self.exact else self.landmark_attention(q, k, v)
-        return y if self.conv is None else y + self.conv(v)
+        return y if self.conv is None else y + self.convolution(v)
+
+    def convolution(self, v: Tensor) -> Tensor:
+        """Values ``(B, H, N, e)`` convolved over tokens, with each head's kernel."""
+        assert self.conv is not None, "no convolution with conv_kernel_size 0"
+        # The heads' channels as channels of their own, channels last, as values lie in memory: the same sums, without
+        # the copies that a convolution of H images of N x e makes, and vectorised over channels instead of tokens.
+        tokens = v.transpose(1, 2).flatten(2)  # (B, N, H e)
+        kernels = self.conv.weight.repeat_interleave(v.shape[-1], dim=0)  # (H e, 1, w, 1)
+        y = F.conv2d(
+            tokens.transpose(1, 2)[..., None], kernels, padding=self.conv.padding, groups=len(kernels)
+        )  # (B, H e, N, 1)
+        return y[..., 0].transpose(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def exact_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(q kᵀ / √d) v."""
@@ -75,18 +86,31 @@ class NystromformerAttention(Attention):
 
     def landmarks(self, x: Tensor) -> Tensor:
         """Tokens ``(B, H, N, d)`` to landmarks ``(B, H, m, d)``."""
-        if self.num_landmarks == 1:
-            return x.mean(dim=-2, keepdim=True)
-        x = x.index_select(-2, self.get_buffer("order"))
-        return torch.cat([x[..., :1, :], segment_means(x[..., 1:, :], self.num_landmarks - 1)], dim=-2)
+        # Sums over members as one product, which neither gathers the tokens nor, backward, scatters their gradients;
+        # of ones and zeros, which every precision holds exactly.
+        members = self.get_buffer("members").to(x.dtype)  # (m, N)
+        sums = torch.bmm(members.expand(len(x), -1, -1), x.transpose(1, 2).flatten(2))  # (B, m, C)
+        return self.split_heads(sums / members.sum(dim=-1, keepdim=True))
 
     def mixing_macs(self) -> int:
-        """4NmC + 2m²C + 4THm³ with landmarks, 2N²C where exact; wNC for the convolution."""
+        """6NmC + 2m²C + 4THm³ with landmarks, 2N²C where exact; wNC for the convolution."""
         n, m, c = self.num_tokens, self.num_landmarks, self.dim
         conv = 0 if self.conv is None else self.conv.kernel_size[0] * n * c
         if self.exact:
             return 2 * n**2 * c + conv
-        return 4 * n * m * c + 2 * m**2 * c + 4 * self.pinv_iterations * self.num_heads * m**3 + conv
+        return 6 * n * m * c + 2 * m**2 * c + 4 * self.pinv_iterations * self.num_heads * m**3 + conv
+
+
+def landmark_members(grid_size: Grid, m: int) -> Tensor:
+    """Which tokens each landmark is the mean of: ones and zeros of shape ``(m, N)``, a single one in each column.
+
+    The class token alone, then m - 1 segments of the patches in block order; all tokens where m = 1.
+    """
+    tokens = 1 + grid_size[0] * grid_size[1]
+    landmark = torch.zeros(tokens, dtype=torch.long)
+    if m > 1:
+        landmark[1 + block_order(grid_size, m - 1)] = 1 + segments(tokens - 1, m - 1)
+    return F.one_hot(landmark, m).T.float()
 
 
 def block_order(grid_size: Grid, num_segments: int) -> Tensor:
@@ -102,18 +126,14 @@ def block_order(grid_size: Grid, num_segments: int) -> Tensor:
     return (((row * bands // rows) * columns + column) * rows + row).flatten().argsort()
 
 
-def segment_means(x: Tensor, m: int) -> Tensor:
-    """Means of m contiguous segments: ``(..., n, d)`` to ``(..., m, d)``.
+def segments(n: int, m: int) -> Tensor:
+    """Segment of each of n positions, ``(n,)``: m contiguous ones that differ in length by one at most.
 
-    With s = ⌊n/m⌋ the first (s+1)m - n segments have s tokens and the rest s + 1: nothing is padded.
+    With s = ⌊n/m⌋ the first (s+1)m - n segments have s positions and the rest s + 1: nothing is padded.
     """
-    s = x.shape[-2] // m
-    short = (s + 1) * m - x.shape[-2]
-    head, tail = x[..., : short * s, :], x[..., short * s :, :]
-    means = head.unflatten(-2, (short, s)).mean(dim=-2)
-    if short == m:
-        return means
-    return torch.cat([means, tail.unflatten(-2, (m - short, s + 1)).mean(dim=-2)], dim=-2)
+    lengths = torch.full((m,), n // m)
+    lengths[m - n % m :] += 1
+    return torch.arange(m).repeat_interleave(lengths)
 
 
 def iterative_pinv(a: Tensor, iterations: int) -> Tensor:
@@ -124,7 +144,11 @@ def iterative_pinv(a: Tensor, iterations: int) -> Tensor:
     """
     identity = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     z = a.transpose(-2, -1) / a.sum(dim=-2, keepdim=True).amax(dim=-1, keepdim=True)
+    shape, a, z = a.shape, a.reshape(-1, *a.shape[-2:]), z.reshape(-1, *a.shape[-2:])
     for _ in range(iterations):
         az = a @ z
-        z = 0.25 * z @ (13 * identity - az @ (15 * identity - az @ (7 * identity - az)))
-    return z
+        # Each difference is a product's own addend: no pass over matrices besides the four products.
+        bracket = torch.baddbmm(15 * identity, az, 7 * identity - az, alpha=-1)
+        bracket = torch.baddbmm(13 * identity, az, bracket, alpha=-1)
+        z = torch.baddbmm(identity, z, bracket, beta=0, alpha=0.25)
+    return z.view(shape)

@@ -3,16 +3,19 @@
 Choromanski et al. 2021 (arXiv 2009.14794, lemma 1 and section 2.4).
 """
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from effvit.attention.base import Attention, AttentionOptions, Grid, register
 
 _EPS = {"softmax": 1e-6, "relu": 1e-3}
+_BLOCK_NUMBERS = 2**18  # per thread: 1 MiB of float32, as a block needs a handful of such tensors
 
 
 class PerformerOptions(AttentionOptions):
@@ -39,26 +42,18 @@ class PerformerAttention(Attention):
         self.register_buffer("omega", draw_features(self.num_features, self.head_dim))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
+        eps = _EPS[self.kernel] * self.num_features**0.5  # φ below is m^½ φ: the factor cancels
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        omega = self.omega.to(dtype) * self.head_dim**-0.25  # Ωx̂ = (d^-¼ Ω) x: m d numbers are scaled, not N d
+        if not self.dropout_p and not torch.compiler.is_compiling():  # a compiler joins the steps by itself
+            return BlockwiseAttention.apply(q, k, v, omega, self.kernel, eps)
         with torch.autocast(q.device.type, enabled=False):  # φ, its sums over tokens and 1 / them overflow float16
-            phi_q, phi_k = self.features(q, over_tokens=False), self.features(k, over_tokens=True)
-            normaliser = phi_q @ phi_k.sum(dim=-2).unsqueeze(-1)  # (B, H, N, 1)
-            phi_q = F.dropout(phi_q / normaliser, self.dropout_p)
-            y = phi_q @ (phi_k.transpose(-2, -1) @ v.to(phi_k.dtype))
+            q, k = q.to(dtype), k.to(dtype)
+            phi_q = query_features(q @ omega.T, self.kernel) + eps
+            phi_k = key_features(k @ omega.T, k, self.kernel) + eps
+            y = F.dropout(phi_q, self.dropout_p) @ (phi_k.transpose(-2, -1) @ v.to(dtype))
+            y = y / (phi_q @ phi_k.sum(dim=-2).unsqueeze(-1))
         return y.to(v.dtype)
-
-    def features(self, x: Tensor, over_tokens: bool) -> Tensor:
-        """φ(x): ``(B, H, N, d)`` to positive features ``(B, H, N, m)``, in float32 at least.
-
-        ``over_tokens`` says over what the exponent's maximum is taken: it must be one constant for all keys of a
-        sample and head to cancel in the quotient, while each query may have its own.
-        """
-        x = x.to(torch.promote_types(x.dtype, torch.float32)) * self.head_dim**-0.25
-        h = x @ self.omega.to(x.dtype).T
-        if self.kernel == "relu":
-            return F.relu(h).add(_EPS["relu"] * self.num_features**0.5) * self.num_features**-0.5
-        exponent = h - 0.5 * x.square().sum(dim=-1, keepdim=True)
-        maximum = exponent.detach().amax(dim=(-2, -1) if over_tokens else -1, keepdim=True)
-        return (exponent - maximum).exp() * self.num_features**-0.5 + _EPS["softmax"]
 
     def after_step(self, step: int, generator: torch.Generator) -> None:
         if self.training and self.redraw_every and step % self.redraw_every == 0:
@@ -67,6 +62,111 @@ class PerformerAttention(Attention):
     def mixing_macs(self) -> int:
         """4NmC for features, context and output, NmH for the normaliser."""
         return self.num_tokens * self.num_features * (4 * self.dim + self.num_heads)
+
+
+def query_features(h: Tensor, kernel: str) -> Tensor:
+    """m^½ (φ(q) - ε) up to a factor of each query, which cancels in the quotient; overwrites h.
+
+    Args:
+        h: Ωq̂ of shape ``(..., N, m)``.
+        kernel: exp(Ωq̂ - ‖q̂‖² / 2 - c) for ``softmax``, where ‖q̂‖² is such a factor itself and c the largest
+            exponent of the query; the part of Ωq̂ above zero for ``relu``.
+    """
+    if kernel == "relu":
+        return h.relu_()
+    # In place, as neither product nor difference needs its own result backward, and exp no other.
+    return h.sub_(h.detach().amax(dim=-1, keepdim=True)).exp_()
+
+
+def key_features(h: Tensor, k: Tensor, kernel: str) -> Tensor:
+    """The same for keys ``(..., N, d)``, up to one factor for all tokens: c is the largest exponent of all of them.
+
+    A factor that differs between keys would not cancel.
+    """
+    if kernel == "relu":
+        return h.relu_()
+    h = h.sub_(k.square().sum(dim=-1, keepdim=True), alpha=0.5 * k.shape[-1] ** -0.5)
+    return h.sub_(h.detach().amax(dim=(-2, -1), keepdim=True)).exp_()
+
+
+class BlockwiseAttention(torch.autograd.Function):
+    """φ(q) (φ(k)ᵀ v) / (φ(q) · Σ φ(k)), one head of a few samples at a time, so that a block stays in a CPU's cache.
+
+    The normaliser D is one more column of the same product: [n, D] = φ(q) S with S = [φ(k)ᵀ v, Σ φ(k)]. Training
+    keeps the features, in place of q, and nothing else of their size.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, omega: Tensor, kernel: str, eps: float) -> Tensor:
+        y = torch.empty_like(v.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+        normaliser = omega.new_empty(*v.shape[:3], 1)
+        # Heads first: a product writes a block directly where the block is whole in memory.
+        shape = (2, q.shape[1], q.shape[0], q.shape[2], len(omega))
+        kept = omega.new_empty(shape) if any(ctx.needs_input_grad) else None
+        with torch.autocast(q.device.type, enabled=False):  # φ, its sums over tokens and 1 / them overflow float16
+            for samples, head in blocks(q):
+                block = samples, head
+                phi = omega.new_empty(2, len(q[block]), *shape[3:]) if kept is None else kept[:, head, samples]
+                phi_q, phi_k = _features(q[block], k[block], omega, kernel, eps, out=phi)
+                both = torch.bmm(phi_q, _context(phi_k, v[block].to(omega.dtype)))
+                normaliser[block] = both[..., -1:]
+                y[block] = both[..., :-1] / both[..., -1:]
+        ctx.save_for_backward(k, v, omega, y, normaliser, kept)
+        ctx.kernel, ctx.eps = kernel, eps
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        k, v, omega, y, normaliser, kept = ctx.saved_tensors
+        d_q, d_k, d_v = (torch.empty_like(tokens) for tokens in (k, k, v))
+        with torch.autocast(k.device.type, enabled=False):
+            for samples, head in blocks(k):
+                block = samples, head
+                phi_q, phi_k = kept[:, head, samples]
+                values = v[block].to(omega.dtype)
+                # y = n / D: ∂n = ∂y / D and ∂D = -(∂n · y), side by side as n and D are.
+                d_both = omega.new_empty(*values.shape[:-1], values.shape[-1] + 1)
+                d_n = torch.div(gradient[block], normaliser[block], out=d_both[..., :-1])
+                d_both[..., -1] = -(d_n * y[block]).sum(dim=-1)
+                d_q[block] = _through_kernel(torch.bmm(d_both, _context(phi_k, values).mT), phi_q, ctx) @ omega
+                d_context, d_sum = torch.bmm(phi_q.mT, d_both).split([values.shape[-1], 1], dim=-1)
+                d_v[block] = torch.bmm(phi_k, d_context)
+                d_h = _through_kernel(torch.baddbmm(d_sum.mT, values, d_context.mT), phi_k, ctx)
+                d_key = d_h @ omega
+                if ctx.kernel == "softmax":  # the gradient of -‖k̂‖² / 2
+                    d_key.addcmul_(k[block], d_h.sum(dim=-1, keepdim=True), value=-(k.shape[-1] ** -0.5))
+                d_k[block] = d_key
+        return d_q, d_k, d_v, None, None, None
+
+
+def blocks(x: Tensor) -> Iterator[tuple[slice, int]]:
+    """Cut ``(B, H, N, d)`` into blocks ``(b, N, d)`` of one head, sized to a CPU's cache; whole on an accelerator."""
+    samples, heads, tokens, width = x.shape
+    at_once = samples
+    if x.device.type == "cpu":
+        at_once = max(1, _BLOCK_NUMBERS * torch.get_num_threads() // (tokens * width))
+    for sample in range(0, samples, at_once):
+        for head in range(heads):
+            yield slice(sample, sample + at_once), head
+
+
+def _features(q: Tensor, k: Tensor, omega: Tensor, kernel: str, eps: float, out: Tensor) -> tuple[Tensor, Tensor]:
+    q, k = q.to(omega.dtype), k.to(omega.dtype)
+    # As a batch of products, which read rows where they lie in q and k; one product over all would copy them first.
+    omega_t = omega.T.expand(len(q), -1, -1)
+    phi_q = query_features(torch.bmm(q, omega_t, out=out[0]), kernel)
+    phi_k = key_features(torch.bmm(k, omega_t, out=out[1]), k, kernel)
+    return phi_q.add_(eps), phi_k.add_(eps)
+
+
+def _through_kernel(d_phi: Tensor, phi: Tensor, ctx: Any) -> Tensor:
+    """Gradient of φ to that of h, in its place: exp' = exp, relu' = 1 above zero."""
+    return d_phi.mul_(phi - ctx.eps if ctx.kernel == "softmax" else phi > ctx.eps)
+
+
+def _context(phi_k: Tensor, v: Tensor) -> Tensor:
+    return torch.cat([torch.bmm(phi_k.mT, v), phi_k.sum(dim=-2).unsqueeze(-1)], dim=-1)
 
 
 def draw_features(num_features: int, head_dim: int, generator: torch.Generator | None = None) -> Tensor:

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from effvit.attention.base import Attention, register
 
+_MAPS = ("query", "key", "value")
+
 
 class Head(nn.Module):
     """The query, key and value maps of one head."""
@@ -21,10 +23,6 @@ class Head(nn.Module):
         self.query = nn.Linear(dim, head_dim, bias=bias)
         self.key = nn.Linear(dim, head_dim, bias=bias)
         self.value = nn.Linear(dim, head_dim, bias=bias)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens ``(B, N, C)`` to this head's query, key and value, ``(B, N, d)`` each."""
-        return self.query(x), self.key(x), self.value(x)
 
 
 @register
@@ -38,9 +36,10 @@ class StandardAttention(Attention):
         self.heads = nn.ModuleList(Head(self.dim, self.head_dim, qkv_bias) for _ in range(self.num_heads))
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        per_head = [head(x) for head in self.heads]
-        q, k, v = (torch.stack(tokens, dim=1) for tokens in zip(*per_head, strict=True))
-        return q, k, v  # (B, H, N, d) each
+        maps = [getattr(head, name) for name in _MAPS for head in self.heads]
+        # The heads' maps one below the other: the same products, as one.
+        bias = None if maps[0].bias is None else torch.cat([each.bias for each in maps])
+        return self.split_maps(x, torch.cat([each.weight for each in maps]), bias)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
         scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)  # (B, H, N, N)
@@ -64,7 +63,7 @@ def standard_to_fused(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if match is None:
             result[key] = tensor
             continue
-        place = (("query", "key", "value").index(match["map"]), int(match["head"]))
+        place = (_MAPS.index(match["map"]), int(match["head"]))
         parts.setdefault(f"{match['prefix']}qkv.{match['kind']}", {})[place] = tensor
     for key, tensors in parts.items():
         result[key] = torch.cat([tensors[place] for place in sorted(tensors)])
@@ -79,7 +78,7 @@ def fused_to_standard(state: dict[str, Tensor], num_heads: int) -> dict[str, Ten
         if match is None:
             result[key] = tensor
             continue
-        for name, of_all_heads in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+        for name, of_all_heads in zip(_MAPS, tensor.chunk(3), strict=True):
             for head, part in enumerate(of_all_heads.chunk(num_heads)):
                 result[f"{match[1]}heads.{head}.{name}.{match[2]}"] = part.clone()
     return result
