@@ -68,22 +68,24 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(path, format="png", dpi=200, bbox_inches=crop, metadata={"Software": None})
 
 
-def _styled(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
+def styled(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
+    """Decorator: draw in the study's style, whatever the user's is."""
+
     @wraps(draw)
-    def styled(*args: _P.args, **kwargs: _P.kwargs) -> Figure:
+    def draw_styled(*args: _P.args, **kwargs: _P.kwargs) -> Figure:
         with matplotlib.style.context(["default", _STYLE]):
             return draw(*args, **kwargs)
 
-    return styled
+    return draw_styled
 
 
-@_styled
+@styled
 def training_curves(curves: pd.DataFrame) -> Figure:
     """Loss and validation accuracy by epoch of one data set; the mean over seeds, shaded from lowest to highest."""
     figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     spacing = max(1, curves["epoch"].nunique() // 6)
-    for i, (attention, rows) in enumerate(_by_mechanism(curves)):
+    for i, (attention, rows) in enumerate(by_mechanism(curves)):
         _, colour, marker = look(attention)
         for axes, column, style in (
             (loss, "val_loss", "-"),
@@ -101,11 +103,11 @@ def training_curves(curves: pd.DataFrame) -> Figure:
     accuracy.yaxis.set_major_formatter(PercentFormatter(1))
     handles = [Line2D([], [], color="0.4", label="validation"), Line2D([], [], color="0.4", ls=":", label="training")]
     loss.legend(handles=handles)
-    _legend(figure, curves)
+    legend(figure, curves)
     return figure
 
 
-@_styled
+@styled
 def accuracy_tradeoff(tradeoff: pd.DataFrame) -> Figure:
     """Test accuracy of one data set against MACs, latency and training memory, each with its Pareto front in grey."""
     figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
@@ -134,11 +136,11 @@ def accuracy_tradeoff(tradeoff: pd.DataFrame) -> Figure:
         axes.margins(x=0.12, y=0.12)
     panels[0].set_ylabel("Test accuracy (top-1)")
     panels[0].yaxis.set(major_locator=MaxNLocator(6), major_formatter=StrMethodFormatter("{x:.1%}"))
-    _legend(figure, tradeoff, [Line2D([], [], color="0.82", linewidth=3, label="Pareto front")])
+    legend(figure, tradeoff, [Line2D([], [], color="0.82", linewidth=3, label="Pareto front")])
     return figure
 
 
-@_styled
+@styled
 def scaling(table: pd.DataFrame) -> Figure:
     """Time and peak memory of one attention block against sequence length, forward pass and training step.
 
@@ -156,7 +158,7 @@ def scaling(table: pd.DataFrame) -> Figure:
     for axes in panels[1]:
         axes.set_xlabel("Sequence length [tokens]")
     stopped = [Line2D([], [], color="0.4", marker=m, linestyle="", label=s) for s, m in _STOPPED.items()]
-    _legend(figure, table, [handle for handle in stopped if handle.get_label() in set(table["status"])])
+    legend(figure, table, [handle for handle in stopped if handle.get_label() in set(table["status"])])
     return figure
 
 
@@ -164,7 +166,7 @@ def _scaling_panel(axes: Axes, rows: pd.DataFrame, unit: float) -> None:
     axes.set(xscale="log", yscale="log")
     upper_edge = blended_transform_factory(axes.transData, axes.transAxes)
     lengths = []
-    for i, (attention, mine) in enumerate(_by_mechanism(rows)):
+    for i, (attention, mine) in enumerate(by_mechanism(rows)):
         label, colour, marker = look(attention)
         done, stopped = mine[mine["status"] == "ok"], mine[mine["status"] != "ok"]
         axes.plot(done["tokens"], done["median"] * unit, color=colour, marker=marker)
@@ -217,7 +219,7 @@ def _reference_slopes(axes: Axes, rows: pd.DataFrame, unit: float) -> None:
         axes.annotate(text, (end, start * (end / ends[0]) ** power), (3, -3), textcoords="offset points", color="0.5")
 
 
-@_styled
+@styled
 def attention_maps(maps: Mapping[str, Mapping[str, np.ndarray]], classes: Sequence[str]) -> Figure:
     """Attention rollout from the class token over the same images, a column a mechanism, predictions below.
 
@@ -248,11 +250,11 @@ def attention_maps(maps: Mapping[str, Mapping[str, np.ndarray]], classes: Sequen
     return figure
 
 
-@_styled
+@styled
 def confusion(table: pd.DataFrame) -> Figure:
     """Share of each actual class by predicted class for one data set, a panel a mechanism, all seeds together."""
     classes = list(pd.unique(pd.concat([table["actual"], table["predicted"]])))
-    mechanisms = list(_by_mechanism(table))
+    mechanisms = list(by_mechanism(table))
     columns = min(3, len(mechanisms))
     lines = -(-len(mechanisms) // columns)
     figure = Figure(figsize=(0.9 + 2.03 * columns, 0.5 + 2.2 * lines), layout="constrained")
@@ -287,12 +289,14 @@ def confusion(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def _by_mechanism(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+def by_mechanism(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Each mechanism of a table with its rows, in the order of the table."""
     for attention in pd.unique(table["attention"]):
         yield str(attention), table[table["attention"] == attention]
 
 
-def _legend(figure: Figure, table: pd.DataFrame, more: Sequence[Line2D] = ()) -> None:
+def legend(figure: Figure, table: pd.DataFrame, more: Sequence[Line2D] = ()) -> None:
+    """One legend above the panels for the mechanisms of a table, and ``more`` handles after them."""
     looks = [look(str(attention)) for attention in pd.unique(table["attention"])]
     handles = [Line2D([], [], color=colour, marker=marker, label=label) for label, colour, marker in looks]
     figure.legend(handles=[*handles, *more], loc="outside upper center", ncols=7, columnspacing=1.2, handlelength=1.6)

@@ -7,6 +7,7 @@ from effvit import peers
 from effvit.attention import build_attention
 from effvit.cli.app import app
 from effvit.errors import UserError
+from effvit.peer_figure import peer_ratios
 from effvit.peers import PEERS, Point, compare_with_peer, parse_width, require_peers
 
 SMALL = {"tokens_per_batch": 65, "budget_s": 0.01, "dtype": torch.float32}
@@ -59,6 +60,7 @@ def test_the_command_writes_a_row_a_point_and_mode(tmp_path):
     more = ["--tokens-per-batch", "34", "--budget-s", "0.01", "--output-dir", str(tmp_path / "out")]
     result = CliRunner().invoke(app, ["bench-peers", *arguments, *more])
     assert result.exit_code == 0, result.output
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"peers.csv", "peers.png", "provenance.json"}
     table = pd.read_csv(tmp_path / "out" / "peers.csv")
     assert list(zip(table["tokens"], table["mode"], table["batch_size"], strict=True)) == [
         (5, "forward", 6),
@@ -66,6 +68,30 @@ def test_the_command_writes_a_row_a_point_and_mode(tmp_path):
         (17, "forward", 2),
         (17, "train", 2),
     ]
+
+
+def test_the_picture_has_a_panel_a_width_and_mode_and_shows_ratios_with_their_intervals():
+    rows = [
+        {"attention": attention, "hidden_size": width, "num_attention_heads": width // 64, "tokens": tokens}
+        | {"mode": mode, "ratio": ratio, "ratio_low": ratio - 0.1, "ratio_high": None if tokens == 65 else ratio + 0.2}
+        for attention, ratio in (("fused", 1.0), ("performer", 1.5))
+        for width in (192, 384)
+        for mode in ("forward", "train")
+        for tokens in (65, 197)
+    ]
+    figure = peer_ratios(pd.DataFrame(rows))
+    assert [axes.get_title() for axes in figure.axes] == [
+        f"{name}, width {width}, {width // 64} heads"
+        for width in (192, 384)
+        for name in ("Forward pass", "Forward and backward pass")
+    ]
+    level, fused, performer = figure.axes[0].lines[:1] + [bars.lines[0] for bars in figure.axes[0].containers]
+    assert set(level.get_ydata()) == {1}
+    assert fused.get_ydata().tolist() == [1.0, 1.0]
+    assert performer.get_ydata().tolist() == [1.5, 1.5]
+    (_, _, (bars,)) = figure.axes[0].containers[1].lines
+    ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
+    assert ends == [pytest.approx([1.4, 1.5]), pytest.approx([1.4, 1.7])]
 
 
 def test_bad_input_leaves_nothing_behind(tmp_path):

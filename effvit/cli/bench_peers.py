@@ -23,17 +23,19 @@ def bench_peers(
 ) -> None:
     """Time each module and its public peer alternately on the CPU, forward and forward + backward.
 
-    Needs the `peers` extra. Writes peers.csv (measured) and provenance.json.
+    Needs the `peers` extra. Writes peers.csv and peers.png (measured) and provenance.json.
     """
     import pandas as pd
     import torch
     from rich.progress import track
 
     from effvit.errors import UserError
+    from effvit.figures import save
     from effvit.files import staged_dir, write_csv
     from effvit.measure.compare import require_positive
     from effvit.measure.latency import measuring_alone
     from effvit.measure.scaling import square_grid
+    from effvit.peer_figure import peer_ratios
     from effvit.peers import PEERS, compare_with_peer, grid_of_points, parse_width, print_ratios, require_peers
     from effvit.provenance import write_provenance
 
@@ -55,7 +57,9 @@ def bench_peers(
             compare_with_peer(point, tokens_per_batch=tokens_per_batch, budget_s=budget_s, dtype=getattr(torch, dtype))
             for point in track(points, "measuring", transient=True)
         ]
-        write_csv(staged / "peers.csv", pd.DataFrame(rows))
+        table = pd.DataFrame(rows)
+        write_csv(staged / "peers.csv", table)
+        save(peer_ratios(table), staged / "peers.png")
         settings = {"attention": mechanisms, "widths": widths, "tokens": counts, "dtype": dtype}
         write_provenance(staged, settings | {"tokens_per_batch": tokens_per_batch, "budget_s": budget_s})
     print_ratios(rows)
