@@ -45,7 +45,9 @@ class PerformerAttention(Attention):
         eps = _EPS[self.kernel] * self.num_features**0.5  # φ below is m^½ φ: the factor cancels
         dtype = torch.promote_types(q.dtype, torch.float32)
         omega = self.omega.to(dtype) * self.head_dim**-0.25  # Ωx̂ = (d^-¼ Ω) x: m d numbers are scaled, not N d
-        if not self.dropout_p and not torch.compiler.is_compiling():  # a compiler joins the steps by itself
+        # Blocks are for what exceeds a cache, and a compiler joins the steps by itself.
+        small = q.device.type == "cpu" and q.numel() <= _BLOCK_NUMBERS
+        if not (small or self.dropout_p or torch.compiler.is_compiling()):
             return BlockwiseAttention.apply(q, k, v, omega, self.kernel, eps)
         with torch.autocast(q.device.type, enabled=False):  # φ, its sums over tokens and 1 / them overflow float16
             q, k = q.to(dtype), k.to(dtype)
