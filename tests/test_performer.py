@@ -125,6 +125,26 @@ def test_in_blocks_output_and_gradients_are_those_of_the_whole(kernel, shape, nu
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("kernel", ["softmax", "relu"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_blocks_half_precision_is_rounded_at_the_ends_only(kernel, dtype, monkeypatch):
+    monkeypatch.setattr("effvit.attention.performer._BLOCK_NUMBERS", 1)
+    attention = performer(m=11, kernel=kernel)
+    inputs = [x.to(dtype).requires_grad_() for x in torch.randn(3, 5, 3, 13, 4)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    gradient = torch.randn(5, 3, 13, 4).to(dtype)
+    with torch.autocast("cpu", dtype=dtype):
+        y = attention.attend(*inputs)
+        results = (y, *torch.autograd.grad(y, inputs, gradient))
+    assert all(result.dtype == dtype for result in results)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # the formula over whole tensors
+    truth = attention.double().attend(*exact)
+    # y is rounded once by itself, and once more where the gradient of the normaliser is taken from it.
+    unit = torch.finfo(dtype).eps
+    for result, expected in zip(results, (truth, *torch.autograd.grad(truth, exact, gradient.double())), strict=True):
+        assert relative_error(result.double(), expected) < unit
+
+
 def test_blocks_cover_each_sample_and_head_once():
     x = torch.zeros(7, 3, 13, 4)
     for block in blocks(x):
