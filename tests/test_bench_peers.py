@@ -1,3 +1,5 @@
+import json
+
 import pandas as pd
 import pytest
 import torch
@@ -55,12 +57,14 @@ def test_a_width_that_is_none_is_refused(text):
 
 
 def test_the_command_writes_a_row_a_point_and_mode(tmp_path):
-    pytest.importorskip("timm")
+    timm = pytest.importorskip("timm")
     arguments = ["--attention", "fused", "--width", "48x3", "--tokens", "5", "--tokens", "17"]
     more = ["--tokens-per-batch", "34", "--budget-s", "0.01", "--output-dir", str(tmp_path / "out")]
     result = CliRunner().invoke(app, ["bench-peers", *arguments, *more])
     assert result.exit_code == 0, result.output
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"peers.csv", "peers.png", "provenance.json"}
+    record = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    assert record["config"]["peers"] == {"timm": timm.__version__}
     table = pd.read_csv(tmp_path / "out" / "peers.csv")
     assert list(zip(table["tokens"], table["mode"], table["batch_size"], strict=True)) == [
         (5, "forward", 6),

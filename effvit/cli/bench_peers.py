@@ -25,6 +25,8 @@ def bench_peers(
 
     Needs the `peers` extra. Writes peers.csv and peers.png (measured) and provenance.json.
     """
+    from importlib.metadata import version
+
     import pandas as pd
     import torch
     from rich.progress import track
@@ -61,5 +63,6 @@ def bench_peers(
         write_csv(staged / "peers.csv", table)
         save(peer_ratios(table), staged / "peers.png")
         settings = {"attention": mechanisms, "widths": widths, "tokens": counts, "dtype": dtype}
+        settings["peers"] = {PEERS[name].package: version(PEERS[name].package) for name in mechanisms}
         write_provenance(staged, settings | {"tokens_per_batch": tokens_per_batch, "budget_s": budget_s})
     print_ratios(rows)
