@@ -1,4 +1,4 @@
-"""Scaled dot-product attention written out, one head at a time: the readable reference.
+"""Scaled dot-product attention written out, with maps for each head: the readable reference.
 
 Vaswani et al. 2017 (arXiv 1706.03762, eq. 1); in Vision Transformers Dosovitskiy et al. 2021 (arXiv 2010.11929,
 appendix A).
