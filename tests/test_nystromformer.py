@@ -6,7 +6,14 @@ from mechanisms import copy_maps, qkv_of, relative_error
 from torch.nn import functional as F
 
 from effvit import build_attention
-from effvit.attention.nystromformer import block_order, iterative_pinv, landmark_members, segments
+from effvit.attention.nystromformer import (
+    TokenConvolution,
+    block_order,
+    convolve_tokens,
+    iterative_pinv,
+    landmark_members,
+    segments,
+)
 
 
 def nystromformer(m, grid=(4, 5), conv=0, **options):
@@ -129,3 +136,30 @@ def test_its_macs_are_linear_in_tokens():
     expected = 4 * n * c**2 + 6 * n * m * c + 2 * m**2 * c + 4 * 6 * heads * m**3
     assert nystromformer(m).macs() == expected
     assert nystromformer(m, conv=5).macs() == expected + 5 * n * c
+
+
+@pytest.mark.parametrize("tokens, width", [(21, 5), (3, 7), (1, 1)])
+def test_tokens_are_convolved_as_by_a_loop_and_backwards_too(tokens, width):
+    x, kernels = torch.randn(2, tokens, 4, dtype=torch.float64), torch.randn(4, width, dtype=torch.float64)
+    expected = torch.zeros_like(x)
+    for token in range(tokens):
+        for tap in range(width):
+            if 0 <= (source := token + tap - width // 2) < tokens:
+                expected[:, token] += kernels[:, tap] * x[:, source]
+    for dtype in (torch.float64, torch.float32):  # two layouts of the same convolution
+        torch.testing.assert_close(convolve_tokens(x.to(dtype), kernels.to(dtype)), expected.to(dtype))
+    inputs = (x.requires_grad_(), kernels.requires_grad_())
+    assert torch.autograd.gradcheck(TokenConvolution.apply, inputs)
+
+
+@pytest.mark.parametrize("needs_kernel", [True, False])
+def test_gradients_of_the_convolution_in_float32_are_those_of_float64(needs_kernel):
+    x, kernels = torch.randn(3, 70, 6), torch.randn(6, 33)
+    gradient = torch.randn_like(x)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        inputs = [x.to(dtype).requires_grad_(), kernels.to(dtype).requires_grad_(needs_kernel)]
+        y = TokenConvolution.apply(*inputs)
+        results.append(torch.autograd.grad(y, inputs[: 1 + needs_kernel], gradient.to(dtype)))
+    for single, double in zip(*results, strict=True):
+        torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-4)

@@ -6,7 +6,7 @@ from scipy import stats
 from torch.nn import functional as F
 
 from effvit import build_attention
-from effvit.attention.performer import blocks, draw_features, key_features, query_features
+from effvit.attention.performer import blocks, draw_features, half_norms, key_features, query_features
 
 D = 4
 
@@ -78,9 +78,9 @@ def test_query_features_are_the_formula_up_to_one_factor_a_token_and_keys_up_to_
     x_hat = x * 4**-0.25
     h = x_hat @ omega.T
     formula = (h - x_hat.square().sum(dim=-1, keepdim=True) / 2).exp()
-    ratio = query_features(h.clone(), "softmax") / formula
+    ratio = query_features(h, "softmax") / formula
     torch.testing.assert_close(ratio, ratio[..., :1].expand_as(ratio))
-    ratio = key_features(h.clone(), x, "softmax") / formula
+    ratio = key_features(h, half_norms(x, torch.tensor(4**-0.25)), "softmax") / formula
     torch.testing.assert_close(ratio, ratio[..., :1, :1].expand_as(ratio))
     assert not torch.allclose(ratio[0, 0, 0], ratio[1, 0, 0])
 
@@ -90,7 +90,7 @@ def test_every_query_and_the_keys_of_a_head_together_reach_the_largest_feature_w
     x = torch.randn(2, 3, 13, 4) * torch.logspace(-1, 2, 13)[:, None]
     queries = query_features(x @ omega.T, "softmax").amax(dim=-1)
     torch.testing.assert_close(queries, torch.ones_like(queries))
-    keys = key_features(x @ omega.T, x, "softmax").amax(dim=(-2, -1))
+    keys = key_features(x @ omega.T, half_norms(x, torch.tensor(4**-0.25)), "softmax").amax(dim=(-2, -1))
     torch.testing.assert_close(keys, torch.ones_like(keys))
 
 
@@ -226,3 +226,28 @@ def test_features_are_state_but_not_trained():
 def test_its_macs_are_linear_in_tokens():
     n, m, c, heads = 13, 16, 12, 3
     assert performer().macs() == 4 * n * c**2 + 4 * n * m * c + n * m * heads
+
+
+@pytest.mark.parametrize("kernel", ["softmax", "relu"])
+@pytest.mark.parametrize("qkv_bias", [True, False])
+@pytest.mark.parametrize("numbers", [1, 10**6], ids=["in blocks", "whole"])
+def test_features_folded_into_the_maps_change_neither_output_nor_gradients(kernel, qkv_bias, numbers, monkeypatch):
+    monkeypatch.setattr("effvit.attention.performer._BLOCK_NUMBERS", numbers)
+    attention = performer(m=4, kernel=kernel, qkv_bias=qkv_bias).double()
+    x, gradient = torch.randn(2, 5, 13, 12, dtype=torch.float64)
+    x.requires_grad_()
+    results = []
+    for folds in (True, False):
+        monkeypatch.setattr(attention, "folds", lambda samples, folds=folds: folds)
+        y, matrix = attention(x, return_map=True)
+        results.append((y.detach(), matrix.detach(), *torch.autograd.grad(y, [x, *attention.parameters()], gradient)))
+    torch.testing.assert_close(*results)
+
+
+def test_features_are_folded_into_the_maps_where_that_takes_fewer_products():
+    c, heads, d = 12, 3, 4
+    for m, grid in [(4, (3, 4)), (4, (2, 4)), (8, (3, 4)), (2, (3, 4))]:
+        n = 1 + grid[0] * grid[1]
+        folded, apart = 4 * n * c**2 + 2 * d * c**2 + 2 * n * m * c, 4 * n * c**2 + 4 * n * m * c
+        fewest = min(folded, apart) if m == d else apart
+        assert performer(m=m, grid=grid).macs() == fewest + n * m * heads

@@ -41,18 +41,41 @@ class PerformerAttention(Attention):
         self.redraw_every = options.redraw_every
         self.register_buffer("omega", draw_features(self.num_features, self.head_dim))
 
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Tokens to q, k, v; where that takes fewer products, to Ωq̂, Ωk̂, v and 1 / ‖Ωᵢ‖ ``(m,)``."""
+        rounded = torch.is_autocast_enabled(x.device.type)  # Ωk̂ would be, and with it the norms taken from it
+        if rounded or torch.compiler.is_compiling() or not self.folds(len(x)):
+            return super().project(x)
+        # Ω(W x + b) = (ΩW) x + Ωb: with m = d the folded maps are no larger than the maps.
+        omega = self.omega.to(x.dtype) * self.head_dim**-0.25
+        w_qk, w_v = self.qkv.weight.split([2 * self.dim, self.dim])
+        weight = torch.cat([(omega @ w_qk.unflatten(0, (-1, self.head_dim))).flatten(0, 1), w_v])
+        folded_bias = None
+        if self.qkv.bias is not None:
+            b_qk, b_v = self.qkv.bias.split([2 * self.dim, self.dim])
+            folded_bias = torch.cat([(omega * b_qk.view(-1, 1, self.head_dim)).sum(dim=-1).flatten(), b_v])
+        return *self.split_maps(x, weight, folded_bias), self.omega.to(x.dtype).norm(dim=1).reciprocal()
+
+    def folds(self, samples: int) -> bool:
+        """Whether Ω goes into the query and key maps: 2dC² products a batch in place of 2mC a token."""
+        return self.num_features == self.head_dim and samples * self.num_tokens > self.dim
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
         eps = _EPS[self.kernel] * self.num_features**0.5  # φ below is m^½ φ: the factor cancels
         dtype = torch.promote_types(q.dtype, torch.float32)
-        omega = self.omega.to(dtype) * self.head_dim**-0.25  # Ωx̂ = (d^-¼ Ω) x: m d numbers are scaled, not N d
+        omega: Tensor | None = None  # where it is folded into the maps, q and k are Ωq̂ and Ωk̂
+        (scale,) = context or (self.omega.new_tensor(self.head_dim**-0.25, dtype=dtype),)
+        if not context:
+            omega = self.omega.to(dtype) * scale  # Ωx̂ = (d^-¼ Ω) x: m d numbers are scaled, not N d
         # Blocks are for what exceeds a cache, and a compiler joins the steps by itself.
         small = q.device.type == "cpu" and q.numel() <= _BLOCK_NUMBERS
         if not (small or self.dropout_p or torch.compiler.is_compiling()):
-            return BlockwiseAttention.apply(q, k, v, omega, self.kernel, eps)
+            return BlockwiseAttention.apply(q, k, v, omega, scale, self.kernel, eps)
         with torch.autocast(q.device.type, enabled=False):  # φ, its sums over tokens and 1 / them overflow float16
             q, k = q.to(dtype), k.to(dtype)
-            phi_q = query_features(q @ omega.T, self.kernel) + eps
-            phi_k = key_features(k @ omega.T, k, self.kernel) + eps
+            h_q, h_k = (x if omega is None else x @ omega.T for x in (q, k))
+            phi_q = query_features(h_q, self.kernel) + eps
+            phi_k = key_features(h_k, half_norms(k, scale), self.kernel) + eps
             y = F.dropout(phi_q, self.dropout_p) @ (phi_k.transpose(-2, -1) @ v.to(dtype))
             y = y / (phi_q @ phi_k.sum(dim=-2).unsqueeze(-1))
         return y.to(v.dtype)
@@ -61,34 +84,48 @@ class PerformerAttention(Attention):
         if self.training and self.redraw_every and step % self.redraw_every == 0:
             self.omega.copy_(draw_features(self.num_features, self.head_dim, generator))
 
+    def map_macs(self) -> int:
+        """4NC², and 2dC² where a single sample's Ω is folded into the maps."""
+        return super().map_macs() + (2 * self.head_dim * self.dim**2 if self.folds(1) else 0)
+
     def mixing_macs(self) -> int:
-        """4NmC for features, context and output, NmH for the normaliser."""
-        return self.num_tokens * self.num_features * (4 * self.dim + self.num_heads)
+        """2NmC for context and output, NmH for the normaliser, 2NmC for the features unless folded into the maps."""
+        products = 2 if self.folds(1) else 4
+        return self.num_tokens * self.num_features * (products * self.dim + self.num_heads)
 
 
-def query_features(h: Tensor, kernel: str) -> Tensor:
-    """m^½ (φ(q) - ε) up to a factor of each query, which cancels in the quotient; overwrites h.
+def query_features(h: Tensor, kernel: str, out: Tensor | None = None) -> Tensor:
+    """m^½ (φ(q) - ε) up to a factor of each query, which cancels in the quotient.
 
     Args:
         h: Ωq̂ of shape ``(..., N, m)``.
         kernel: exp(Ωq̂ - ‖q̂‖² / 2 - c) for ``softmax``, where ‖q̂‖² is such a factor itself and c the largest
             exponent of the query; the part of Ωq̂ above zero for ``relu``.
+        out: where to write the result, h itself for instance.
     """
     if kernel == "relu":
-        return h.relu_()
-    # In place, as neither product nor difference needs its own result backward, and exp no other.
-    return h.sub_(h.detach().amax(dim=-1, keepdim=True)).exp_()
+        return torch.clamp(h, min=0, out=out)
+    # In place, as a difference does not need its result backward, and exp no other.
+    return torch.sub(h, h.detach().amax(dim=-1, keepdim=True), out=out).exp_()
 
 
-def key_features(h: Tensor, k: Tensor, kernel: str) -> Tensor:
-    """The same for keys ``(..., N, d)``, up to one factor for all tokens: c is the largest exponent of all of them.
+def key_features(h: Tensor, half_norms: Tensor, kernel: str, out: Tensor | None = None) -> Tensor:
+    """The same for keys, up to one factor for all tokens: c is the largest exponent of all of them.
 
-    A factor that differs between keys would not cancel.
+    A factor that differs between keys would not cancel, so ‖k̂‖² / 2, of shape ``(..., N, 1)``, stays.
     """
     if kernel == "relu":
-        return h.relu_()
-    h = h.sub_(k.square().sum(dim=-1, keepdim=True), alpha=0.5 * k.shape[-1] ** -0.5)
+        return torch.clamp(h, min=0, out=out)
+    h = torch.sub(h, half_norms, out=out)
     return h.sub_(h.detach().amax(dim=(-2, -1), keepdim=True)).exp_()
+
+
+def half_norms(x: Tensor, scale: Tensor) -> Tensor:
+    """‖k̂‖² / 2 of keys ``(..., N, d)`` with scale d^-¼, or of Ωk̂ ``(..., N, d)`` with scale 1 / ‖Ωᵢ‖ ``(d,)``.
+
+    The d rows of a whole block of Ω are orthogonal: divided by their norms they are a rotation, which keeps norms.
+    """
+    return (x * scale).square().sum(dim=-1, keepdim=True).mul(0.5)
 
 
 class BlockwiseAttention(torch.autograd.Function):
@@ -99,47 +136,55 @@ class BlockwiseAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, omega: Tensor, kernel: str, eps: float) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, omega: Tensor | None, scale: Tensor, kernel: str, eps: float
+    ) -> Tensor:
         y = torch.empty_like(v.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
-        normaliser = omega.new_empty(*v.shape[:3], 1)
+        normaliser = scale.new_empty(*v.shape[:3], 1)
         # Heads first: a product writes a block directly where the block is whole in memory.
-        shape = (2, q.shape[1], q.shape[0], q.shape[2], len(omega))
-        kept = omega.new_empty(shape) if any(ctx.needs_input_grad) else None
+        m = q.shape[-1] if omega is None else len(omega)
+        shape = (2, q.shape[1], q.shape[0], q.shape[2], m)
+        kept = scale.new_empty(shape) if any(ctx.needs_input_grad) else None
         with torch.autocast(q.device.type, enabled=False):  # φ, its sums over tokens and 1 / them overflow float16
             for samples, head in blocks(q):
                 block = samples, head
-                phi = omega.new_empty(2, len(q[block]), *shape[3:]) if kept is None else kept[:, head, samples]
-                phi_q, phi_k = _features(q[block], k[block], omega, kernel, eps, out=phi)
-                both = torch.bmm(phi_q, _context(phi_k, v[block].to(omega.dtype)))
+                phi_q, phi_k = scale.new_empty(2, len(q[block]), *shape[3:]) if kept is None else kept[:, head, samples]
+                key = k[block].to(scale.dtype)
+                h_q, h_k = _exponents(q[block].to(scale.dtype), omega, phi_q), _exponents(key, omega, phi_k)
+                query_features(h_q, kernel, out=phi_q).add_(eps)
+                key_features(h_k, half_norms(key, scale), kernel, out=phi_k).add_(eps)
+                both = torch.bmm(phi_q, _context(phi_k, v[block].to(scale.dtype)))
                 normaliser[block] = both[..., -1:]
-                y[block] = both[..., :-1] / both[..., -1:]
-        ctx.save_for_backward(k, v, omega, y, normaliser, kept)
+                torch.div(both[..., :-1], both[..., -1:], out=y[block])
+        ctx.save_for_backward(k, v, omega, scale, y, normaliser, kept)
         ctx.kernel, ctx.eps = kernel, eps
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        k, v, omega, y, normaliser, kept = ctx.saved_tensors
+        k, v, omega, scale, y, normaliser, kept = ctx.saved_tensors
         d_q, d_k, d_v = (torch.empty_like(tokens) for tokens in (k, k, v))
         with torch.autocast(k.device.type, enabled=False):
             for samples, head in blocks(k):
                 block = samples, head
                 phi_q, phi_k = kept[:, head, samples]
-                values = v[block].to(omega.dtype)
+                values = v[block].to(scale.dtype)
                 # y = n / D: ∂n = ∂y / D and ∂D = -(∂n · y), side by side as n and D are.
-                d_both = omega.new_empty(*values.shape[:-1], values.shape[-1] + 1)
+                d_both = scale.new_empty(*values.shape[:-1], values.shape[-1] + 1)
                 d_n = torch.div(gradient[block], normaliser[block], out=d_both[..., :-1])
                 d_both[..., -1] = -(d_n * y[block]).sum(dim=-1)
-                d_q[block] = _through_kernel(torch.bmm(d_both, _context(phi_k, values).mT), phi_q, ctx) @ omega
+                d_h = _through_kernel(torch.bmm(d_both, _context(phi_k, values).mT), phi_q, ctx)
+                d_q[block] = d_h if omega is None else d_h @ omega
                 d_context, d_sum = torch.bmm(phi_q.mT, d_both).split([values.shape[-1], 1], dim=-1)
                 d_v[block] = torch.bmm(phi_k, d_context)
                 d_h = _through_kernel(torch.baddbmm(d_sum.mT, values, d_context.mT), phi_k, ctx)
-                d_key = d_h @ omega
+                d_key = d_h if omega is None else d_h @ omega
                 if ctx.kernel == "softmax":  # the gradient of -‖k̂‖² / 2
-                    d_key.addcmul_(k[block], d_h.sum(dim=-1, keepdim=True), value=-(k.shape[-1] ** -0.5))
+                    d_norm = d_h.sum(dim=-1, keepdim=True)
+                    d_key.addcmul_(k[block] * scale.square(), d_norm, value=-1)
                 d_k[block] = d_key
-        return d_q, d_k, d_v, None, None, None
+        return d_q, d_k, d_v, None, None, None, None
 
 
 def blocks(x: Tensor) -> Iterator[tuple[slice, int]]:
@@ -153,13 +198,11 @@ def blocks(x: Tensor) -> Iterator[tuple[slice, int]]:
             yield slice(sample, sample + at_once), head
 
 
-def _features(q: Tensor, k: Tensor, omega: Tensor, kernel: str, eps: float, out: Tensor) -> tuple[Tensor, Tensor]:
-    q, k = q.to(omega.dtype), k.to(omega.dtype)
-    # As a batch of products, which read rows where they lie in q and k; one product over all would copy them first.
-    omega_t = omega.T.expand(len(q), -1, -1)
-    phi_q = query_features(torch.bmm(q, omega_t, out=out[0]), kernel)
-    phi_k = key_features(torch.bmm(k, omega_t, out=out[1]), k, kernel)
-    return phi_q.add_(eps), phi_k.add_(eps)
+def _exponents(x: Tensor, omega: Tensor | None, out: Tensor) -> Tensor:
+    if omega is None:
+        return x
+    # As a batch of products, which read rows where they lie; one product over all would copy them first.
+    return torch.bmm(x, omega.T.expand(len(x), -1, -1), out=out)
 
 
 def _through_kernel(d_phi: Tensor, phi: Tensor, ctx: Any) -> Tensor:
