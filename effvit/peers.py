@@ -12,7 +12,7 @@ from rich.table import Table
 from scipy.stats import gmean, quantile_test
 from torch import nn
 
-from effvit.attention import Attention, build_attention
+from effvit.attention import Attention, attention_class, build_attention
 from effvit.errors import UserError
 from effvit.measure.latency import Call, interleaved
 from effvit.measure.memory import peak_bytes
@@ -80,10 +80,11 @@ PEERS = {
 
 
 def require_peers(mechanisms: Sequence[str]) -> None:
-    """Raise ``UserError`` for a mechanism without a peer, or one whose peer is not installed."""
+    """Raise ``UserError`` for an unknown mechanism, or one whose peer is not installed."""
     for name in mechanisms:
+        attention_class(name)
         if name not in PEERS:
-            raise UserError(f"attention={name!r}: has no public peer, expected one of {', '.join(PEERS)}")
+            continue
         package = PEERS[name].package
         if find_spec(package.replace("-", "_")) is None:
             raise UserError(f"attention={name}: its peer {package} is not installed; pip install 'effvit[peers]'")
@@ -113,36 +114,44 @@ def compare_with_peer(point: Point, *, tokens_per_batch: int, budget_s: float, d
         ``point``'s fields, ``peer, batch_size, n``; medians ``ours_ms, peer_ms``; ``ratio`` (peer / ours: median over
         rounds) with its 95 % interval ``ratio_low, ratio_high``; ``macs`` of one sample; ``floor_ms``, what the
         products alone take at the speed of the large product, and ``floor_share``, floor / ours;
-        ``ours_bytes, peer_bytes``: peak memory of one call.
+        ``ours_bytes, peer_bytes``: peak memory of one call; ``autocast_ratio``: time of ours in float32 over that
+        under bfloat16 autocast. Without a public peer, what is said of the peer is NaN.
     """
     device = torch.device("cpu")
     c, heads = point.hidden_size, point.num_attention_heads
     ours = build_attention(point.attention, c, heads, square_grid(point.tokens), qkv_bias=False)
-    modules = {"ours": ours, "peer": PEERS[point.attention].build(ours)}
     batch_size = max(1, tokens_per_batch // point.tokens)
     tokens = torch.randn(batch_size, point.tokens, c)
-    calls = {name: _autocast(MODES[point.mode](module, tokens), dtype) for name, module in modules.items()}
+    calls = {"ours": _autocast(MODES[point.mode](ours, tokens), dtype)}
+    peer = PEERS.get(point.attention)
+    if peer:
+        calls["peer"] = _autocast(MODES[point.mode](peer.build(ours), tokens), dtype)
     gemm, gemm_flops = _large_product(dtype)
-    seconds = interleaved(calls | {"gemm": gemm}, budget_s=budget_s, device=device)
-    ratios = seconds["peer"] / seconds["ours"]
+    autocast = {} if dtype == torch.bfloat16 else {"autocast": _autocast(calls["ours"], torch.bfloat16)}
+    seconds = interleaved(calls | autocast | {"gemm": gemm}, budget_s=budget_s, device=device)
+    unknown = np.full(len(seconds["ours"]), np.nan)
+    ratios = seconds.get("peer", unknown) / seconds["ours"]
     # Between two order statistics: no assumption about how times are distributed, NaN where samples are too few.
-    interval: Any = quantile_test(ratios, p=0.5).confidence_interval(0.95)
+    interval: Any = quantile_test(ratios, p=0.5).confidence_interval(0.95) if peer else None
     medians = {name: float(np.median(samples)) for name, samples in seconds.items()}
     floor_s = batch_size * 2 * _PRODUCTS[point.mode] * ours.macs() * medians["gemm"] / gemm_flops
+    peaks = {name: peak_bytes(call, device) for name, call in calls.items()}
     return {
         **vars(point),
-        "peer": PEERS[point.attention].package,
+        "peer": peer.package if peer else None,
         "batch_size": batch_size,
         "n": len(ratios),
         "ours_ms": medians["ours"] * 1e3,
-        "peer_ms": medians["peer"] * 1e3,
+        "peer_ms": medians.get("peer", float("nan")) * 1e3,
         "ratio": float(np.median(ratios)),
-        "ratio_low": float(interval.low),
-        "ratio_high": float(interval.high),
+        "ratio_low": float(interval.low) if peer else float("nan"),
+        "ratio_high": float(interval.high) if peer else float("nan"),
         "macs": ours.macs(),
         "floor_ms": floor_s * 1e3,
         "floor_share": floor_s / medians["ours"],
-        **{f"{name}_bytes": peak_bytes(call, device) for name, call in calls.items()},
+        "ours_bytes": peaks["ours"],
+        "peer_bytes": peaks.get("peer"),
+        "autocast_ratio": float(np.median(seconds["ours"] / seconds.get("autocast", unknown))),
     }
 
 
@@ -157,17 +166,19 @@ def parse_width(text: str) -> tuple[int, int]:
 def print_ratios(rows: Sequence[dict[str, Any]]) -> None:
     """Print each comparison, then the geometric mean and the smallest ratio of each mechanism."""
     table = Table(title="time of the public module / time of ours: above 1, ours is faster")
-    columns = ("attention", "hidden_size", "tokens", "mode", "ours ms", "peer ms", "ratio", "95 % interval", "floor")
+    columns = ["attention", "hidden_size", "tokens", "mode", "ours ms", "peer ms", "ratio", "95 % interval"]
+    columns += ["floor", "bfloat16"]
     for column in columns:
         table.add_column(column.replace("_", " "), justify="left" if column in ("attention", "mode") else "right")
     for row in rows:
         times = (f"{row[key]:.1f}" for key in ("ours_ms", "peer_ms"))
         interval = f"{row['ratio_low']:.2f} – {row['ratio_high']:.2f}"
         cells = (*(str(row[key]) for key in columns[:4]), *times, f"{row['ratio']:.2f}", interval)
-        table.add_row(*cells, f"{row['floor_share']:.0%}")
+        table.add_row(*cells, f"{row['floor_share']:.0%}", f"{row['autocast_ratio']:.2f}")
     console = Console()
     console.print(table)
-    for attention in dict.fromkeys(row["attention"] for row in rows):
+    console.print("floor: time of its matrix products alone; bfloat16: float32's time over that under autocast")
+    for attention in dict.fromkeys(row["attention"] for row in rows if row["attention"] in PEERS):
         ratios = [row["ratio"] for row in rows if row["attention"] == attention]
         peer = PEERS[attention].package
         console.print(f"{attention} against {peer}: geometric mean {gmean(ratios):.2f}, least {min(ratios):.2f}")

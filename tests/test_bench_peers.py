@@ -1,4 +1,5 @@
 import json
+import math
 
 import pandas as pd
 import pytest
@@ -45,9 +46,16 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch):
         require_peers(["linformer"])
 
 
-def test_a_mechanism_without_a_peer_is_refused():
-    with pytest.raises(UserError, match="'hybrid': has no public peer"):
-        require_peers(["hybrid"])
+def test_a_mechanism_without_a_peer_is_measured_alone():
+    require_peers(["hybrid"])
+    row = compare_with_peer(Point("hybrid", 48, 3, 65, "train"), **SMALL)
+    assert row["autocast_ratio"] > 0 and row["ours_ms"] > 0
+    assert row["peer"] is None and math.isnan(row["ratio"])
+
+
+def test_an_unknown_mechanism_is_refused():
+    with pytest.raises(UserError, match="attention='nope': unknown mechanism"):
+        require_peers(["nope"])
 
 
 @pytest.mark.parametrize("text", ["192", "192x0", "192x5", "ax3", "0x0", "x"])

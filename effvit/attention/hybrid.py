@@ -126,12 +126,16 @@ class HybridAttention(Attention):
         mask = None
         if windows * size != self.num_patches:
             mask = torch.cat([members.new_zeros(windows, 1), members], dim=1)[None, :, None] >= 0
-        b = q.shape[0]
-        q, k, v = (tokens.flatten(0, 1) for tokens in (q, k, v))  # windows take the place of heads
-        y = F.scaled_dot_product_attention(
-            q[:, token], k[:, with_class], v[:, with_class], attn_mask=mask, dropout_p=self.dropout_p
-        )  # (B H, windows, w², e)
-        return y.flatten(1, 2)[:, slots].unflatten(0, (b, self.num_heads))
+        b, dtype = q.shape[0], v.dtype
+        on_cpu = q.device.type == "cpu"
+        with torch.autocast(q.device.type, enabled=torch.is_autocast_enabled(q.device.type) and not on_cpu):
+            q, k, v = (tokens.flatten(0, 1) for tokens in (q, k, v))  # windows take the place of heads
+            if on_cpu:  # half precision takes four times as long backward on windows this small
+                q, k, v = (tokens.to(torch.promote_types(dtype, torch.float32)) for tokens in (q, k, v))
+            y = F.scaled_dot_product_attention(
+                q[:, token], k[:, with_class], v[:, with_class], attn_mask=mask, dropout_p=self.dropout_p
+            )  # (B H, windows, w², e)
+        return y.flatten(1, 2)[:, slots].unflatten(0, (b, self.num_heads)).to(dtype)
 
     def linear_branch(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """φ(q) (φ(k)ᵀ v) / (φ(q) · Σ φ(k)) for the patches: ``(B, H, P, e)``."""

@@ -10,7 +10,7 @@ from effvit.cli import options
 def bench_peers(
     output_dir: options.OutputDir,
     attention: Annotated[
-        list[str] | None, typer.Option(help="Mechanism to compare; repeatable. All that have a peer if not given.")
+        list[str] | None, typer.Option(help="Mechanism to compare; repeatable. All if not given.")
     ] = None,
     width: Annotated[list[str] | None, typer.Option(help="Width and heads, e.g. 192x3; repeatable.")] = None,
     tokens: Annotated[
@@ -23,7 +23,8 @@ def bench_peers(
 ) -> None:
     """Time each module and its public peer alternately on the CPU, forward and forward + backward.
 
-    Needs the `peers` extra. Writes peers.csv and peers.png (measured) and provenance.json.
+    Needs the `peers` extra. Writes peers.csv and peers.png (measured) and provenance.json. A mechanism without a peer
+    is timed alone.
     """
     from importlib.metadata import version
 
@@ -31,6 +32,7 @@ def bench_peers(
     import torch
     from rich.progress import track
 
+    from effvit.attention import available_attention
     from effvit.errors import UserError
     from effvit.figures import save
     from effvit.files import staged_dir, write_csv
@@ -44,7 +46,7 @@ def bench_peers(
     require_positive(tokens_per_batch=tokens_per_batch, budget_s=budget_s, threads=threads)
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype={dtype!r}: expected float32 or bfloat16")
-    mechanisms = attention or list(PEERS)
+    mechanisms = attention or list(available_attention())
     require_peers(mechanisms)
     counts = tokens or [65, 197, 401, 1025, 4097]
     for count in counts:
@@ -61,8 +63,9 @@ def bench_peers(
         ]
         table = pd.DataFrame(rows)
         write_csv(staged / "peers.csv", table)
-        save(peer_ratios(table), staged / "peers.png")
+        if not (compared := table.dropna(subset="peer")).empty:
+            save(peer_ratios(compared), staged / "peers.png")
         settings = {"attention": mechanisms, "widths": widths, "tokens": counts, "dtype": dtype}
-        settings["peers"] = {PEERS[name].package: version(PEERS[name].package) for name in mechanisms}
+        settings["peers"] = {PEERS[name].package: version(PEERS[name].package) for name in mechanisms if name in PEERS}
         write_provenance(staged, settings | {"tokens_per_batch": tokens_per_batch, "budget_s": budget_s})
     print_ratios(rows)
