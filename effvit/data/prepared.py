@@ -9,7 +9,7 @@ A prepared directory holds
 - ``meta.json``: the fields of `Meta`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +67,16 @@ class Images:
 
     def __getitem__(self, index: int | slice | np.ndarray) -> np.ndarray:
         return self.array[self.rows[index]]
+
+    def batches(self, rows: Sequence[np.ndarray], *, seed: int | None = None, workers: int = 0) -> Iterator[np.ndarray]:
+        """Yield the images of each index array in turn, uint8 ``(b, H, W, 3)``; ready in memory, so no chance, no work.
+
+        Args:
+            rows: index arrays ``(b,)`` into these images.
+            seed: of random crops, where a format stores images larger than it gives them; None for none.
+            workers: processes that decode, where a format stores files.
+        """
+        return (self[index] for index in rows)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
