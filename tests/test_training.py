@@ -13,11 +13,10 @@ from torch import nn
 from effvit.checkpoint import load_model
 from effvit.config import TrainConfig
 from effvit.data.prepared import PreparedDataset
-from effvit.data.transforms import to_float
-from effvit.errors import UserError
 from effvit.evaluation import predict_logits
+from effvit.optimization import schedule
 from effvit.runs import Best, train_to
-from effvit.training import DivergedError, Epoch, augmented, fit, make_fabric, parameter_groups, schedule
+from effvit.training import DivergedError, Epoch, Step, Training
 from effvit.vit import ViT
 
 RECIPE = {"epochs": 2, "batch_size": 128, "lr": 3e-3, "crop_padding": 1, "device": "cpu"}
@@ -43,6 +42,12 @@ def run(tmp_path, digits, tiny_config):
     return start
 
 
+def steps_of(config, dataset, recipe, seed=0):
+    """Each step of a training."""
+    training = Training(config, dataset, recipe, seed=seed, horizontal_flip=False)
+    return [event for event in training.run() if isinstance(event, Step)]
+
+
 def visible(directory):
     return sorted(path.name for path in directory.iterdir())
 
@@ -66,8 +71,10 @@ def test_training_again_gives_the_same_bytes_and_another_seed_others(run, tmp_pa
 def test_random_features_are_redrawn_while_training(digits, tiny_config):
     omegas = []
     config = tiny_config(attention="performer", attention_options={"num_features": 8, "redraw_every": 3})
-    for _, model in fit(config, digits, TrainConfig(**RECIPE), seed=0, horizontal_flip=False):
-        omegas.append(model.attentions()[0].omega.clone())
+    training = Training(config, digits, TrainConfig(**RECIPE), seed=0, horizontal_flip=False)
+    for event in training.run():
+        if isinstance(event, Epoch):
+            omegas.append(training.weights.attentions()[0].omega.clone())
     assert not torch.equal(*omegas)
 
 
@@ -96,17 +103,12 @@ def test_only_training_rows_are_trained_on_and_the_test_split_is_never_read(digi
         watched = images.view(WatchedRows)
         watched.seen = []
         dataset = NoTestSplit(**fields, arrays=arrays | {"train_images": watched})
-        steps = []
-
-        def note(count, loss, accuracy, steps=steps, watched=watched):
-            steps.append((count, loss, len(watched.seen)))
-
-        list(fit(tiny_config(), dataset, TrainConfig(**RECIPE), seed=0, horizontal_flip=False, on_step=note))
-        histories.append([loss for _, loss, _ in steps])
+        steps = steps_of(tiny_config(), dataset, TrainConfig(**RECIPE))
+        histories.append([step.loss for step in steps])
         per_epoch = len(steps) // 2
         first_epoch = np.concatenate(watched.seen[:per_epoch])
         assert np.array_equal(np.sort(first_epoch), np.sort(arrays["train_indices"])), "each training row once an epoch"
-        assert sum(count for count, _, _ in steps) == 2 * digits.counts["train"]
+        assert sum(step.images for step in steps) == 2 * digits.counts["train"]
     assert histories[0] == histories[1]
 
 
@@ -125,7 +127,7 @@ def test_saved_model_is_the_best_by_validation(trained, digits):
 
 
 def epoch_of(accuracy, loss):
-    return Epoch(1, 0.1, 1.0, 0.5, loss, accuracy, 1.0, 1.0)
+    return Epoch(1, 0.1, 1.0, 0.5, loss, accuracy, 1.0, 1.0, 1.0)
 
 
 def test_best_is_the_first_of_the_most_accurate_and_of_those_the_surest(tiny_config):
@@ -147,7 +149,10 @@ def test_log_has_a_row_an_epoch_and_measured_columns_apart(trained):
     timing = pd.read_csv(trained / "run-log" / "timing.csv")
     names = ["epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy"]
     assert list(history.columns) == names and history["epoch"].tolist() == [1, 2, 3]
-    assert list(timing.columns) == ["epoch", "seconds", "images_per_second"] and (timing["seconds"] > 0).all()
+    assert (
+        list(timing.columns) == ["epoch", "seconds", "images_per_second", "peak_memory_mib"]
+        and (timing["seconds"] > 0).all()
+    )
     assert visible(trained / "run-log") == ["history.csv", "provenance.json", "timing.csv"]
 
 
@@ -155,50 +160,11 @@ def test_save_every_keeps_the_epochs_it_names(run):
     assert visible(run(epochs=3, save_every=2)) == ["config.json", "epoch-002", "model.safetensors"]
 
 
-@pytest.mark.parametrize("warmup_epochs", [0.0, 0.5, 2.0, 3.0])
-def test_learning_rate_rises_linearly_then_falls_as_half_a_cosine(warmup_epochs):
-    recipe, steps = TrainConfig(epochs=10, batch_size=1, lr=1.0, warmup_epochs=warmup_epochs), 20
-    warmup, total = int(warmup_epochs * steps), 200
-    factors = np.array([schedule(step, steps, recipe) for step in range(total)])
-    assert np.allclose(factors[:warmup], np.arange(1, warmup + 1) / max(warmup, 1))
-    x = np.arange(total - warmup) / (total - warmup)
-    assert np.allclose(factors[warmup:], np.cos(np.pi * x / 2) ** 2)  # half-angle form of (1 + cos πx) / 2
-    assert factors.max() == 1 and 0 < factors[-1] < 1e-3
-
-
 def test_logged_learning_rate_is_that_of_the_epochs_last_step(trained, digits):
     steps = math.ceil(digits.counts["train"] / 64)
     recipe = TrainConfig(epochs=3, batch_size=64, lr=5e-3, warmup_epochs=0.5)
     expected = [5e-3 * schedule(epoch * steps - 1, steps, recipe) for epoch in (1, 2, 3)]
     assert np.allclose(pd.read_csv(trained / "run-log" / "history.csv")["lr"], expected)
-
-
-@pytest.mark.parametrize(
-    ("attention", "options"),
-    [("fused", {}), ("linformer", {"k": 4, "share": "kv"}), ("nystromformer", {}), ("hybrid", {"window_size": 2})],
-)
-def test_weight_decay_spares_biases_norms_positions_and_class_token(tiny_config, attention, options):
-    model = ViT(tiny_config(attention=attention, attention_options=options))
-    exempt = {id(model.cls_token), id(model.pos_embed)}
-    for module in model.modules():
-        if isinstance(getattr(module, "bias", None), nn.Parameter):
-            exempt.add(id(module.bias))
-        if isinstance(module, nn.LayerNorm):
-            exempt.add(id(module.weight))
-    groups = {group["weight_decay"]: group["params"] for group in parameter_groups(model, 0.3)}
-    assert {id(p) for p in groups[0.0]} == exempt
-    assert {id(p) for p in groups[0.3]} == {id(p) for p in model.parameters()} - exempt
-    assert sum(map(len, groups.values())) == len(list(model.parameters())), "none twice"
-
-
-def test_without_augmentation_a_batch_is_the_rows_as_they_are(digits):
-    images, _ = digits.split("train")
-    rows = torch.tensor([5, 0, 7])
-    batch = augmented(images, rows, digits, 0, False, torch.device("cpu"), torch.Generator().manual_seed(0))
-    plain = np.stack([images[int(row)] for row in rows]) / 255
-    expected = (plain - np.array(digits.mean)) / np.array(digits.std)
-    assert np.allclose(batch.permute(0, 2, 3, 1).numpy(), expected, atol=1e-5)
-    assert torch.equal(batch, to_float(torch.from_numpy(images[rows.numpy()]), digits.mean, digits.std))
 
 
 def test_divergence_in_the_first_epoch_is_told_and_leaves_nothing(run, tmp_path):
@@ -253,30 +219,22 @@ def test_earlier_model_survives_a_run_that_fails(run, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
 
 
-def test_device_that_is_not_there_is_a_user_error():
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="device=cuda"):
-            make_fabric("cuda")
-    assert make_fabric("cpu").device.type == "cpu"
-
-
 def test_batch_larger_than_the_data_set_is_one_step(digits, tiny_config):
-    steps = []
-    recipe = TrainConfig(**(RECIPE | {"batch_size": 5000, "epochs": 1}))
-    list(fit(tiny_config(), digits, recipe, seed=0, horizontal_flip=False, on_step=lambda n, *_: steps.append(n)))
-    assert steps == [digits.counts["train"]]
+    steps = steps_of(tiny_config(), digits, TrainConfig(**(RECIPE | {"batch_size": 5000, "epochs": 1})))
+    assert [step.images for step in steps] == [digits.counts["train"]]
 
 
 def test_losses_are_those_of_plain_cross_entropy(digits, tiny_config):
     """One step over all rows: the logged training loss is the untrained model's."""
     recipe = TrainConfig(epochs=1, batch_size=5000, lr=1e-9, weight_decay=0.0, device="cpu")
-    ((epoch, model),) = fit(tiny_config(), digits, recipe, seed=0, horizontal_flip=False)
+    training = Training(tiny_config(), digits, recipe, seed=0, horizontal_flip=False)
+    *_, epoch = training.run()
     for split, loss, accuracy in (
         ("train", epoch.train_loss, epoch.train_accuracy),
         ("validation", epoch.val_loss, epoch.val_accuracy),
     ):
         images, labels = digits.split(split)
-        logits = predict_logits(model, images, digits.mean, digits.std, 100).double().numpy()
+        logits = predict_logits(training.weights, images, digits.mean, digits.std, 100).double().numpy()
         log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
         assert loss == pytest.approx(-log_p[np.arange(len(labels)), labels].mean(), rel=1e-4)
         assert accuracy == pytest.approx((logits.argmax(1) == labels).mean(), abs=2e-3)
