@@ -58,6 +58,7 @@ class TrainConfig(_Strict):
     label_smoothing: Fraction = 0.0
     clip_norm: float = Field(0.0, ge=0)
     crop_padding: int = Field(0, ge=0)
+    min_crop_area: float = Field(1.0, gt=0, le=1)  # of images that are stored larger than they are used
     randaugment: int = Field(0, ge=0, le=30)  # magnitude
     random_erasing: float = Field(0.0, ge=0, le=1)  # probability
     mixup: float = Field(0.0, ge=0)  # alpha

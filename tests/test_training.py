@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from torch import nn
 from effvit.checkpoint import load_model
 from effvit.config import TrainConfig
 from effvit.data.prepared import PreparedDataset
+from effvit.errors import UserError
 from effvit.evaluation import predict_logits
 from effvit.optimization import schedule
 from effvit.runs import Best, train_to
@@ -282,3 +284,100 @@ def test_recipe_is_recorded_beside_the_log(run, tmp_path):
     config = json.loads((tmp_path / "run-log" / "provenance.json").read_text())["config"]
     assert config["seed"] == 3 and config["train"]["epochs"] == 1 and config["dataset"] == "digits"
     assert config["model"] == load_model(tmp_path / "run").config.model_dump()
+
+
+def epochs_of(config, dataset, tell=print, **changes):
+    """The epochs of a training, and the training."""
+    recipe = TrainConfig(**(RECIPE | changes))
+    training = Training(config, dataset, recipe, seed=0, horizontal_flip=False, tell=tell)
+    return [event for event in training.run() if isinstance(event, Epoch)], training
+
+
+def assert_same_results(epochs, others):
+    for epoch, other in zip(epochs, others, strict=True):
+        for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy"):
+            assert getattr(epoch, name) == pytest.approx(getattr(other, name), rel=1e-5), name
+
+
+@pytest.mark.parametrize("size", [10, 50, 64, 127])
+def test_gradient_of_micro_batches_is_that_of_the_whole_batch(digits, tiny_config, size):
+    changes = {"label_smoothing": 0.1, "clip_norm": 0.5, "mixup": 0.5, "epochs": 1}
+    whole, _ = epochs_of(tiny_config(), digits, **changes)
+    parts, _ = epochs_of(tiny_config(), digits, micro_batch_size=size, **changes)
+    assert_same_results(parts, whole)
+
+
+def test_step_is_done_again_with_half_as_many_images_where_memory_runs_out(digits, tiny_config, monkeypatch):
+    whole, _ = epochs_of(tiny_config(), digits)
+    forward, lines, sizes = ViT.forward, [], []
+
+    def limited(self, images):
+        sizes.append(len(images))
+        if self.training and len(images) > 40:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, images)
+
+    monkeypatch.setattr(ViT, "forward", limited)
+    parts, training = epochs_of(tiny_config(), digits, tell=lines.append)
+    assert_same_results(parts, whole)
+    assert training.micro_batch_size == 32 and sizes[:3] == [128, 64, 32]
+    assert len(lines) == 2 and "128 images" in lines[0] and "32" in lines[1]
+    assert not any("\n" in line for line in lines)
+
+
+def test_memory_that_does_not_hold_one_image_is_a_user_error(digits, tiny_config, monkeypatch):
+    def full(self, images):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ViT, "forward", full)
+    with pytest.raises(UserError, match="one image at a time"):
+        epochs_of(tiny_config(), digits)
+
+
+def test_averaged_weights_are_the_running_mean_and_are_validated(digits, tiny_config):
+    decay = 0.8
+    training = Training(tiny_config(), digits, TrainConfig(**RECIPE, ema_decay=decay), seed=0, horizontal_flip=False)
+    mean = None
+    for event in training.run():
+        now = {name: p.detach().clone() for name, p in training.model.named_parameters()}
+        if isinstance(event, Step):
+            mean = now if mean is None else {n: decay * mean[n] + (1 - decay) * now[n] for n in now}
+    for name, parameter in training.weights.named_parameters():
+        torch.testing.assert_close(parameter.detach(), mean[name], rtol=1e-5, atol=1e-6)
+    images, labels = digits.split("validation")
+    logits = predict_logits(training.weights, images, digits.mean, digits.std, 128)
+    assert event.val_accuracy == pytest.approx((logits.argmax(1).numpy() == labels).mean())
+
+
+def test_bfloat16_keeps_weights_in_float32_and_learns(digits, tiny_config):
+    exact, _ = epochs_of(tiny_config(), digits, epochs=3)
+    mixed, training = epochs_of(tiny_config(), digits, epochs=3, precision="bf16-mixed")
+    assert {p.dtype for p in training.model.parameters()} == {torch.float32}
+    assert mixed[-1].train_loss != exact[-1].train_loss
+    assert mixed[-1].train_loss == pytest.approx(exact[-1].train_loss, rel=0.02)
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no compiler here")
+def test_compiled_model_has_the_losses_of_the_eager_one(digits, tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    config = tiny_config(num_hidden_layers=1)
+    one_shape = {"epochs": 3, "batch_size": 5000}
+    eager, _ = epochs_of(config, digits, **one_shape)
+    compiled, training = epochs_of(config, digits, **one_shape, compile=True)
+    for ours, expected in zip(compiled, eager, strict=True):
+        assert ours.train_loss == pytest.approx(expected.train_loss, rel=1e-4)
+        assert ours.val_loss == pytest.approx(expected.val_loss, rel=1e-4)
+    assert all(not name.startswith("_orig_mod") for name in training.weights.state_dict())
+
+
+def test_dropout_of_a_step_does_not_depend_on_how_it_was_reached(digits, tiny_config):
+    """A run that goes on from a state in memory has the losses of one that never stopped."""
+    config, recipe = tiny_config(hidden_dropout_prob=0.2), TrainConfig(**RECIPE)
+    whole = [step.loss for step in steps_of(config, digits, recipe)]
+    first = Training(config, digits, recipe, seed=0, horizontal_flip=False)
+    events = first.run()
+    begun = [next(events).loss for _ in range(5)]
+    second = Training(config, digits, recipe, seed=0, horizontal_flip=False)
+    second.restore(*first.state())
+    rest = [event.loss for event in second.run() if isinstance(event, Step)]
+    assert begun + rest == whole

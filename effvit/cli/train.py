@@ -33,6 +33,9 @@ def train(
     label_smoothing: Annotated[float, typer.Option(help="Share of the target spread over all classes.")] = 0.0,
     clip_norm: Annotated[float, typer.Option(help="Largest norm of the gradient; 0 for no limit.")] = 0.0,
     crop_padding: Annotated[int, typer.Option(help="Random crops from images padded by this many pixels.")] = 0,
+    min_crop_area: Annotated[
+        float, typer.Option(help="Least share of a large stored image that a random crop keeps; 1 for the centre.")
+    ] = 1.0,
     horizontal_flip: Annotated[bool, typer.Option(help="Mirror half of the images.")] = False,
     randaugment: Annotated[int, typer.Option(help="Magnitude of RandAugment, to 30; 9 is usual.")] = 0,
     random_erasing: Annotated[float, typer.Option(help="Probability that a box of an image is erased.")] = 0.0,
@@ -75,6 +78,7 @@ def train(
             label_smoothing=label_smoothing,
             clip_norm=clip_norm,
             crop_padding=crop_padding,
+            min_crop_area=min_crop_area,
             randaugment=randaugment,
             random_erasing=random_erasing,
             mixup=mixup,

@@ -7,7 +7,7 @@ entered nor the number of processes changes what the model sees.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -63,8 +63,8 @@ def training_batches(
     """Shares of the batches of an epoch's steps from ``start``: every training image once an epoch, in random order."""
     count = dataset.counts["train"]
     order = numpy_generator(seed, Purpose.ORDER, epoch).permutation(count)
-    decoding = derive(seed, Purpose.DECODING, epoch)
-    shares = _shares(dataset, "train", order, recipe, place, start=start, seed=decoding)
+    chance = {"seed": derive(seed, Purpose.DECODING, epoch), "min_crop_area": recipe.min_crop_area}
+    shares = _shares(dataset, "train", order, recipe, place, start, **chance)
     for step, (images, labels, part, total) in enumerate(shares, start):
         rng = numpy_generator(seed, Purpose.AUGMENTATION, epoch, step)
         draws = draw(rng, total, dataset.image_size, recipe, horizontal_flip)
@@ -74,7 +74,7 @@ def training_batches(
 def validation_batches(dataset: PreparedDataset, recipe: "TrainConfig", place: Place) -> Iterator[Batch]:
     """Shares of the validation part's batches, as they are."""
     order = np.arange(dataset.counts["validation"])
-    for images, labels, _, total in _shares(dataset, "validation", order, recipe, place):
+    for images, labels, _, total in _shares(dataset, "validation", order, recipe, place, seed=0):
         yield Batch(*augment(images, labels, Draws(), recipe, dataset), total)
 
 
@@ -84,16 +84,15 @@ def _shares(
     order: np.ndarray,
     recipe: "TrainConfig",
     place: Place,
-    *,
     start: int = 0,
-    seed: int | None = None,
+    **chance: Any,
 ) -> Iterator[tuple[Tensor, Tensor, slice, int]]:
     """Images and labels on the device, the part of the batch that they are, and the size of the batch."""
     images, labels = dataset.split(split)
     batches = np.split(order, range(recipe.batch_size, len(order), recipe.batch_size))[start:]
     parts = [place.share(len(batch)) for batch in batches]
     rows = [batch[part] for batch, part in zip(batches, parts, strict=True)]
-    loaded = images.batches(rows, seed=seed, workers=recipe.workers)
+    loaded = images.batches(rows, workers=recipe.workers, **chance)
     for batch, part, index, array in zip(batches, parts, rows, loaded, strict=True):
         yield _to(array, place.device), _to(labels[index], place.device), part, len(batch)
 
