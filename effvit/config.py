@@ -48,18 +48,30 @@ class ModelConfig(_Strict):
 
 
 class TrainConfig(_Strict):
-    """The recipe, the same for every mechanism. ``save_every`` also keeps the weights of every n-th epoch (0 none)."""
+    """The recipe, the same for every mechanism; `docs/training.md` explains each field. 0 and false are off."""
 
     epochs: PositiveInt
-    batch_size: PositiveInt
+    batch_size: PositiveInt  # of all devices together
     lr: float = Field(gt=0)
     weight_decay: float = Field(0.05, ge=0)
     warmup_epochs: float = Field(0.0, ge=0)
     label_smoothing: Fraction = 0.0
     clip_norm: float = Field(0.0, ge=0)
     crop_padding: int = Field(0, ge=0)
-    save_every: int = Field(0, ge=0)
+    min_crop_area: float = Field(1.0, gt=0, le=1)  # of images that are stored larger than they are used
+    randaugment: int = Field(0, ge=0, le=30)  # magnitude
+    random_erasing: float = Field(0.0, ge=0, le=1)  # probability
+    mixup: float = Field(0.0, ge=0)  # alpha
+    cutmix: float = Field(0.0, ge=0)  # alpha
+    ema_decay: Fraction = 0.0
+    save_every: int = Field(0, ge=0)  # also keeps the weights of every n-th epoch
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    compile: bool = False
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    devices: PositiveInt = 1
+    micro_batch_size: int = Field(0, ge=0)  # images at once on a device
+    workers: int = Field(0, ge=0)
+    checkpoint_s: float = Field(60.0, ge=0)
 
     @model_validator(mode="after")
     def _warms_up_in_time(self) -> "TrainConfig":

@@ -1,5 +1,6 @@
 """Results appear whole or not at all: everything is written aside and renamed into place."""
 
+import errno
 import json
 import os
 import shutil
@@ -22,9 +23,7 @@ def staged_dir(final: Path) -> Iterator[Path]:
     Raises:
         UserError: ``final`` is or holds the current directory, which would be replaced as a whole.
     """
-    if Path.cwd().is_relative_to(final.resolve()):
-        raise UserError(f"{final}: is replaced as a whole, and with it the current directory; name another")
-    final.parent.mkdir(parents=True, exist_ok=True)
+    check_replaceable(final)
     aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent))
     aside.chmod(0o777 & ~_umask())  # mkdtemp makes it private to the owner
     try:
@@ -38,6 +37,20 @@ def staged_dir(final: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
         _name_file(error, final)
         raise
+
+
+def check_replaceable(final: Path) -> None:
+    """Make the directory that shall hold ``final``, and fail where ``final`` could not be replaced in it.
+
+    Raises:
+        UserError: ``final`` is or holds the current directory.
+        PermissionError: the directory that shall hold it cannot be written to.
+    """
+    if Path.cwd().is_relative_to(final.resolve()):
+        raise UserError(f"{final}: is replaced as a whole, and with it the current directory; name another")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(final.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(final))
 
 
 @contextmanager

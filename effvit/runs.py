@@ -1,6 +1,11 @@
-"""One training run on disk: the loop's epochs into a model directory and a log directory."""
+"""One training run on disk: the loop's epochs into a model directory and a log directory, whatever kills it."""
 
+import math
+import shutil
+import time
+from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -11,12 +16,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from effvit.checkpoint import save_model
 from effvit.config import TrainConfig
 from effvit.data.prepared import PreparedDataset
-from effvit.files import staged_dir, write_csv
+from effvit.files import check_replaceable, staged_dir, write_csv
+from effvit.interrupts import Request, noted_interrupts
 from effvit.provenance import write_provenance
-from effvit.training import DivergedError, Epoch, fit
+from effvit.resume import Store, fingerprint, open_store
+from effvit.training import DivergedError, Epoch, Step, Training
 from effvit.vit import ViT, ViTConfig
 
-_MEASURED = ["seconds", "images_per_second"]
+_MEASURED = ["seconds", "images_per_second", "peak_memory_mib"]
+_SHOWN_EVERY_S = 0.2
 
 
 class Best:
@@ -45,6 +53,66 @@ class Best:
         save_model(model, directory)
 
 
+class Run:
+    """A training with its record: the epochs so far and the best model; ``store`` is of the process that leads."""
+
+    def __init__(self, training: Training, store: Store | None, console: Console) -> None:
+        self.training, self.store, self.console = training, store, console
+        self.history: list[Epoch] = []
+        self.best = Best()
+        self._saved = time.monotonic()
+
+    @property
+    def where(self) -> str:
+        """The step that comes next."""
+        return f"epoch {self.training.epoch + 1}, step {self.training.step + 1} of {self.training.steps_per_epoch}"
+
+    def take(self, event: Step | Epoch) -> None:
+        """Record what a step or an epoch came to, and save where it is time to."""
+        recipe = self.training.recipe
+        if isinstance(event, Epoch):
+            self.history.append(event)
+            chosen = self.best.offer(event, self.training.weights)
+            self.console.print(_line(event, recipe.epochs, chosen), highlight=False, soft_wrap=True)
+            if self.store and event.epoch in self.kept_epochs():
+                with staged_dir(self.store.kept(event.epoch)) as kept:
+                    save_model(self.training.weights, kept)
+            self.save()
+        elif event.stop or time.monotonic() - self._saved >= recipe.checkpoint_s:
+            self.save()
+
+    def kept_epochs(self) -> range:
+        """Epochs so far whose weights are kept for themselves."""
+        every = self.training.recipe.save_every
+        return range(every, len(self.history) + 1, every) if every else range(0)
+
+    def save(self) -> None:
+        """Make the run survive this process, as it stands."""
+        if self.store is None:
+            return
+        tensors, numbers = self.training.state()
+        if not math.isfinite(numbers["loss_sum"]):
+            return  # about to be told: nothing to go on from
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.weights.items()}
+        best = self.best.epoch.epoch if self.best.epoch else None
+        history = [asdict(epoch) for epoch in self.history]
+        self.store.save(tensors, {"training": numbers, "history": history, "best": best})
+        self._saved = time.monotonic()
+
+    def restore(self) -> None:
+        """Go on from the state of an earlier process, if there is one."""
+        saved = self.training.fabric.broadcast(self.store.load() if self.store else None)
+        if saved is None:
+            return
+        tensors, numbers = saved
+        self.training.restore(tensors, numbers["training"])
+        self.history = [Epoch(**values) for values in numbers["history"]]
+        if numbers["best"]:
+            self.best.epoch = self.history[numbers["best"] - 1]
+            self.best.weights = {n.removeprefix("best."): t for n, t in tensors.items() if n.startswith("best.")}
+        self.console.print(f"going on at {self.where}", highlight=False, soft_wrap=True)
+
+
 def train_to(
     output_dir: Path,
     log_dir: Path,
@@ -57,42 +125,93 @@ def train_to(
 ) -> None:
     """Train, and write the best model to ``output_dir`` and the log to ``log_dir``.
 
-    If training diverges, the best model so far is left in ``<output_dir>.diverged`` and nothing else is written.
+    A run that was killed goes on where it was saved last, and ends with the bytes that it would have had anyway. If
+    training diverges, the best model so far is left in ``<output_dir>.diverged`` and nothing else is written.
 
     Raises:
         DivergedError: the loss is not finite.
+        SystemExit: after SIGINT or SIGTERM, with status 130 or 143, when the run has been saved.
     """
-    history: list[Epoch] = []
-    best = Best()
+    for directory in (output_dir, log_dir):
+        check_replaceable(directory)
     console = Console(stderr=True)
-    with staged_dir(output_dir) as model_dir, staged_dir(log_dir) as logs, _progress(console) as progress:
-        task = progress.add_task(
-            config.attention, total=dataset.counts["train"] * recipe.epochs, loss=float("nan"), accuracy=float("nan")
+    tell = partial(console.print, highlight=False, soft_wrap=True)
+    with ExitStack() as stack:
+        request = stack.enter_context(noted_interrupts())
+        training = Training(
+            config,
+            dataset,
+            recipe,
+            seed=seed,
+            horizontal_flip=horizontal_flip,
+            tell=tell,
+            should_stop=lambda: request.number is not None,
         )
-
-        def show(images: int, loss: float, accuracy: float) -> None:
-            progress.update(task, advance=images, loss=loss, accuracy=accuracy)
-
+        leads = training.fabric.is_global_zero
+        store = None
+        if leads:
+            name = fingerprint(config, dataset, recipe, seed=seed, horizontal_flip=horizontal_flip)
+            store = stack.enter_context(open_store(name, tell))
+        console.quiet = not leads
+        run = Run(training, store, console)
+        run.restore()
         try:
-            for epoch, model in fit(config, dataset, recipe, seed=seed, horizontal_flip=horizontal_flip, on_step=show):
-                history.append(epoch)
-                chosen = best.offer(epoch, model)
-                console.print(_line(epoch, recipe.epochs, chosen), highlight=False, soft_wrap=True)
-                if recipe.save_every and epoch.epoch % recipe.save_every == 0:
-                    kept = model_dir / f"epoch-{epoch.epoch:03d}"
-                    kept.mkdir()
-                    save_model(model, kept)
+            _follow(run, request)
         except DivergedError:
-            if best.epoch is not None:
-                with staged_dir(output_dir.with_name(f"{output_dir.name}.diverged")) as rescued:
-                    best.save(config, rescued)
+            if store:
+                _rescue(run.best, config, output_dir)
+                store.remove()  # it would only diverge again
+            training.fabric.barrier()
+            if not leads:
+                raise SystemExit(1) from None  # the one that leads tells it
             raise
-        best.save(config, model_dir)
-        table = pd.DataFrame([asdict(epoch) for epoch in history])
+        if store:
+            _write(run, store, config, output_dir, log_dir)
+            store.remove()
+        training.fabric.barrier()
+
+
+def _follow(run: Run, request: Request) -> None:
+    """Train to the end, or until all processes stop because one was asked to."""
+    training, shown = run.training, 0.0
+    total = training.recipe.epochs * training.dataset.counts["train"]
+    with _progress(run.console) as progress:
+        task = progress.add_task(training.model.config.attention, total=total, loss=math.nan, accuracy=math.nan)
+        for event in training.run():
+            run.take(event)
+            if isinstance(event, Epoch):
+                continue
+            if event.stop:
+                break
+            if time.monotonic() - shown > _SHOWN_EVERY_S:
+                shown = time.monotonic()
+                progress.update(task, completed=training.images_seen, loss=event.loss, accuracy=event.accuracy)
+        else:
+            return
+    training.fabric.barrier()  # none ends before the state is written
+    run.console.print(f"stopped at {run.where}: the same command goes on from there", highlight=False, soft_wrap=True)
+    raise SystemExit(request.status)
+
+
+def _rescue(best: Best, config: ViTConfig, output_dir: Path) -> None:
+    if best.epoch is not None:
+        with staged_dir(output_dir.with_name(f"{output_dir.name}.diverged")) as rescued:
+            best.save(config, rescued)
+
+
+def _write(run: Run, store: Store, config: ViTConfig, output_dir: Path, log_dir: Path) -> None:
+    training = run.training
+    with staged_dir(output_dir) as model_dir, staged_dir(log_dir) as logs:
+        run.best.save(config, model_dir)
+        for epoch in run.kept_epochs():
+            shutil.copytree(store.kept(epoch), model_dir / store.kept(epoch).name)
+        table = pd.DataFrame([asdict(epoch) for epoch in run.history])
         write_csv(logs / "history.csv", table.drop(columns=_MEASURED))
         write_csv(logs / "timing.csv", table[["epoch", *_MEASURED]].round(3))
+        settings = {"model": config.model_dump(), "train": training.recipe.model_dump()}
         write_provenance(
-            logs, {"model": config.model_dump(), "train": recipe.model_dump(), "dataset": dataset.name, "seed": seed}
+            logs,
+            {**settings, "dataset": training.dataset.name, "seed": training.seed, "processes": training.place.world},
         )
 
 

@@ -30,6 +30,14 @@ class Outcome(NamedTuple):
     err: str
 
 
+@pytest.fixture(autouse=True, scope="session")
+def state_dir(tmp_path_factory) -> Path:
+    """Where training keeps what it goes on from: not where the user's own runs do."""
+    directory = tmp_path_factory.mktemp("state")
+    os.environ["EFFVIT_STATE"] = str(directory)
+    return directory
+
+
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory) -> Path:
     """The digits at 16 x 16 pixels, prepared."""

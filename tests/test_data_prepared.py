@@ -102,3 +102,10 @@ def test_directory_that_was_never_prepared_is_refused(tmp_path, name):
 def test_unknown_split_is_refused(directory):
     with pytest.raises(ValueError, match="expected one of train, validation, test"):
         PreparedDataset.load(directory).split("val")
+
+
+def test_batches_are_the_rows_asked_for(digits):
+    images, _ = digits.split("validation")
+    rows = [np.array([3, 0, 3]), np.array([], dtype=np.int64), np.array([len(images) - 1])]
+    for index, batch in zip(rows, images.batches(rows, seed=1, workers=2), strict=True):
+        assert np.array_equal(batch, images[index]) and batch.dtype == np.uint8

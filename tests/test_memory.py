@@ -4,9 +4,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from effvit import ViT, ViTConfig
-from effvit.measure.memory import is_out_of_memory, peak_bytes, resident_bytes
+from effvit.measure.memory import peak_bytes, resident_bytes
 from effvit.measure.rss import max_rss_bytes
 from effvit.measure.workload import adamw, training_step
+from effvit.memory import is_out_of_memory
 
 DEVICES = [
     torch.device("cpu"),

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +14,11 @@ from torch import nn
 from effvit.checkpoint import load_model
 from effvit.config import TrainConfig
 from effvit.data.prepared import PreparedDataset
-from effvit.data.transforms import to_float
 from effvit.errors import UserError
 from effvit.evaluation import predict_logits
+from effvit.optimization import schedule
 from effvit.runs import Best, train_to
-from effvit.training import DivergedError, Epoch, augmented, fit, make_fabric, parameter_groups, schedule
+from effvit.training import DivergedError, Epoch, Step, Training
 from effvit.vit import ViT
 
 RECIPE = {"epochs": 2, "batch_size": 128, "lr": 3e-3, "crop_padding": 1, "device": "cpu"}
@@ -43,6 +44,12 @@ def run(tmp_path, digits, tiny_config):
     return start
 
 
+def steps_of(config, dataset, recipe, seed=0):
+    """Each step of a training."""
+    training = Training(config, dataset, recipe, seed=seed, horizontal_flip=False)
+    return [event for event in training.run() if isinstance(event, Step)]
+
+
 def visible(directory):
     return sorted(path.name for path in directory.iterdir())
 
@@ -66,8 +73,10 @@ def test_training_again_gives_the_same_bytes_and_another_seed_others(run, tmp_pa
 def test_random_features_are_redrawn_while_training(digits, tiny_config):
     omegas = []
     config = tiny_config(attention="performer", attention_options={"num_features": 8, "redraw_every": 3})
-    for _, model in fit(config, digits, TrainConfig(**RECIPE), seed=0, horizontal_flip=False):
-        omegas.append(model.attentions()[0].omega.clone())
+    training = Training(config, digits, TrainConfig(**RECIPE), seed=0, horizontal_flip=False)
+    for event in training.run():
+        if isinstance(event, Epoch):
+            omegas.append(training.weights.attentions()[0].omega.clone())
     assert not torch.equal(*omegas)
 
 
@@ -96,17 +105,12 @@ def test_only_training_rows_are_trained_on_and_the_test_split_is_never_read(digi
         watched = images.view(WatchedRows)
         watched.seen = []
         dataset = NoTestSplit(**fields, arrays=arrays | {"train_images": watched})
-        steps = []
-
-        def note(count, loss, accuracy, steps=steps, watched=watched):
-            steps.append((count, loss, len(watched.seen)))
-
-        list(fit(tiny_config(), dataset, TrainConfig(**RECIPE), seed=0, horizontal_flip=False, on_step=note))
-        histories.append([loss for _, loss, _ in steps])
+        steps = steps_of(tiny_config(), dataset, TrainConfig(**RECIPE))
+        histories.append([step.loss for step in steps])
         per_epoch = len(steps) // 2
         first_epoch = np.concatenate(watched.seen[:per_epoch])
         assert np.array_equal(np.sort(first_epoch), np.sort(arrays["train_indices"])), "each training row once an epoch"
-        assert sum(count for count, _, _ in steps) == 2 * digits.counts["train"]
+        assert sum(step.images for step in steps) == 2 * digits.counts["train"]
     assert histories[0] == histories[1]
 
 
@@ -125,7 +129,7 @@ def test_saved_model_is_the_best_by_validation(trained, digits):
 
 
 def epoch_of(accuracy, loss):
-    return Epoch(1, 0.1, 1.0, 0.5, loss, accuracy, 1.0, 1.0)
+    return Epoch(1, 0.1, 1.0, 0.5, loss, accuracy, 1.0, 1.0, 1.0)
 
 
 def test_best_is_the_first_of_the_most_accurate_and_of_those_the_surest(tiny_config):
@@ -147,7 +151,10 @@ def test_log_has_a_row_an_epoch_and_measured_columns_apart(trained):
     timing = pd.read_csv(trained / "run-log" / "timing.csv")
     names = ["epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy"]
     assert list(history.columns) == names and history["epoch"].tolist() == [1, 2, 3]
-    assert list(timing.columns) == ["epoch", "seconds", "images_per_second"] and (timing["seconds"] > 0).all()
+    assert (
+        list(timing.columns) == ["epoch", "seconds", "images_per_second", "peak_memory_mib"]
+        and (timing["seconds"] > 0).all()
+    )
     assert visible(trained / "run-log") == ["history.csv", "provenance.json", "timing.csv"]
 
 
@@ -155,50 +162,11 @@ def test_save_every_keeps_the_epochs_it_names(run):
     assert visible(run(epochs=3, save_every=2)) == ["config.json", "epoch-002", "model.safetensors"]
 
 
-@pytest.mark.parametrize("warmup_epochs", [0.0, 0.5, 2.0, 3.0])
-def test_learning_rate_rises_linearly_then_falls_as_half_a_cosine(warmup_epochs):
-    recipe, steps = TrainConfig(epochs=10, batch_size=1, lr=1.0, warmup_epochs=warmup_epochs), 20
-    warmup, total = int(warmup_epochs * steps), 200
-    factors = np.array([schedule(step, steps, recipe) for step in range(total)])
-    assert np.allclose(factors[:warmup], np.arange(1, warmup + 1) / max(warmup, 1))
-    x = np.arange(total - warmup) / (total - warmup)
-    assert np.allclose(factors[warmup:], np.cos(np.pi * x / 2) ** 2)  # half-angle form of (1 + cos πx) / 2
-    assert factors.max() == 1 and 0 < factors[-1] < 1e-3
-
-
 def test_logged_learning_rate_is_that_of_the_epochs_last_step(trained, digits):
     steps = math.ceil(digits.counts["train"] / 64)
     recipe = TrainConfig(epochs=3, batch_size=64, lr=5e-3, warmup_epochs=0.5)
     expected = [5e-3 * schedule(epoch * steps - 1, steps, recipe) for epoch in (1, 2, 3)]
     assert np.allclose(pd.read_csv(trained / "run-log" / "history.csv")["lr"], expected)
-
-
-@pytest.mark.parametrize(
-    ("attention", "options"),
-    [("fused", {}), ("linformer", {"k": 4, "share": "kv"}), ("nystromformer", {}), ("hybrid", {"window_size": 2})],
-)
-def test_weight_decay_spares_biases_norms_positions_and_class_token(tiny_config, attention, options):
-    model = ViT(tiny_config(attention=attention, attention_options=options))
-    exempt = {id(model.cls_token), id(model.pos_embed)}
-    for module in model.modules():
-        if isinstance(getattr(module, "bias", None), nn.Parameter):
-            exempt.add(id(module.bias))
-        if isinstance(module, nn.LayerNorm):
-            exempt.add(id(module.weight))
-    groups = {group["weight_decay"]: group["params"] for group in parameter_groups(model, 0.3)}
-    assert {id(p) for p in groups[0.0]} == exempt
-    assert {id(p) for p in groups[0.3]} == {id(p) for p in model.parameters()} - exempt
-    assert sum(map(len, groups.values())) == len(list(model.parameters())), "none twice"
-
-
-def test_without_augmentation_a_batch_is_the_rows_as_they_are(digits):
-    images, _ = digits.split("train")
-    rows = torch.tensor([5, 0, 7])
-    batch = augmented(images, rows, digits, 0, False, torch.device("cpu"), torch.Generator().manual_seed(0))
-    plain = np.stack([images[int(row)] for row in rows]) / 255
-    expected = (plain - np.array(digits.mean)) / np.array(digits.std)
-    assert np.allclose(batch.permute(0, 2, 3, 1).numpy(), expected, atol=1e-5)
-    assert torch.equal(batch, to_float(torch.from_numpy(images[rows.numpy()]), digits.mean, digits.std))
 
 
 def test_divergence_in_the_first_epoch_is_told_and_leaves_nothing(run, tmp_path):
@@ -253,30 +221,22 @@ def test_earlier_model_survives_a_run_that_fails(run, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
 
 
-def test_device_that_is_not_there_is_a_user_error():
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="device=cuda"):
-            make_fabric("cuda")
-    assert make_fabric("cpu").device.type == "cpu"
-
-
 def test_batch_larger_than_the_data_set_is_one_step(digits, tiny_config):
-    steps = []
-    recipe = TrainConfig(**(RECIPE | {"batch_size": 5000, "epochs": 1}))
-    list(fit(tiny_config(), digits, recipe, seed=0, horizontal_flip=False, on_step=lambda n, *_: steps.append(n)))
-    assert steps == [digits.counts["train"]]
+    steps = steps_of(tiny_config(), digits, TrainConfig(**(RECIPE | {"batch_size": 5000, "epochs": 1})))
+    assert [step.images for step in steps] == [digits.counts["train"]]
 
 
 def test_losses_are_those_of_plain_cross_entropy(digits, tiny_config):
     """One step over all rows: the logged training loss is the untrained model's."""
     recipe = TrainConfig(epochs=1, batch_size=5000, lr=1e-9, weight_decay=0.0, device="cpu")
-    ((epoch, model),) = fit(tiny_config(), digits, recipe, seed=0, horizontal_flip=False)
+    training = Training(tiny_config(), digits, recipe, seed=0, horizontal_flip=False)
+    *_, epoch = training.run()
     for split, loss, accuracy in (
         ("train", epoch.train_loss, epoch.train_accuracy),
         ("validation", epoch.val_loss, epoch.val_accuracy),
     ):
         images, labels = digits.split(split)
-        logits = predict_logits(model, images, digits.mean, digits.std, 100).double().numpy()
+        logits = predict_logits(training.weights, images, digits.mean, digits.std, 100).double().numpy()
         log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
         assert loss == pytest.approx(-log_p[np.arange(len(labels)), labels].mean(), rel=1e-4)
         assert accuracy == pytest.approx((logits.argmax(1) == labels).mean(), abs=2e-3)
@@ -324,3 +284,100 @@ def test_recipe_is_recorded_beside_the_log(run, tmp_path):
     config = json.loads((tmp_path / "run-log" / "provenance.json").read_text())["config"]
     assert config["seed"] == 3 and config["train"]["epochs"] == 1 and config["dataset"] == "digits"
     assert config["model"] == load_model(tmp_path / "run").config.model_dump()
+
+
+def epochs_of(config, dataset, tell=print, **changes):
+    """The epochs of a training, and the training."""
+    recipe = TrainConfig(**(RECIPE | changes))
+    training = Training(config, dataset, recipe, seed=0, horizontal_flip=False, tell=tell)
+    return [event for event in training.run() if isinstance(event, Epoch)], training
+
+
+def assert_same_results(epochs, others):
+    for epoch, other in zip(epochs, others, strict=True):
+        for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy"):
+            assert getattr(epoch, name) == pytest.approx(getattr(other, name), rel=1e-5), name
+
+
+@pytest.mark.parametrize("size", [10, 50, 64, 127])
+def test_gradient_of_micro_batches_is_that_of_the_whole_batch(digits, tiny_config, size):
+    changes = {"label_smoothing": 0.1, "clip_norm": 0.5, "mixup": 0.5, "epochs": 1}
+    whole, _ = epochs_of(tiny_config(), digits, **changes)
+    parts, _ = epochs_of(tiny_config(), digits, micro_batch_size=size, **changes)
+    assert_same_results(parts, whole)
+
+
+def test_step_is_done_again_with_half_as_many_images_where_memory_runs_out(digits, tiny_config, monkeypatch):
+    whole, _ = epochs_of(tiny_config(), digits)
+    forward, lines, sizes = ViT.forward, [], []
+
+    def limited(self, images):
+        sizes.append(len(images))
+        if self.training and len(images) > 40:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, images)
+
+    monkeypatch.setattr(ViT, "forward", limited)
+    parts, training = epochs_of(tiny_config(), digits, tell=lines.append)
+    assert_same_results(parts, whole)
+    assert training.micro_batch_size == 32 and sizes[:3] == [128, 64, 32]
+    assert len(lines) == 2 and "128 images" in lines[0] and "32" in lines[1]
+    assert not any("\n" in line for line in lines)
+
+
+def test_memory_that_does_not_hold_one_image_is_a_user_error(digits, tiny_config, monkeypatch):
+    def full(self, images):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ViT, "forward", full)
+    with pytest.raises(UserError, match="one image at a time"):
+        epochs_of(tiny_config(), digits)
+
+
+def test_averaged_weights_are_the_running_mean_and_are_validated(digits, tiny_config):
+    decay = 0.8
+    training = Training(tiny_config(), digits, TrainConfig(**RECIPE, ema_decay=decay), seed=0, horizontal_flip=False)
+    mean = None
+    for event in training.run():
+        now = {name: p.detach().clone() for name, p in training.model.named_parameters()}
+        if isinstance(event, Step):
+            mean = now if mean is None else {n: decay * mean[n] + (1 - decay) * now[n] for n in now}
+    for name, parameter in training.weights.named_parameters():
+        torch.testing.assert_close(parameter.detach(), mean[name], rtol=1e-5, atol=1e-6)
+    images, labels = digits.split("validation")
+    logits = predict_logits(training.weights, images, digits.mean, digits.std, 128)
+    assert event.val_accuracy == pytest.approx((logits.argmax(1).numpy() == labels).mean())
+
+
+def test_bfloat16_keeps_weights_in_float32_and_learns(digits, tiny_config):
+    exact, _ = epochs_of(tiny_config(), digits, epochs=3)
+    mixed, training = epochs_of(tiny_config(), digits, epochs=3, precision="bf16-mixed")
+    assert {p.dtype for p in training.model.parameters()} == {torch.float32}
+    assert mixed[-1].train_loss != exact[-1].train_loss
+    assert mixed[-1].train_loss == pytest.approx(exact[-1].train_loss, rel=0.02)
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no compiler here")
+def test_compiled_model_has_the_losses_of_the_eager_one(digits, tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    config = tiny_config(num_hidden_layers=1)
+    one_shape = {"epochs": 3, "batch_size": 5000}
+    eager, _ = epochs_of(config, digits, **one_shape)
+    compiled, training = epochs_of(config, digits, **one_shape, compile=True)
+    for ours, expected in zip(compiled, eager, strict=True):
+        assert ours.train_loss == pytest.approx(expected.train_loss, rel=1e-4)
+        assert ours.val_loss == pytest.approx(expected.val_loss, rel=1e-4)
+    assert all(not name.startswith("_orig_mod") for name in training.weights.state_dict())
+
+
+def test_dropout_of_a_step_does_not_depend_on_how_it_was_reached(digits, tiny_config):
+    """A run that goes on from a state in memory has the losses of one that never stopped."""
+    config, recipe = tiny_config(hidden_dropout_prob=0.2), TrainConfig(**RECIPE)
+    whole = [step.loss for step in steps_of(config, digits, recipe)]
+    first = Training(config, digits, recipe, seed=0, horizontal_flip=False)
+    events = first.run()
+    begun = [next(events).loss for _ in range(5)]
+    second = Training(config, digits, recipe, seed=0, horizontal_flip=False)
+    second.restore(*first.state())
+    rest = [event.loss for event in second.run() if isinstance(event, Step)]
+    assert begun + rest == whole

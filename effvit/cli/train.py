@@ -33,13 +33,28 @@ def train(
     label_smoothing: Annotated[float, typer.Option(help="Share of the target spread over all classes.")] = 0.0,
     clip_norm: Annotated[float, typer.Option(help="Largest norm of the gradient; 0 for no limit.")] = 0.0,
     crop_padding: Annotated[int, typer.Option(help="Random crops from images padded by this many pixels.")] = 0,
+    min_crop_area: Annotated[
+        float, typer.Option(help="Least share of a large stored image that a random crop keeps; 1 for the centre.")
+    ] = 1.0,
     horizontal_flip: Annotated[bool, typer.Option(help="Mirror half of the images.")] = False,
+    randaugment: Annotated[int, typer.Option(help="Magnitude of RandAugment, to 30; 9 is usual.")] = 0,
+    random_erasing: Annotated[float, typer.Option(help="Probability that a box of an image is erased.")] = 0.0,
+    mixup: Annotated[float, typer.Option(help="Alpha of mixup.")] = 0.0,
+    cutmix: Annotated[float, typer.Option(help="Alpha of CutMix; with mixup, either by turns of chance.")] = 0.0,
+    ema_decay: Annotated[float, typer.Option(help="Validate and keep a running mean of weights, as 0.999.")] = 0.0,
     save_every: Annotated[int, typer.Option(help="Also keep the weights of every n-th epoch; 0 for none.")] = 0,
+    precision: Annotated[str, typer.Option(help="32-true, bf16-mixed or, on CUDA, 16-mixed.")] = "32-true",
+    compile: Annotated[bool, typer.Option(help="Compile the model with torch.compile.")] = False,
     device: options.Device = "auto",
+    devices: Annotated[int, typer.Option(help="Devices on this machine, one process each; not under torchrun.")] = 1,
+    micro_batch_size: Annotated[int, typer.Option(help="Images at once on a device; 0 for all of a step.")] = 0,
+    workers: Annotated[int, typer.Option(help="Processes that decode images, where they are stored as files.")] = 0,
+    checkpoint_s: Annotated[float, typer.Option(help="Seconds between savings of an unfinished run.")] = 60.0,
 ) -> None:
     """Train one model; keep the weights that are best on the validation split.
 
-    Writes model.safetensors and config.json to the output directory; the test split is not read.
+    Writes model.safetensors and config.json to the output directory; the test split is not read. A run that was
+    stopped or killed goes on when the same command is given again.
     """
     from pydantic import ValidationError
 
@@ -63,8 +78,20 @@ def train(
             label_smoothing=label_smoothing,
             clip_norm=clip_norm,
             crop_padding=crop_padding,
+            min_crop_area=min_crop_area,
+            randaugment=randaugment,
+            random_erasing=random_erasing,
+            mixup=mixup,
+            cutmix=cutmix,
+            ema_decay=ema_decay,
             save_every=save_every,
+            precision=precision,  # type: ignore[arg-type]
+            compile=compile,
             device=device,  # type: ignore[arg-type]
+            devices=devices,
+            micro_batch_size=micro_batch_size,
+            workers=workers,
+            checkpoint_s=checkpoint_s,
         )
     except ValidationError as error:
         raise UserError(explain(error, "train")) from error

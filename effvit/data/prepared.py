@@ -9,7 +9,7 @@ A prepared directory holds
 - ``meta.json``: the fields of `Meta`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +67,19 @@ class Images:
 
     def __getitem__(self, index: int | slice | np.ndarray) -> np.ndarray:
         return self.array[self.rows[index]]
+
+    def batches(
+        self, rows: Sequence[np.ndarray], *, seed: int, workers: int, min_crop_area: float = 1.0
+    ) -> Iterator[np.ndarray]:
+        """Yield the images of each index array in turn, uint8 ``(b, H, W, 3)``; ready in memory, so no chance, no work.
+
+        Args:
+            rows: index arrays ``(b,)`` into these images.
+            seed: of random crops, where a format stores images larger than it gives them.
+            workers: processes that decode, where a format stores files.
+            min_crop_area: least share of such an image that a random crop keeps; 1 for no random crop.
+        """
+        return (self[index] for index in rows)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -1,7 +1,6 @@
-"""Augmentation and normalisation of a whole batch of uint8 images ``(B, H, W, C)``; chance comes from a generator.
+"""Augmentation and normalisation of whole batches, as pure functions: chance has been drawn before they are called.
 
-The generator may live on another device than the images: offsets are drawn where it is, so that a CPU generator gives
-the same augmentation on every device.
+Shapes: B images of H x W pixels in C channels, K classes. Decisions of chance have one entry an image.
 """
 
 from collections.abc import Sequence
@@ -9,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+Box = tuple[int, int, int, int]  # top, left, height, width
 
 
 def to_float(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -18,23 +19,70 @@ def to_float(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Ten
     return planes.mul_(1 / (255 * scale)).sub_(offset / scale)
 
 
-def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
-    """Pad each image with ``padding`` black pixels a side and cut it out again at an offset of its own.
+def crop(images: Tensor, padding: int, top: Tensor, left: Tensor) -> Tensor:
+    """Pad each image with ``padding`` black pixels a side and cut it out again at its own ``top`` and ``left``.
 
-    Shape in and out ``(B, H, W, C)``; each of the ``(2 * padding + 1) ** 2`` offsets is equally likely.
+    Shape in and out ``(B, H, W, C)``; offsets ``(B,)`` from 0 to ``2 * padding``.
     """
-    batch, height, width, channels = images.shape
+    _, height, width, channels = images.shape
     padded = functional.pad(images, (0, 0, padding, padding, padding, padding))
     # All crops of an image as a view, rows of pixels flattened so that a crop is copied row by row: (B, P, P, H, W * C)
     crops = padded.flatten(2).unfold(1, height, 1).unfold(2, width * channels, channels)
-    top, left = torch.randint(2 * padding + 1, (2, batch), generator=generator, device=generator.device)
-    chosen = crops[torch.arange(batch, device=images.device), top.to(images.device), left.to(images.device)]
+    chosen = crops[torch.arange(len(images), device=images.device), top.to(images.device), left.to(images.device)]
     return chosen.reshape(images.shape)
 
 
-def random_horizontal_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror each image of ``(B, H, W, C)`` left to right with probability one half."""
-    flipped = torch.rand(len(images), generator=generator, device=generator.device).lt(0.5).to(images.device)
+def flip(images: Tensor, flipped: Tensor) -> Tensor:
+    """Mirror left to right those images of ``(B, H, W, C)`` that ``flipped`` ``(B,)`` says."""
+    flipped = flipped.to(images.device)
     result = images.clone()
     result[flipped] = images[flipped].flip(2)
     return result
+
+
+def erase(images: Tensor, boxes: Tensor) -> Tensor:
+    """Set a box of each normalised image ``(B, C, H, W)`` to 0, the mean of all images.
+
+    ``boxes`` ``(4, B)`` has top, left, height and width; a box of height 0 erases nothing.
+    """
+    top, left, height, width = boxes.to(images.device)[:, :, None]  # each (B, 1)
+    row, column = (torch.arange(size, device=images.device) for size in images.shape[-2:])
+    rows = (row >= top) & (row < top + height)  # (B, H)
+    columns = (column >= left) & (column < left + width)  # (B, W)
+    return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
+
+
+def mixup(images: Tensor, targets: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Blend each image with its neighbour: ``share`` of its own, ``1 - share`` of the other's.
+
+    Zhang et al. 2018 (arXiv 1710.09412, section 2). Images 0 and 1, 2 and 3, ... are neighbours, and a last one
+    without neighbour stays as it is: so a batch can be cut between pairs without changing what is mixed.
+
+    Args:
+        images: ``(B, C, H, W)``.
+        targets: probabilities ``(B, K)``.
+        share: from 0 to 1.
+    """
+    other = _neighbours(images)
+    return images.mul(share).add_(images[other], alpha=1 - share), targets.mul(share).add_(
+        targets[other], alpha=1 - share
+    )
+
+
+def cutmix(images: Tensor, targets: Tensor, box: Box) -> tuple[Tensor, Tensor]:
+    """Paste a box of its neighbour into each image; targets are blended in proportion to area.
+
+    Yun et al. 2019 (arXiv 1905.04899, section 3.1). Arguments and neighbours as for `mixup`.
+    """
+    other = _neighbours(images)
+    top, left, height, width = box
+    pasted = images.clone()
+    inside = (..., slice(top, top + height), slice(left, left + width))
+    pasted[inside] = images[inside][other]
+    share = 1 - height * width / (images.shape[-2] * images.shape[-1])
+    return pasted, targets.mul(share).add_(targets[other], alpha=1 - share)
+
+
+def _neighbours(images: Tensor) -> Tensor:
+    order = torch.arange(len(images), device=images.device)
+    return (order ^ 1).clamp(max=len(images) - 1)

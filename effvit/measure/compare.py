@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from effvit.device import pick_device
 from effvit.errors import UserError
 from effvit.measure.latency import Call, interleaved, paired_ratio, stopwatch_for, summarise
-from effvit.measure.memory import is_out_of_memory, peak_bytes
+from effvit.measure.memory import peak_bytes
+from effvit.memory import is_out_of_memory
 
 OK, OUT_OF_MEMORY, OVER_BUDGET = "ok", "out of memory", "over budget"
 LONGEST_CALL = 4  # times the sampling budget: longer calls would give too few samples for too much time

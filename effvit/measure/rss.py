@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from effvit.measure.memory import is_out_of_memory
 from effvit.measure.workload import adamw, training_step
+from effvit.memory import is_out_of_memory, peak_resident_bytes, status_bytes
 from effvit.vit import ViT, ViTConfig
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -53,34 +53,18 @@ def _measure(job: str) -> int:
     step = training_step(model, optimiser, settings["batch_size"], device)
     before = _rss_reset_peak()
     step()
-    return max(0, _peak_rss() - before)
+    return max(0, peak_resident_bytes() - before)
 
 
 def _rss_reset_peak() -> int:
     """Bytes resident now, from which the peak is counted."""
     if not _STATUS.exists():
-        return _peak_rss()
+        return peak_resident_bytes()
     try:
         _CLEAR.write_text("5")
     except OSError:
-        return _status_bytes("VmHWM")  # no permission: only what exceeds the earlier peak can be seen
-    return _status_bytes("VmRSS")
-
-
-def _peak_rss() -> int:
-    if _STATUS.exists():
-        # Not getrusage: on Linux its maximum is inherited from the process that started this one.
-        return _status_bytes("VmHWM")
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _status_bytes(field: str) -> int:
-    for line in _STATUS.read_text(encoding="ascii").splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"{_STATUS} has no {field}")
+        return status_bytes("VmHWM")  # no permission: only what exceeds the earlier peak can be seen
+    return status_bytes("VmRSS")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,65 @@
+"""One training by one process or by many: Fabric on the devices that there are, and sums over processes."""
+
+import os
+from collections.abc import Iterable
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.strategies.ddp import DDPStrategy
+from torch import Tensor, nn
+
+from effvit.data.loading import Place
+from effvit.errors import UserError
+
+
+def make_fabric(device: str, devices: int = 1, precision: str = "32-true") -> Fabric:
+    """Return Fabric on one or several ``auto``, ``cpu``, ``cuda`` or ``mps`` devices, its processes started.
+
+    Under ``torchrun`` its processes are the ones there are, whatever ``devices`` says. Otherwise this script is started
+    once more for each further device.
+
+    Raises:
+        UserError: there is no such device, or it does not have the precision.
+    """
+    # cuBLAS is deterministic only with a workspace of fixed size, set before its first call.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    nodes = 1
+    if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ["WORLD_SIZE"]) // devices
+    several = devices * nodes > 1
+    # Buffers change by seeded draws, alike in all processes: nothing to broadcast before each forward pass.
+    strategy = DDPStrategy(broadcast_buffers=False) if several else "auto"
+    try:
+        fabric = Fabric(accelerator=device, devices=devices, num_nodes=nodes, strategy=strategy, precision=precision)  # type: ignore[arg-type]
+    except (RuntimeError, ValueError) as error:
+        where = f"device={device}" + (f", devices={devices}" if devices > 1 else "")
+        raise UserError(f"{where}: not usable here, try auto or cpu ({error})") from error
+    if precision == "16-mixed" and fabric.device.type != "cuda":
+        raise UserError("precision=16-mixed: needs a CUDA device; try bf16-mixed or 32-true")
+    fabric.launch()
+    return fabric
+
+
+def place_of(fabric: Fabric) -> Place:
+    """Where this process stands among Fabric's."""
+    return Place(fabric.device, fabric.global_rank, fabric.world_size)
+
+
+def sum_gradients(fabric: Fabric, parameters: Iterable[nn.Parameter], figures: Tensor) -> Tensor:
+    """Replace gradients by their sums over processes, and return those of ``figures`` ``(n,)``, in one exchange.
+
+    Not by DDP's own hooks, which work inside the backward pass: there, a process without images in a last, small batch
+    could not take part, and one that ran out of memory could not begin again.
+    """
+    if fabric.world_size == 1:
+        return figures
+    trained = [p for p in parameters if p.requires_grad]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    flat = torch.cat([*(g.flatten() for g in gradients), figures.to(gradients[0].dtype)])
+    total = fabric.all_reduce(flat, reduce_op="sum")
+    assert isinstance(total, Tensor)
+    *sums, figures = total.split([*(g.numel() for g in gradients), len(figures)])
+    for parameter, gradient in zip(trained, sums, strict=True):
+        parameter.grad = gradient.view_as(parameter)
+    return figures

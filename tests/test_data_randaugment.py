@@ -1,0 +1,36 @@
+import pytest
+import torch
+from torchvision.transforms import v2
+
+from effvit.data.randaugment import LARGEST, OPERATIONS, VARIANTS, randaugment
+
+IMAGES = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("magnitude", [1, 9, LARGEST])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_each_operation_is_that_of_torchvision(name, magnitude):
+    peer = v2.RandAugment(magnitude=magnitude)
+    strengths, signed = peer._AUGMENTATION_SPACE[name]
+    strength = strengths(peer.num_magnitude_bins, 16, 16)
+    for sign in (1, -1):
+        value = 0.0 if strength is None else float(strength[magnitude]) * (sign if signed else 1)
+        expected = peer._apply_image_or_video_transform(IMAGES, name, value, peer.interpolation, peer._fill)
+        got = OPERATIONS[name](IMAGES, sign * magnitude / LARGEST)
+        assert (got.int() - expected.int()).abs().max() <= 1, "rounding of a strength apart"
+
+
+def test_operations_are_those_of_torchvision():
+    assert set(OPERATIONS) == set(v2.RandAugment._AUGMENTATION_SPACE)
+
+
+def test_each_image_has_its_own_operations_one_after_another():
+    choices = torch.randint(len(VARIANTS), (2, 6), generator=torch.Generator().manual_seed(1))
+    before = IMAGES.clone()
+    result = randaugment(IMAGES, choices, 9)
+    for image, first, second, got in zip(IMAGES, *choices.tolist(), result, strict=True):
+        for number in (first, second):
+            operation, sign = VARIANTS[number]
+            image = operation(image[None], sign * 9 / LARGEST)[0]
+        assert torch.equal(got, image)
+    assert torch.equal(IMAGES, before)

@@ -1,0 +1,123 @@
+"""Two gloo processes on the CPU beside one."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+from conftest import TINY, TINY_FLAGS
+
+from effvit.attention import available_attention
+from effvit.config import TrainConfig
+from effvit.data.loading import Place
+from effvit.errors import UserError
+from effvit.parallel import make_fabric
+from effvit.runs import train_to
+from effvit.vit import ViTConfig
+
+OPTIONS = {
+    "linformer": {"k": 6},
+    "performer": {"num_features": 8, "redraw_every": 3},
+    "nystromformer": {"num_landmarks": 6},
+    "hybrid": {"window_size": 2},
+}
+# 1,293 training images: a last batch of one, of which a process has none; 145 of validation.
+RECIPE = {"epochs": 2, "batch_size": 68, "lr": 3e-3, "clip_norm": 1.0, "crop_padding": 1, "device": "cpu"}
+MIXED = {"mixup": 0.8, "cutmix": 1.0, "random_erasing": 0.3, "ema_decay": 0.9, "label_smoothing": 0.1}
+JOBS = [(name, {}) for name in available_attention()] + [("fused", MIXED)]
+
+WORKER = """
+import json, sys
+from pathlib import Path
+from effvit.config import TrainConfig
+from effvit.data.prepared import PreparedDataset
+from effvit.runs import train_to
+from effvit.vit import ViTConfig
+
+job = json.loads(sys.argv[1])
+dataset = PreparedDataset.load(Path(job["dataset"]))
+for number, (model, recipe) in enumerate(job["runs"]):
+    out = Path(f"run{number}"), Path(f"log{number}")
+    train_to(*out, ViTConfig(**model), dataset, TrainConfig(**recipe), seed=0, horizontal_flip=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def histories(tmp_path_factory, digits, digits_dir):
+    """History of each of JOBS by one process and by two under torchrun."""
+    directory = tmp_path_factory.mktemp("parallel")
+    runs = []
+    for name, more in JOBS:
+        model = {"image_size": 16, "attention": name, "attention_options": OPTIONS.get(name, {}), **TINY}
+        runs.append((model, RECIPE | more))
+    (directory / "worker.py").write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "worker.py"]
+    job = json.dumps({"dataset": str(digits_dir), "runs": runs})
+    result = subprocess.run([*command, job], cwd=directory, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    pairs = []
+    for number, (model, recipe) in enumerate(runs):
+        place = directory / f"alone{number}", directory / f"alone{number}-log"
+        train_to(*place, ViTConfig(**model), digits, TrainConfig(**recipe), seed=0, horizontal_flip=True)
+        tables = [place[1] / "history.csv", directory / f"log{number}" / "history.csv"]
+        pairs.append([pd.read_csv(table) for table in tables])
+    assert result.stderr.count("epoch   1/2") == len(runs), "only the first process speaks"
+    return pairs
+
+
+@pytest.mark.parametrize("number", range(len(JOBS)), ids=[f"{name}{'-mixed' * bool(more)}" for name, more in JOBS])
+def test_two_processes_have_the_losses_of_one(histories, number):
+    one, two = histories[number]
+    pd.testing.assert_frame_equal(two, one, rtol=1e-5, atol=0)
+
+
+def test_the_sizes_are_those_that_two_does_not_divide(digits):
+    assert digits.counts["train"] % RECIPE["batch_size"] == 1 and digits.counts["validation"] % 2 == 1
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("count", [1, 2, 5, 17, 64])
+def test_shares_are_even_parts_of_a_batch_that_keep_pairs_together(world, count):
+    shares = [range(count)[Place(torch.device("cpu"), rank, world).share(count)] for rank in range(world)]
+    assert [index for share in shares for index in share] == list(range(count))
+    assert all(share.start % 2 == 0 for share in shares if len(share))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 3
+
+
+def test_devices_starts_as_many_processes_and_a_stopped_run_goes_on(tmp_path, digits_dir):
+    script = tmp_path / "start" / "script.py"
+    script.parent.mkdir()
+    script.write_text("from effvit.cli.app import main\nmain()\n")
+    environment = os.environ | {"EFFVIT_STATE": str(tmp_path / "state")}
+
+    def command(name):
+        arguments = ["train", "--dataset-dir", digits_dir, "--output-dir", tmp_path / name, *TINY_FLAGS]
+        arguments += ["--epochs", 5, "--batch-size", 68, "--device", "cpu", "--devices", 2]
+        return [sys.executable, str(script), *map(str, arguments)]
+
+    with subprocess.Popen(command("run"), stderr=subprocess.PIPE, text=True, env=environment) as process:
+        next(line for line in process.stderr if line.startswith("epoch   2/"))
+        process.terminate()
+        error = process.stderr.read()
+    assert process.returncode == 143, error
+    assert "stopped at epoch" in error and "Traceback" not in error
+    result = subprocess.run(command("run"), capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "going on at epoch" in result.stderr
+    subprocess.run(command("whole"), capture_output=True, env=environment, check=True)
+    for path in ("{}/model.safetensors", "{}-log/history.csv"):
+        assert len({(tmp_path / path.format(name)).read_bytes() for name in ("run", "whole")}) == 1
+    settings = json.loads((tmp_path / "run-log" / "provenance.json").read_text())["config"]
+    assert settings["processes"] == 2
+
+
+def test_device_that_is_not_there_is_a_user_error():
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="device=cuda"):
+            make_fabric("cuda")
+        with pytest.raises(UserError, match="precision=16-mixed"):
+            make_fabric("cpu", precision="16-mixed")
+    assert make_fabric("cpu").device.type == "cpu"

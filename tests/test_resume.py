@@ -1,0 +1,256 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import TINY, TINY_FLAGS
+
+from effvit import resume
+from effvit.config import TrainConfig
+from effvit.resume import Store, fingerprint, open_store
+from effvit.runs import train_to
+from effvit.training import Training
+
+ROOT = Path(__file__).parents[1]
+RECIPE = {"epochs": 3, "batch_size": 128, "lr": 3e-3, "crop_padding": 1, "device": "cpu", "checkpoint_s": 0.0}
+
+# Everything that has a state of its own, or chance: moments, averages, features that are redrawn, dropout, mixing.
+EVERYTHING = {
+    "epochs": 6,
+    "batch_size": 64,
+    "lr": 3e-3,
+    "clip_norm": 1.0,
+    "crop_padding": 1,
+    "randaugment": 9,
+    "random_erasing": 0.2,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "ema_decay": 0.9,
+    "save_every": 2,
+    "device": "cpu",
+    "checkpoint_s": 0.0,
+}
+
+# Trains in a child of a process that has the slow libraries already; kills it at random moments, twenty times.
+KILLS = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+import torch
+from effvit.config import TrainConfig
+from effvit.data.prepared import PreparedDataset
+from effvit.runs import train_to
+from effvit.vit import ViTConfig
+
+job = json.loads(sys.argv[1])
+dataset = PreparedDataset.load(Path(job["dataset"]))
+
+def start(name):
+    child = os.fork()
+    if not child:
+        os.environ["EFFVIT_STATE"] = name + "-state"
+        config, recipe = ViTConfig(**job["model"]), TrainConfig(**job["recipe"])
+        train_to(Path(name), Path(name + "-log"), config, dataset, recipe, seed=0, horizontal_flip=True)
+        os._exit(0)
+    return child
+
+def end(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+began = time.monotonic()
+assert end(start("whole")) == 0
+seconds = time.monotonic() - began
+moments = random.Random(0)
+killed = 0
+while killed < 20:
+    child = start("killed")
+    time.sleep(moments.uniform(0, seconds / 15))
+    os.kill(child, signal.SIGKILL)
+    code = end(child)
+    assert code == -signal.SIGKILL, f"it ended with {code} after {killed} kills"
+    killed += 1
+state = list(Path("killed-state/runs").glob("*/state"))
+assert len(state) == 1 and not Path("killed").exists()
+assert end(start("killed")) == 0
+"""
+
+
+def files(directory):
+    """Every file below a directory that must be the same at every run, with its bytes."""
+    paths = [*directory.rglob("*.safetensors"), *directory.rglob("history.csv"), *directory.rglob("config.json")]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
+
+
+def test_twenty_kills_change_no_byte(tmp_path, digits_dir):
+    model = {"image_size": 16, "attention": "performer", "attention_options": {"num_features": 8, "redraw_every": 7}}
+    model |= TINY | {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    job = json.dumps({"dataset": str(digits_dir), "model": model, "recipe": EVERYTHING})
+    result = subprocess.run(
+        [sys.executable, "-c", KILLS, job], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    for part in ("", "-log"):
+        whole, killed = files(tmp_path / f"whole{part}"), files(tmp_path / f"killed{part}")
+        assert whole and whole.keys() == killed.keys()
+        assert [name for name in whole if whole[name] != killed[name]] == []
+    assert "going on at" in result.stderr
+    assert list((tmp_path / "killed-state" / "runs").iterdir()) == [], "it is removed when the run is over"
+
+
+@pytest.fixture
+def run(tmp_path, digits, tiny_config, monkeypatch):
+    """Train into tmp_path/<name>; ``stop`` sends this process a signal in the step of that number."""
+    monkeypatch.setenv("EFFVIT_STATE", str(tmp_path / "state"))
+
+    def start(name="run", *, stop=None, sent=signal.SIGTERM, dataset=digits, **changes):
+        steps = []
+        take_step = Training._take_step
+
+        def counted(self, *args):
+            steps.append(1)
+            if len(steps) == stop:
+                os.kill(os.getpid(), sent)
+            return take_step(self, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Training, "_take_step", counted)
+            recipe = TrainConfig(**(RECIPE | changes))
+            place = tmp_path / name, tmp_path / f"{name}-log"
+            train_to(*place, tiny_config(), dataset, recipe, seed=0, horizontal_flip=False)
+        return files(tmp_path / name), files(tmp_path / f"{name}-log"), len(steps)
+
+    return start
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_run_that_is_asked_to_stop_ends_after_its_step_and_goes_on_there(run, tmp_path, capsys, sent, status):
+    *whole, steps = run("whole")
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    # The state is written because of the signal, not because it was time to.
+    with pytest.raises(SystemExit) as caught:
+        run("stopped", stop=15, sent=sent, checkpoint_s=1000.0)
+    assert caught.value.code == status
+    assert "stopped at epoch 2, step 5 of 11" in capsys.readouterr().err
+    assert not (tmp_path / "stopped").exists()
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
+    *continued, rest = run("stopped")
+    assert continued == whole
+    assert rest == steps - 15
+
+
+def brightened(digits):
+    """The digits with one training image a little lighter."""
+    images = digits.arrays["train_images"].copy()
+    images[digits.arrays["train_indices"][3], 0, 0, 0] ^= 1
+    return type(digits)(**(vars(digits) | {"arrays": {**digits.arrays, "train_images": images}}))
+
+
+@pytest.mark.parametrize("change", ["recipe", "pixel"])
+def test_a_state_of_another_run_is_not_gone_on_from(run, digits, change):
+    changed = {"lr": 2e-3} if change == "recipe" else {"dataset": brightened(digits)}
+    with pytest.raises(SystemExit):
+        run("stopped", stop=15)
+    *_, steps = run("changed", **changed)
+    assert steps == 33
+    assert run("stopped")[2] == 33 - 15, "the one that is stopped still has its own"
+
+
+DAMAGES = {
+    "half": lambda content: content[: len(content) // 2],
+    "all but a byte": lambda content: content[:-1],
+    "empty": lambda content: b"",
+    "a bit flipped": lambda content: content[:-900] + bytes([content[-900] ^ 1]) + content[-899:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_state_is_told_in_one_line_and_ignored(run, tmp_path, capsys, damage):
+    whole = run("whole")
+    with pytest.raises(SystemExit):
+        run("stopped", stop=15)
+    (state,) = (tmp_path / "state" / "runs").glob("*/state")
+    state.write_bytes(DAMAGES[damage](state.read_bytes()))
+    capsys.readouterr()
+    assert run("stopped") == whole
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if ": damaged" in line]
+    assert str(state) in line
+
+
+def test_a_write_that_fails_leaves_the_state_before(tmp_path, monkeypatch):
+    store = Store(tmp_path, print)
+    store.save({"a": torch.ones(2)}, {"step": 1, "loss": 0.1})
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        store.save({"a": torch.zeros(2)}, {"step": 2})
+    assert caught.value.filename == str(tmp_path / "state")
+    tensors, numbers = store.load()
+    assert torch.equal(tensors["a"], torch.ones(2)) and numbers == {"step": 1, "loss": 0.1}
+
+
+def test_two_processes_with_the_same_run_do_not_share_a_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("EFFVIT_STATE", str(tmp_path))
+    with open_store("name", print) as one, open_store("name", print) as two:
+        assert one.directory != two.directory
+    with open_store("name", print) as again:
+        assert again.directory == one.directory
+
+
+def test_runs_that_nobody_went_on_with_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setenv("EFFVIT_STATE", str(tmp_path))
+    for name, age in (("old", resume._FORGOTTEN_S + 60), ("new", 60)):
+        with open_store(name, print) as store:
+            store.save({}, {})
+        then = (store.directory / "state").stat().st_mtime - age
+        os.utime(store.directory / "state", (then, then))
+    with open_store("other", print):
+        assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["new-0", "other-0"]
+
+
+def test_the_name_of_a_run_changes_with_what_moves_its_result_and_with_nothing_else(digits, tiny_config, monkeypatch):
+    def name(dataset=digits, model=None, seed=0, flip=False, **changes):
+        recipe = TrainConfig(**(RECIPE | changes))
+        return fingerprint(tiny_config(**(model or {})), dataset, recipe, seed=seed, horizontal_flip=flip)
+
+    base = name()
+    test_images = {**digits.arrays, "test_images": digits.arrays["test_images"] // 2}
+    same = type(digits)(**(vars(digits) | {"arrays": test_images}))
+    assert base == name() == name(checkpoint_s=5.0) == name(devices=2) == name(workers=3) == name(dataset=same)
+    others = [name(lr=1e-3), name(seed=1), name(flip=True), name(model={"hidden_size": 32}), name(mixup=0.1)]
+    others += [name(dataset=brightened(digits)), name(epochs=4), name(precision="bf16-mixed")]
+    code = resume._code
+    monkeypatch.setattr(resume, "_code", lambda attention: list(code(attention))[1:])
+    others.append(name())
+    assert len({base, *others}) == 1 + len(others)
+
+
+def test_code_that_the_stage_depends_on_is_in_the_name_of_a_run():
+    deps = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["train"]["deps"]
+    deps = {dep.replace("${item.attention}", "linformer") for dep in deps}
+    known = {str(path.relative_to(ROOT)) for path in resume._code("linformer")}
+    assert {dep for dep in deps if dep.startswith("effvit/")} - {"effvit/cli/train.py"} <= known
+    assert "effvit/attention/performer.py" not in known
+
+
+def test_a_terminated_command_says_where_it_goes_on_and_does(tmp_path, digits_dir):
+    code = "from effvit.cli.app import main; main()"
+    command = [sys.executable, "-c", code, "train", "--dataset-dir", digits_dir, "--output-dir", tmp_path / "run"]
+    command += [*TINY_FLAGS, "--epochs", "40", "--batch-size", "32", "--device", "cpu"]
+    environment = os.environ | {"EFFVIT_STATE": str(tmp_path / "state")}
+    with subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True, env=environment) as process:
+        next(line for line in process.stderr if line.startswith("epoch   2/"))
+        process.terminate()
+        error = process.stderr.read()
+    assert process.returncode == 143
+    assert error.splitlines()[-1].startswith("stopped at epoch") and "Traceback" not in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["state"]
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, check=True)
+    assert result.stderr.startswith("going on at epoch")
+    assert (tmp_path / "run" / "model.safetensors").exists()
