@@ -11,7 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from effvit.checkpoint import save_model
 from effvit.config import TrainConfig
 from effvit.data.prepared import PreparedDataset
-from effvit.files import staged_dir, write_csv
+from effvit.files import staged_dir, write_csv, write_json
+from effvit.pretrained import start_from
 from effvit.provenance import write_provenance
 from effvit.training import DivergedError, Epoch, fit
 from effvit.vit import ViT, ViTConfig
@@ -54,13 +55,17 @@ def train_to(
     *,
     seed: int,
     horizontal_flip: bool,
+    init_from: Path | None = None,
 ) -> None:
     """Train, and write the best model to ``output_dir`` and the log to ``log_dir``.
+
+    With ``init_from`` the model starts from those weights, and the log says what became of each (``start.json``).
 
     If training diverges, the best model so far is left in ``<output_dir>.diverged`` and nothing else is written.
 
     Raises:
         DivergedError: the loss is not finite.
+        UserError: ``init_from`` has no weights that fit.
     """
     history: list[Epoch] = []
     best = Best()
@@ -73,8 +78,18 @@ def train_to(
         def show(images: int, loss: float, accuracy: float) -> None:
             progress.update(task, advance=images, loss=loss, accuracy=accuracy)
 
+        start = {"from": str(init_from) if init_from else None}
+
+        def init(model: ViT) -> None:
+            if init_from is not None:
+                report = start_from(init_from, model)
+                console.print("\n".join(report.lines()), highlight=False, markup=False, soft_wrap=True)
+                write_json(logs / "start.json", asdict(report))
+                start["sha256"] = report.sha256
+
+        epochs = fit(config, dataset, recipe, seed=seed, horizontal_flip=horizontal_flip, on_step=show, init=init)
         try:
-            for epoch, model in fit(config, dataset, recipe, seed=seed, horizontal_flip=horizontal_flip, on_step=show):
+            for epoch, model in epochs:
                 history.append(epoch)
                 chosen = best.offer(epoch, model)
                 console.print(_line(epoch, recipe.epochs, chosen), highlight=False, soft_wrap=True)
@@ -92,7 +107,9 @@ def train_to(
         write_csv(logs / "history.csv", table.drop(columns=_MEASURED))
         write_csv(logs / "timing.csv", table[["epoch", *_MEASURED]].round(3))
         write_provenance(
-            logs, {"model": config.model_dump(), "train": recipe.model_dump(), "dataset": dataset.name, "seed": seed}
+            logs,
+            {"model": config.model_dump(), "start": start, "train": recipe.model_dump()}
+            | {"dataset": dataset.name, "seed": seed},
         )
 
 

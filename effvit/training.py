@@ -11,6 +11,7 @@ from lightning_fabric import Fabric, seed_everything
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from effvit.allocator import keep_freed_memory
 from effvit.config import TrainConfig
 from effvit.data.prepared import Images, PreparedDataset
 from effvit.data.transforms import random_crop, random_horizontal_flip, to_float
@@ -55,6 +56,7 @@ def fit(
     seed: int,
     horizontal_flip: bool,
     on_step: Callable[[int, float, float], None] = lambda images, loss, accuracy: None,
+    init: Callable[[ViT], object] = lambda model: None,
 ) -> Iterator[tuple[Epoch, ViT]]:
     """Train a new model, yielding after each epoch what it came to and the model as it stands, in eval mode.
 
@@ -67,10 +69,12 @@ def fit(
         seed: of weights, data order, augmentation and random features.
         horizontal_flip: whether mirrored images are still of their class.
         on_step: called after each step with its number of images, loss and accuracy.
+        init: called with the freshly built model, to change the weights that it starts from.
 
     Raises:
         DivergedError: the loss is not finite; names epoch, step and learning rate.
     """
+    keep_freed_memory()
     fabric = make_fabric(recipe.device)
     seed_everything(seed, verbose=False)
     torch.use_deterministic_algorithms(True)
@@ -78,6 +82,7 @@ def fit(
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     generator = torch.Generator().manual_seed(seed)
     model = ViT(config)
+    init(model)
     optimizer = torch.optim.AdamW(parameter_groups(model, recipe.weight_decay), lr=recipe.lr, fused=True)
     forward, optimizer = fabric.setup(model, optimizer)
     images, labels_array = dataset.split("train")
