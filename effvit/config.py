@@ -36,7 +36,7 @@ class DatasetConfig(_Strict):
 
 
 class ModelConfig(_Strict):
-    """Size of the ViT, in Hugging Face's names."""
+    """Size of the ViT, in Hugging Face's names, and the weights that it starts from (a path; see `pretrained`)."""
 
     hidden_size: PositiveInt
     num_hidden_layers: PositiveInt
@@ -45,6 +45,7 @@ class ModelConfig(_Strict):
     initializer_range: float = Field(0.02, gt=0)
     hidden_dropout_prob: Fraction = 0.0
     attention_probs_dropout_prob: Fraction = 0.0
+    init_from: str | None = None
 
 
 class TrainConfig(_Strict):
@@ -149,7 +150,7 @@ class Study(_Strict):
                 num_classes=data.num_classes,
                 attention=attention,
                 attention_options=self.attention[attention],
-                **self.model.model_dump(),
+                **self.model.model_dump(exclude={"init_from"}),
             )
         except ValidationError as error:
             message = explain(error)

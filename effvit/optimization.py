@@ -3,11 +3,10 @@
 import math
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from effvit.config import TrainConfig
-    from effvit.vit import ViT
 
 
 def schedule(step: int, steps_per_epoch: int, recipe: "TrainConfig") -> float:

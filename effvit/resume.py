@@ -37,9 +37,18 @@ _NO_PART_OF_TRAINING = ("cli", "measure", "analysis")
 
 
 def fingerprint(
-    config: ViTConfig, dataset: PreparedDataset, recipe: TrainConfig, *, seed: int, horizontal_flip: bool
+    config: ViTConfig,
+    dataset: PreparedDataset,
+    recipe: TrainConfig,
+    *,
+    seed: int,
+    horizontal_flip: bool,
+    start: str | None = None,
 ) -> str:
-    """Name of a run: a digest of everything that determines its result, down to pixels, code and versions."""
+    """Name of a run: a digest of everything that determines its result, down to pixels, code and versions.
+
+    ``start`` is the digest of the weights that the model starts from, None for random ones.
+    """
     digest = hashlib.blake2b(digest_size=16)
     meta = {name: getattr(dataset, name) for name in Meta.__dataclass_fields__}
     values = {
@@ -47,6 +56,7 @@ def fingerprint(
         "train": recipe.model_dump(exclude=_MOVES_NO_RESULT),
         "seed": seed,
         "horizontal_flip": horizontal_flip,
+        "start": start,
         "data": meta,
         "versions": [sys.version, torch.__version__, np.__version__],
     }

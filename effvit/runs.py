@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -16,8 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from effvit.checkpoint import save_model
 from effvit.config import TrainConfig
 from effvit.data.prepared import PreparedDataset
-from effvit.files import check_replaceable, staged_dir, write_csv
+from effvit.files import check_replaceable, staged_dir, write_csv, write_json
 from effvit.interrupts import Request, noted_interrupts
+from effvit.pretrained import StartReport, start_from
 from effvit.provenance import write_provenance
 from effvit.resume import Store, fingerprint, open_store
 from effvit.training import DivergedError, Epoch, Step, Training
@@ -122,20 +124,29 @@ def train_to(
     *,
     seed: int,
     horizontal_flip: bool,
+    init_from: Path | None = None,
 ) -> None:
     """Train, and write the best model to ``output_dir`` and the log to ``log_dir``.
 
+    With ``init_from`` the model starts from those weights, and the log says what became of each (``start.json``).
     A run that was killed goes on where it was saved last, and ends with the bytes that it would have had anyway. If
     training diverges, the best model so far is left in ``<output_dir>.diverged`` and nothing else is written.
 
     Raises:
         DivergedError: the loss is not finite.
+        UserError: ``init_from`` has no weights that fit.
         SystemExit: after SIGINT or SIGTERM, with status 130 or 143, when the run has been saved.
     """
     for directory in (output_dir, log_dir):
         check_replaceable(directory)
     console = Console(stderr=True)
     tell = partial(console.print, highlight=False, soft_wrap=True)
+    start: StartReport | None = None
+
+    def init(model: ViT) -> None:
+        nonlocal start
+        start = start_from(init_from, model) if init_from else None
+
     with ExitStack() as stack:
         request = stack.enter_context(noted_interrupts())
         training = Training(
@@ -144,15 +155,19 @@ def train_to(
             recipe,
             seed=seed,
             horizontal_flip=horizontal_flip,
+            init=init,
             tell=tell,
             should_stop=lambda: request.number is not None,
         )
         leads = training.fabric.is_global_zero
         store = None
         if leads:
-            name = fingerprint(config, dataset, recipe, seed=seed, horizontal_flip=horizontal_flip)
+            weights = start.sha256 if start else None
+            name = fingerprint(config, dataset, recipe, seed=seed, horizontal_flip=horizontal_flip, start=weights)
             store = stack.enter_context(open_store(name, tell))
         console.quiet = not leads
+        if start:
+            console.print("\n".join(start.lines()), highlight=False, markup=False, soft_wrap=True)
         run = Run(training, store, console)
         run.restore()
         try:
@@ -166,7 +181,7 @@ def train_to(
                 raise SystemExit(1) from None  # the one that leads tells it
             raise
         if store:
-            _write(run, store, config, output_dir, log_dir)
+            _write(run, store, start, output_dir, log_dir)
             store.remove()
         training.fabric.barrier()
 
@@ -199,8 +214,8 @@ def _rescue(best: Best, config: ViTConfig, output_dir: Path) -> None:
             best.save(config, rescued)
 
 
-def _write(run: Run, store: Store, config: ViTConfig, output_dir: Path, log_dir: Path) -> None:
-    training = run.training
+def _write(run: Run, store: Store, start: StartReport | None, output_dir: Path, log_dir: Path) -> None:
+    training, config = run.training, run.training.model.config
     with staged_dir(output_dir) as model_dir, staged_dir(log_dir) as logs:
         run.best.save(config, model_dir)
         for epoch in run.kept_epochs():
@@ -208,7 +223,10 @@ def _write(run: Run, store: Store, config: ViTConfig, output_dir: Path, log_dir:
         table = pd.DataFrame([asdict(epoch) for epoch in run.history])
         write_csv(logs / "history.csv", table.drop(columns=_MEASURED))
         write_csv(logs / "timing.csv", table[["epoch", *_MEASURED]].round(3))
-        settings = {"model": config.model_dump(), "train": training.recipe.model_dump()}
+        settings: dict[str, Any] = {"model": config.model_dump(), "train": training.recipe.model_dump()}
+        if start:
+            write_json(logs / "start.json", asdict(start))
+            settings["start"] = {"from": start.source, "sha256": start.sha256}
         write_provenance(
             logs,
             {**settings, "dataset": training.dataset.name, "seed": training.seed, "processes": training.place.world},

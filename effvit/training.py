@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from effvit.allocator import keep_freed_memory
 from effvit.config import TrainConfig
 from effvit.data.loading import Batch, steps_of, training_batches, validation_batches
 from effvit.data.prepared import PreparedDataset
@@ -70,6 +71,7 @@ class Training:
         recipe: optimiser, schedule, augmentation, devices.
         seed: of weights, data order, augmentation and random features.
         horizontal_flip: whether mirrored images are still of their class.
+        init: called with the freshly built model, to change the weights that it starts from.
         tell: called with one line where something is changed by itself.
         should_stop: asked in each step whether all processes shall stop after it.
 
@@ -85,11 +87,13 @@ class Training:
         *,
         seed: int,
         horizontal_flip: bool,
+        init: Callable[[ViT], object] = lambda model: None,
         tell: Callable[[str], None] = lambda line: None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.dataset, self.recipe, self.seed, self.horizontal_flip = dataset, recipe, seed, horizontal_flip
         self._tell, self._should_stop = tell, should_stop
+        keep_freed_memory()
         self.fabric: Fabric = make_fabric(recipe.device, recipe.devices, recipe.precision)
         self.place = place_of(self.fabric)
         seed_everything(seed, verbose=False)
@@ -97,6 +101,7 @@ class Training:
         # Every buffer here is written before it is read.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self.model = ViT(config)
+        init(self.model)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, recipe.weight_decay), lr=recipe.lr, fused=True)
         # For each shape by itself: with shapes left open, the code would depend on the order in which they come.
         module: nn.Module = torch.compile(self.model, dynamic=False) if recipe.compile else self.model  # type: ignore[assignment]

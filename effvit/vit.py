@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from effvit.attention import Attention, build_attention, check_options
 from effvit.errors import UserError, explain
+from effvit.linear import Linear
 
 
 class ViTConfig(BaseModel):
@@ -112,9 +113,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
         self.drop = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -161,7 +162,7 @@ class ViT(nn.Module):
         self.pos_drop = nn.Dropout(config.hidden_dropout_prob)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(c, eps=config.layer_norm_eps)
-        self.head = nn.Linear(c, config.num_classes)
+        self.head = Linear(c, config.num_classes)
         self._initialise()
 
     def forward(self, images: Tensor, output_attentions: bool = False) -> Any:

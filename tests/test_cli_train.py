@@ -1,3 +1,4 @@
+import json
 import resource
 import subprocess
 import sys
@@ -144,3 +145,33 @@ def test_full_disk_ends_in_one_line_and_leaves_nothing(train, tmp_path, full):
         assert visible(disk) == [] and visible(tmp_path) == ["disk"]
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_it_starts_from_trained_weights_and_logs_what_became_of_each(train, trained, tmp_path):
+    still = ["--epochs", 1, "--lr", 1e-12, "--weight-decay", 0, "--device", "cpu"]
+    outcome = train("--init-from", trained / "run", "--attention", "performer", "--log-dir", "log", *still)
+    assert outcome.code == 0, outcome.err
+    assert "start from" in outcome.err and "fresh: blocks.*.attn.omega" in outcome.err
+    source, model = load_model(trained / "run").state_dict(), load_model(tmp_path / "run").state_dict()
+    assert all((model[name] - tensor).abs().max() < 1e-6 for name, tensor in source.items())
+    report = json.loads((tmp_path / "log" / "start.json").read_text())
+    assert sorted(report["loaded"]) == sorted(source)
+    assert report["fresh"] == [f"blocks.{i}.attn.omega" for i in range(2)]
+    record = json.loads((tmp_path / "log" / "provenance.json").read_text())["config"]["start"]
+    assert record == {"from": str(trained / "run"), "sha256": report["sha256"]}
+
+
+@pytest.mark.parametrize(
+    ("weights", "parts"),
+    [("nowhere.pth", ["nowhere.pth: no such file"]), ("run", ["hidden_size=16, here 32"])],
+)
+def test_weights_that_cannot_be_a_start_are_one_line_and_leave_nothing(train, trained, tmp_path, weights, parts):
+    outcome = train("--init-from", trained / weights, "--hidden-size", 32, "--epochs", 1, "--device", "cpu")
+    assert outcome.code == 1 and len(outcome.err.strip().splitlines()) == 1
+    assert all(part in outcome.err for part in parts)
+    assert visible(tmp_path) == []
+
+
+def test_weights_that_the_output_would_replace_are_refused(train, trained):
+    outcome = train("--init-from", trained / "run", "--output-dir", trained / "run", "--device", "cpu")
+    assert outcome.code == 1 and "is replaced as a whole" in outcome.err

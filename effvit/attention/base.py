@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effvit.errors import UserError
+from effvit.linear import Linear, product, weight_gradient
 
 Grid = tuple[int, int]
 
@@ -57,7 +58,7 @@ class Attention(nn.Module):
         self.num_tokens = 1 + self.num_patches
         self.attn_drop = attn_drop
         self.build_maps(qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def build_maps(self, qkv_bias: bool) -> None:
@@ -157,7 +158,7 @@ class QKVMaps(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
         biases = (None,) * 3 if bias is None else bias.chunk(3)
-        return tuple(F.linear(x, w, b) for w, b in zip(weight.chunk(3), biases, strict=True))
+        return tuple(product(x, w, b) for w, b in zip(weight.chunk(3), biases, strict=True))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -168,12 +169,11 @@ class QKVMaps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        (q, k, v), (w_q, w_k, w_v) = (g.flatten(0, -2) for g in gradients), weight.chunk(3)
-        rows = x.flatten(0, -2)
-        # Each product adds itself to the sum, where autograd would add up three results.
-        d_x = (q @ w_q).addmm_(k, w_k).addmm_(v, w_v).view_as(x) if ctx.needs_input_grad[0] else None
-        d_weight = torch.cat([q.T @ rows, k.T @ rows, v.T @ rows])
-        d_bias = torch.cat([q.sum(0), k.sum(0), v.sum(0)]) if ctx.has_bias else None
+        w_q, w_k, w_v = weight.chunk(3)
+        q, k, v = gradients
+        d_x = product(q, w_q.T) + product(k, w_k.T) + product(v, w_v.T) if ctx.needs_input_grad[0] else None
+        d_weight = torch.cat([weight_gradient(g, x) for g in gradients])
+        d_bias = torch.cat([g.flatten(0, -2).sum(0) for g in gradients]) if ctx.has_bias else None
         return d_x, d_weight, d_bias
 
 

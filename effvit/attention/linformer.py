@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from effvit.attention.base import Attention, AttentionOptions, Grid, register
 from effvit.errors import UserError
+from effvit.linear import linear
 
 
 class LinformerOptions(AttentionOptions):
@@ -49,17 +50,17 @@ class LinformerAttention(Attention):
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         w_q, w_k, w_v = self.qkv.weight.chunk(3)
         b_q, b_k, b_v = self.qkv.bias.chunk(3) if self.qkv.bias is not None else (None, None, None)
-        q = self.split_heads(F.linear(x, w_q, b_q))
+        q = self.split_heads(linear(x, w_q, b_q))
         if self.share == "none":
             # Each head has its own E: mixing d columns after the map is cheaper than C columns before it.
-            k = self.E @ self.split_heads(F.linear(x, w_k)) + self._bias(b_k)
-            v = self.F @ self.split_heads(F.linear(x, w_v)) + self._bias(b_v)
+            k = self.E @ self.split_heads(linear(x, w_k)) + self._bias(b_k)
+            v = self.F @ self.split_heads(linear(x, w_v)) + self._bias(b_v)
             return q, k, v
         # E (x W) = (E x) W: projecting tokens first applies the maps to k rows instead of N. The bias is added
         # after the projection, once a row.
         ex = self._project_tokens(self.E, x)  # (B, k, C)
         fx = ex if self.F is self.E else self._project_tokens(self.F, x)
-        return q, self.split_heads(F.linear(ex, w_k, b_k)), self.split_heads(F.linear(fx, w_v, b_v))
+        return q, self.split_heads(linear(ex, w_k, b_k)), self.split_heads(linear(fx, w_v, b_v))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout_p)

@@ -16,6 +16,7 @@ COMMANDS = (
     "benchmark",
     "scaling",
     "bench_peers",
+    "bench_data",
     "aggregate",
     "plot",
     "mechanisms",

@@ -25,6 +25,9 @@ def train(
     initializer_range: Annotated[float, typer.Option(help="Deviation of the truncated normal start.")] = 0.02,
     hidden_dropout_prob: Annotated[float, typer.Option(help="Dropout of embeddings, projections, MLP.")] = 0.0,
     attention_probs_dropout_prob: Annotated[float, typer.Option(help="Dropout of attention.")] = 0.0,
+    init_from: Annotated[
+        Path | None, typer.Option(help="Weights to start from: timm's (.safetensors, .pth) or a model directory.")
+    ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 10,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 128,
     lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-3,
@@ -65,8 +68,9 @@ def train(
     from effvit.vit import ViTConfig
 
     log = log_dir or Path(f"{output_dir}-log")
-    options.check_apart(output_dir, dataset_dir, log)
-    options.check_apart(log, dataset_dir, output_dir)
+    start = Path(init_from) if init_from else None
+    options.check_apart(output_dir, dataset_dir, log, *filter(None, [start]))
+    options.check_apart(log, dataset_dir, output_dir, *filter(None, [start]))
     mechanism_options = options.parse_options(option)
     try:
         recipe = TrainConfig(
@@ -112,4 +116,4 @@ def train(
             "attention_options": mechanism_options,
         }
     )
-    train_to(output_dir, log, config, dataset, recipe, seed=seed, horizontal_flip=horizontal_flip)
+    train_to(output_dir, log, config, dataset, recipe, seed=seed, horizontal_flip=horizontal_flip, init_from=start)

@@ -1,0 +1,90 @@
+"""``effvit bench-data``: the input pipeline, the training step and the whole loop, each by itself."""
+
+from typing import Annotated
+
+import typer
+
+from effvit.cli import options
+
+
+def bench_data(
+    dataset_dir: options.DatasetDir,
+    output_dir: options.OutputDir,
+    attention: options.Attention = "fused",
+    option: options.AttentionOptions = None,
+    patch_size: options.PatchSize = 4,
+    hidden_size: options.HiddenSize = 48,
+    num_hidden_layers: options.NumLayers = 4,
+    num_attention_heads: options.NumHeads = 4,
+    intermediate_size: options.IntermediateSize = 192,
+    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 128,
+    clip_norm: Annotated[float, typer.Option(help="Largest norm of the gradient; 0 for no limit.")] = 1.0,
+    crop_padding: Annotated[int, typer.Option(help="Random crops from images padded by this many pixels.")] = 4,
+    horizontal_flip: Annotated[bool, typer.Option(help="Mirror half of the images.")] = True,
+    budget_s: Annotated[float, typer.Option(help="Seconds of sampling.")] = 30.0,
+    threads: options.Threads = None,
+    device: options.Device = "auto",
+) -> None:
+    """Measure images/s of the input pipeline alone, of the step alone and of training, alternately.
+
+    With the `peers` extra, timm's model of the same size makes the same step. Writes throughput.csv (measured) and
+    provenance.json.
+    """
+    from importlib.util import find_spec
+
+    import pandas as pd
+    import torch
+    from pydantic import ValidationError
+
+    from effvit.allocator import keep_freed_memory
+    from effvit.config import TrainConfig
+    from effvit.data.prepared import PreparedDataset
+    from effvit.device import pick_device
+    from effvit.errors import UserError, explain
+    from effvit.files import staged_dir, write_csv
+    from effvit.measure.compare import require_positive
+    from effvit.measure.latency import measuring_alone
+    from effvit.provenance import write_provenance
+    from effvit.throughput import measure_throughput, print_throughput
+    from effvit.vit import ViTConfig
+
+    options.check_apart(output_dir, dataset_dir)
+    require_positive(budget_s=budget_s, threads=threads)
+    mechanism_options = options.parse_options(option)
+    try:
+        values = {"batch_size": batch_size, "clip_norm": clip_norm, "crop_padding": crop_padding, "device": device}
+        recipe = TrainConfig.model_validate({"epochs": 1, "lr": 1e-3, **values})
+    except ValidationError as error:
+        raise UserError(explain(error, "train")) from error
+    dataset = PreparedDataset.load(dataset_dir)
+    config = ViTConfig.from_dict(
+        {
+            "image_size": dataset.image_size,
+            "num_classes": len(dataset.classes),
+            "patch_size": patch_size,
+            "hidden_size": hidden_size,
+            "num_hidden_layers": num_hidden_layers,
+            "num_attention_heads": num_attention_heads,
+            "intermediate_size": intermediate_size,
+            "attention": attention,
+            "attention_options": mechanism_options,
+        }
+    )
+    if threads:
+        torch.set_num_threads(threads)
+    kept = keep_freed_memory()
+    with staged_dir(output_dir) as staged, measuring_alone():
+        rows = measure_throughput(
+            config,
+            dataset,
+            recipe,
+            horizontal_flip=horizontal_flip,
+            peer=find_spec("timm") is not None,
+            budget_s=budget_s,
+            device=pick_device(device),
+        )
+        write_csv(staged / "throughput.csv", pd.DataFrame(rows))
+        settings = {"horizontal_flip": horizontal_flip, "freed_memory_kept": kept, "budget_s": budget_s}
+        models = {"model": config.model_dump(), "train": recipe.model_dump(), "dataset": dataset.name}
+        write_provenance(staged, models | settings)
+    print_throughput(rows)

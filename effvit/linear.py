@@ -1,0 +1,75 @@
+"""Linear maps whose products oneDNN computes where they run eagerly on a CPU in float32.
+
+PyTorch sends such products to MKL, which measures about half of oneDNN's speed at a ViT's shapes on an AMD processor
+(many rows, few columns: 80 against 180 GFLOP/s on one Zen 5 core). Everywhere else this is ``torch.nn.functional``.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# What torch.compile's CPU backend itself emits for a linear map; builds without oneDNN lack it.
+_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` with the same parameters and result, through ``linear``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rows ``(..., in_features)`` to ``(..., out_features)``."""
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b of rows ``(..., in)`` with ``weight`` ``(out, in)`` and ``bias`` ``(out,)``."""
+    return LinearMap.apply(x, weight, bias) if suits_onednn(x) else F.linear(x, weight, bias)
+
+
+def suits_onednn(x: Tensor) -> bool:
+    """Whether products with ``x`` are oneDNN's to compute: eager, on a CPU, of float32 as they are."""
+    eager = not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
+    plain = type(x) in (Tensor, nn.Parameter)  # no subclass, such as one without data
+    rows = x.device.type == "cpu" and x.dtype == torch.float32 and x.ndim > 1 and x.numel() > 0
+    return _ONEDNN is not None and eager and plain and rows
+
+
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``a`` ``(..., k)`` times the rows of ``b`` ``(n, k)``: a bᵀ + bias, ``(..., n)``."""
+    # Where gradients of gradients are wanted, as a product that autograd knows.
+    if _ONEDNN is None or torch.is_grad_enabled() or not suits_onednn(a):
+        return F.linear(a, b, bias)
+    return _ONEDNN(a, b, bias, "none", [], "")
+
+
+class LinearMap(torch.autograd.Function):
+    """y = x Wᵀ + b; ∂x = ∂y W, ∂W = ∂yᵀ x, ∂b = Σ ∂y."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return product(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, weight, bias = inputs
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        (gradient,) = gradients
+        d_x = product(gradient, weight.T) if ctx.needs_input_grad[0] else None
+        return d_x, weight_gradient(gradient, x), gradient.flatten(0, -2).sum(0) if ctx.has_bias else None
+
+
+def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
+    """∂yᵀ x ``(out, in)`` of gradients ``(..., out)`` and rows ``(..., in)``."""
+    gradient, x = gradient.flatten(0, -2), x.flatten(0, -2)
+    # The smaller of both on the left: oneDNN writes that one anew for its kernel.
+    if gradient.shape[1] <= x.shape[1]:
+        return product(gradient.T, x.T)
+    return product(x.T, gradient.T).T

@@ -1,0 +1,96 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from effvit import linear as module
+from effvit.linear import Linear, LinearMap, linear, suits_onednn
+
+needs_onednn = pytest.mark.skipif(module._ONEDNN is None, reason="this build of PyTorch has no oneDNN")
+SHAPES = [((2, 17, 12), 20), ((2, 17, 20), 12), ((7, 5), 5), ((5,), 3), ((0, 4), 2), ((2, 3, 1), 1)]
+
+
+def inputs(shape, out, bias=True, dtype=torch.float32):
+    torch.manual_seed(0)
+    tensors = [torch.randn(shape, dtype=dtype), torch.randn(out, shape[-1], dtype=dtype)]
+    tensors += [torch.randn(out, dtype=dtype)] if bias else []
+    return [tensor.requires_grad_() for tensor in tensors]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("shape", "out"), SHAPES)
+def test_result_and_gradients_are_those_of_torchs_own_map(shape, out, bias):
+    tensors = inputs(shape, out, bias)
+    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    gradient = torch.randn(*shape[:-1], out)
+    y, expected = linear(*tensors), F.linear(*exact)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    actual = torch.autograd.grad(y, tensors, gradient)
+    for a, e in zip(actual, torch.autograd.grad(expected, exact, gradient.double()), strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_are_a_view_give_the_same():
+    x, weight, bias = inputs((17, 12, 2), 20)
+    x, weight = x.mT, torch.randn(20, 12)
+    torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
+
+
+@needs_onednn
+def test_float32_on_a_cpu_is_onednns_and_nothing_else(monkeypatch):
+    calls = []
+    onednn = module._ONEDNN
+    monkeypatch.setattr(module, "_ONEDNN", lambda *a: calls.append(a) or onednn(*a))
+    x, weight, bias = inputs((3, 4), 2)
+    linear(x, weight, bias).sum().backward()
+    assert len(calls) == 3  # y, and the gradients of x and W
+    calls.clear()
+    linear(x.double(), weight.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(x, weight).dtype == torch.bfloat16
+    torch.compile(linear, fullgraph=True, backend="eager")(x, weight)
+    assert not calls
+
+
+def test_without_onednn_it_is_torchs_own_map(monkeypatch):
+    monkeypatch.setattr(module, "_ONEDNN", None)
+    x, weight, bias = inputs((3, 4), 2)
+    assert not suits_onednn(x)
+    assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_of_gradients_exist(bias):
+    tensors = inputs((2, 3, 4), 5, bias, torch.float64)
+    assert torch.autograd.gradcheck(lambda *t: LinearMap.apply(*t, *[None] * (not bias)), tensors)
+    assert torch.autograd.gradgradcheck(lambda *t: LinearMap.apply(*t, *[None] * (not bias)), tensors)
+    x, weight, *rest = inputs((2, 3, 4), 5, bias)
+    (first,) = torch.autograd.grad(linear(x, weight, *rest).square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    torch.testing.assert_close(second, 2 * (weight.T @ weight).sum(0).expand_as(x))
+
+
+def test_only_the_gradients_asked_for_are_computed():
+    x, weight, bias = inputs((3, 4), 2)
+    linear(x.detach(), weight, bias).sum().backward()
+    torch.testing.assert_close(weight.grad, x.detach().sum(0).expand(2, -1))
+    assert linear(x, weight.detach(), bias.detach()).grad_fn is not None
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_it_maps_over_samples():
+    x, weight, _ = (tensor.detach() for tensor in inputs((6, 3, 4), 5))
+    per_sample = torch.func.vmap(torch.func.grad(lambda w, x: linear(x, w).sin().sum()), in_dims=(None, 0))(weight, x)
+    expected = torch.stack([torch.func.grad(lambda w, s=s: F.linear(s, w).sin().sum())(weight) for s in x])
+    torch.testing.assert_close(per_sample, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_module_has_torchs_parameters_and_compiles_and_exports():
+    torch.manual_seed(0)
+    ours, theirs = Linear(4, 6), nn.Linear(4, 6)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x = torch.randn(3, 4)
+    expected = theirs(x)
+    torch.testing.assert_close(ours(x), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.compile(ours, fullgraph=True, backend="aot_eager")(x), expected)
+    torch.testing.assert_close(torch.export.export(ours, (x,)).module()(x), expected)

@@ -1,0 +1,85 @@
+import json
+from importlib.util import find_spec
+
+import pandas as pd
+import pytest
+import torch
+
+from effvit import ViT
+from effvit.config import TrainConfig
+from effvit.errors import UserError
+from effvit.throughput import first_images, measure_throughput, print_throughput, timm_model
+
+RECIPE = TrainConfig(epochs=1, batch_size=16, lr=1e-3, clip_norm=1.0, crop_padding=2, device="cpu")
+PARTS = ["input", "step", "timm", "loop"] if find_spec("timm") else ["input", "step", "loop"]
+
+
+@pytest.fixture(scope="module")
+def rows(digits, tiny_config):
+    return measure_throughput(
+        tiny_config(),
+        digits,
+        RECIPE,
+        horizontal_flip=True,
+        peer="timm" in PARTS,
+        budget_s=0.01,
+        device=torch.device("cpu"),
+    )
+
+
+def test_every_part_has_its_speed_relative_to_the_step(rows):
+    assert [row["what"] for row in rows] == PARTS
+    for row in rows:
+        assert row["n"] >= 3 and 0 < row["q25_ms"] <= row["median_ms"] <= row["q75_ms"]
+        assert row["images_per_second"] == pytest.approx(16 / row["median_ms"] * 1e3)
+    assert next(row["speed"] for row in rows if row["what"] == "step") == 1
+
+
+def test_what_is_printed_follows_from_the_rows(capsys):
+    row = {"images_per_second": 1000.0, "median_ms": 1.0, "n": 7, "speed_low": 0.1, "speed_high": 30.0}
+    print_throughput([row | {"what": what, "speed": s} for what, s in zip(PARTS, (12.0, 1.0, 0.8, 0.95), strict=False)])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "delivers 12.0 times what the step takes" in said
+    if "timm" in PARTS:
+        assert "5.0% of a step of the loop" in said and "1.25 times timm's images/s" in said
+
+
+def test_timms_model_is_of_the_same_size(tiny_config):
+    pytest.importorskip("timm", reason="a peer: pip install effvit[peers]")
+    config = tiny_config(intermediate_size=40, qkv_bias=False, num_channels=1)
+    ours, theirs = ViT(config).state_dict(), timm_model(config).state_dict()
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+
+
+def test_a_part_of_a_data_set_has_its_first_images(digits):
+    part = first_images(digits, train=20, validation=3)
+    for name, count in (("train", 20), ("validation", 3)):
+        images, labels = part.split(name)
+        assert len(images) == len(labels) == part.counts[name] == count
+        assert (labels == digits.split(name)[1][:count]).all()
+    assert len(digits.split("train")[1]) == digits.counts["train"] > 20
+
+
+def test_too_few_images_are_an_error_that_says_how_many(digits, tiny_config):
+    recipe = RECIPE.model_copy(update={"batch_size": 1000})
+    options = {"horizontal_flip": False, "peer": False, "budget_s": 0.01, "device": torch.device("cpu")}
+    with pytest.raises(UserError, match=r"batch_size=1000: a sample is 10 batches, and digits has only 1\d{3}"):
+        measure_throughput(tiny_config(), digits, recipe, **options)
+
+
+def test_the_command_writes_a_table_and_how_it_came_about(effvit, digits_dir, tmp_path):
+    sizes = ["--hidden-size", 16, "--num-hidden-layers", 1, "--num-attention-heads", 2, "--intermediate-size", 16]
+    flags = [*sizes, "--batch-size", 8, "--budget-s", 0.01, "--attention", "linformer", "-o", "k=3", "--device", "cpu"]
+    outcome = effvit("bench-data", "--dataset-dir", digits_dir, "--output-dir", tmp_path / "out", *flags)
+    assert outcome.code == 0, outcome.err
+    assert "of a step of the loop" in " ".join(outcome.out.split())
+    assert list(pd.read_csv(tmp_path / "out" / "throughput.csv")["what"]) == PARTS
+    record = json.loads((tmp_path / "out" / "provenance.json").read_text())["config"]
+    assert record["model"]["attention_options"] == {"k": 3} and record["train"]["batch_size"] == 8
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--budget-s", 0), ("--batch-size", 0), ("--threads", -1)])
+def test_bad_input_is_named_and_leaves_nothing(effvit, digits_dir, tmp_path, flag, value):
+    outcome = effvit("bench-data", "--dataset-dir", digits_dir, "--output-dir", tmp_path / "out", flag, value)
+    assert outcome.code == 1 and flag.strip("-").replace("-", "_") in outcome.err
+    assert not (tmp_path / "out").exists()
