@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def staged_dir(final: Path) -> Iterator[Path]:
+def staged_dir(final: Path, known_by: str | None = None) -> Iterator[Path]:
     """Yield an empty directory beside ``final`` that replaces it on success and vanishes on any failure.
 
     Raises:
-        UserError: ``final`` is or holds the current directory, which would be replaced as a whole.
+        UserError: ``final`` must not be replaced, see `check_replaceable`.
     """
-    check_replaceable(final)
+    check_replaceable(final, known_by)
     aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent))
     aside.chmod(0o777 & ~_umask())  # mkdtemp makes it private to the owner
     try:
@@ -39,13 +39,21 @@ def staged_dir(final: Path) -> Iterator[Path]:
         raise
 
 
-def check_replaceable(final: Path) -> None:
+def check_replaceable(final: Path, known_by: str | None = None) -> None:
     """Make the directory that shall hold ``final``, and fail where ``final`` could not be replaced in it.
 
+    Args:
+        final: directory to write.
+        known_by: a file that earlier results have: a directory without it is somebody else's, and is kept. Without a
+            name anything is replaced.
+
     Raises:
-        UserError: ``final`` is or holds the current directory.
+        UserError: ``final`` is or holds the current directory, or holds something else than earlier results.
         PermissionError: the directory that shall hold it cannot be written to.
     """
+    occupied = final.is_dir() and any(final.iterdir()) and known_by is not None and not (final / known_by).is_file()
+    if occupied or (known_by and final.exists() and not final.is_dir()):
+        raise UserError(f"{final}: holds something else (no {known_by}); expected a new or an empty directory")
     if Path.cwd().is_relative_to(final.resolve()):
         raise UserError(f"{final}: is replaced as a whole, and with it the current directory; name another")
     final.parent.mkdir(parents=True, exist_ok=True)

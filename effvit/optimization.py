@@ -18,7 +18,7 @@ def schedule(step: int, steps_per_epoch: int, recipe: "TrainConfig") -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-def parameter_groups(model: "ViT", weight_decay: float) -> list[dict[str, object]]:
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Parameters with and without weight decay: none on biases, norms, position and class token."""
     decayed: list[Tensor] = []
     exempt: list[Tensor] = []

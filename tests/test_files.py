@@ -132,3 +132,23 @@ def test_directory_that_may_not_be_written_is_named(tmp_path):
     with pytest.raises(OSError) as caught, staged_dir(tmp_path / "file" / "out"):
         pass
     assert "file" in str(caught.value)
+
+
+def test_a_directory_of_somebody_else_is_not_replaced(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "photo.jpg").touch()
+    (tmp_path / "file").touch()
+    for name in ("photos", "file"):
+        with pytest.raises(UserError, match="holds something else"), staged_dir(tmp_path / name, "config.json"):
+            pass
+    assert names(tmp_path) == ["file", "photos"] and names(tmp_path / "photos") == ["photo.jpg"]
+
+
+def test_earlier_results_and_empty_directories_are_replaced(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier" / "config.json").touch()
+    for name in ("empty", "earlier", "new"):
+        with staged_dir(tmp_path / name, "config.json") as aside:
+            (aside / "result").touch()
+        assert names(tmp_path / name) == ["result"]

@@ -73,7 +73,7 @@ def bench_data(
     if threads:
         torch.set_num_threads(threads)
     kept = keep_freed_memory()
-    with staged_dir(output_dir) as staged, measuring_alone():
+    with staged_dir(output_dir, "throughput.csv") as staged, measuring_alone():
         rows = measure_throughput(
             config,
             dataset,

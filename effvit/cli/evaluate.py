@@ -26,7 +26,7 @@ def evaluate(
     model = load_model(model_dir, pick_device(device))
     dataset = PreparedDataset.load(dataset_dir)
     check_fits(model, dataset)
-    with staged_dir(output_dir) as directory:
+    with staged_dir(output_dir, "evaluation.json") as directory:
         scores = score_test_split(model, dataset, directory, batch_size)
         map_test_images(model, dataset, directory)
         write_provenance(directory, {"model": model.config.model_dump(), "dataset": dataset.name})

@@ -44,7 +44,7 @@ def plot(
     maps = {d: _maps(metrics_dir / "cells" / d, attentions, seed, len(prepared[d].classes)) for d in datasets}
     rows = {(t, d): _select(data_dir, t, attentions, d) for t in ("curves", "tradeoff", "confusion") for d in datasets}
     scaling = _select(data_dir, "scaling", attentions)
-    with staged_dir(output_dir) as aside:
+    with staged_dir(output_dir, "scaling.png") as aside:
         figures.save(figures.scaling(scaling), aside / "scaling.png")
         for dataset in datasets:
             pictures = {

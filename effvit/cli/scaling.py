@@ -47,7 +47,7 @@ def scaling(
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
-    with staged_dir(output_dir) as staged, measuring_alone():
+    with staged_dir(output_dir, "macs.csv") as staged, measuring_alone():
         macs = pd.DataFrame({"tokens": counts, "macs": [block.macs(count) for count in counts]})
         write_csv(staged / "macs.csv", macs)
         points = measure_scaling(
