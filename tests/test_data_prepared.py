@@ -41,6 +41,13 @@ def test_rows_are_picked_by_number_slice_and_array(directory):
     assert np.array_equal(images[picks], everything[picks])
 
 
+def test_batches_are_the_rows_asked_for_in_that_order(directory):
+    images, _ = PreparedDataset.load(directory).split("train")
+    rows = [np.array([5, 0, 5]), np.array([2])]
+    for batch, picks in zip(images.batches(rows, seed=3, workers=2), rows, strict=True):
+        assert batch.dtype == np.uint8 and np.array_equal(batch, images[picks])
+
+
 def test_images_stay_on_disk_until_they_are_indexed(directory):
     array = PreparedDataset.load(directory).arrays["train_images"]
     assert isinstance(array.base, np.memmap) and not array.flags.writeable

@@ -16,7 +16,10 @@ from pathlib import Path
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from effvit.data.stored import Images, PixelImages
 from effvit.errors import UserError, explain
+
+__all__ = ["FORMAT_VERSION", "META_FILE", "SPLITS", "Images", "Meta", "PreparedDataset"]
 
 FORMAT_VERSION = 1
 META_FILE = "meta.json"
@@ -50,25 +53,6 @@ class Meta:
     notes: dict[str, dict[str, int]]
 
 
-@dataclass(frozen=True)
-class Images:
-    """Chosen rows of a memory-mapped array of images: index it like an array ``(n, H, W, 3)``; rows read on demand."""
-
-    array: np.ndarray
-    rows: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """``(n, H, W, 3)``."""
-        return (len(self.rows), *self.array.shape[1:])
-
-    def __getitem__(self, index: int | slice | np.ndarray) -> np.ndarray:
-        return self.array[self.rows[index]]
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PreparedDataset(Meta):
     """A prepared data set: the fields of `Meta`, and the arrays of the format by name."""
@@ -92,7 +76,7 @@ class PreparedDataset(Meta):
         stored = "test" if name == "test" else "train"
         images, labels = self.arrays[f"{stored}_images"], self.arrays[f"{stored}_labels"]
         rows = np.arange(len(labels)) if name == "test" else self.arrays[f"{name}_indices"]
-        return Images(images, rows), labels[rows]
+        return PixelImages(images, rows), labels[rows]
 
 
 def _read_meta(directory: Path) -> Meta:
