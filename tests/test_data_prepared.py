@@ -49,7 +49,7 @@ def test_batches_are_the_rows_asked_for_in_that_order(directory):
 
 
 def test_images_stay_on_disk_until_they_are_indexed(directory):
-    array = PreparedDataset.load(directory).arrays["train_images"]
+    array = PreparedDataset.load(directory).images["train"]
     assert isinstance(array.base, np.memmap) and not array.flags.writeable
 
 
@@ -84,7 +84,7 @@ def objects(directory):
         (objects, r"test_labels\.npy: truncated or not an array"),
         (
             lambda d: np.save(d / "test_labels.npy", np.zeros(11, np.int64)),
-            "12 images in test_images.npy but 11 labels",
+            "12 images of test but 11 labels",
         ),
         (lambda d: np.save(d / "test_labels.npy", np.full(12, 3)), "labels outside 0 to 2"),
         (lambda d: np.save(d / "test_labels.npy", np.full(12, -1)), "labels outside 0 to 2"),
