@@ -22,22 +22,32 @@ def staged_dir(final: Path) -> Iterator[Path]:
     Raises:
         UserError: ``final`` is or holds the current directory, which would be replaced as a whole.
     """
-    if Path.cwd().is_relative_to(final.resolve()):
-        raise UserError(f"{final}: is replaced as a whole, and with it the current directory; name another")
+    check_replaceable(final)
     final.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent))
     aside.chmod(0o777 & ~_umask())  # mkdtemp makes it private to the owner
     try:
         yield aside
-        if final.is_symlink() or final.is_file():
-            final.unlink()
-        elif final.exists():
-            shutil.rmtree(final)
-        aside.replace(final)
+        replace_dir(aside, final)
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
-        _name_file(error, final)
+        name_file(error, final)
         raise
+
+
+def check_replaceable(final: Path) -> None:
+    """Raise ``UserError`` where ``final`` is or holds the current directory."""
+    if Path.cwd().is_relative_to(final.resolve()):
+        raise UserError(f"{final}: is replaced as a whole, and with it the current directory; name another")
+
+
+def replace_dir(aside: Path, final: Path) -> None:
+    """Put the directory ``aside`` in the place of ``final``, whatever is there."""
+    if final.is_symlink() or final.is_file():
+        final.unlink()
+    elif final.exists():
+        shutil.rmtree(final)
+    aside.replace(final)
 
 
 @contextmanager
@@ -50,7 +60,7 @@ def staged_file(final: Path) -> Iterator[Path]:
         aside.replace(final)
     except BaseException as error:
         aside.unlink(missing_ok=True)
-        _name_file(error, final)
+        name_file(error, final)
         raise
 
 
@@ -66,7 +76,7 @@ def write_csv(path: Path, frame: "pd.DataFrame") -> None:
         frame.to_csv(aside, index=False, lineterminator="\n")
 
 
-def _name_file(error: BaseException, final: Path) -> None:
+def name_file(error: BaseException, final: Path) -> None:
     """A full disk shows in a write to an open file, and that error does not say which."""
     if isinstance(error, OSError) and error.errno is not None and error.filename is None:
         error.filename = str(final)
