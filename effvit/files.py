@@ -28,14 +28,10 @@ def staged_dir(final: Path, known_by: str | None = None) -> Iterator[Path]:
     aside.chmod(0o777 & ~_umask())  # mkdtemp makes it private to the owner
     try:
         yield aside
-        if final.is_symlink() or final.is_file():
-            final.unlink()
-        elif final.exists():
-            shutil.rmtree(final)
-        aside.replace(final)
+        replace_dir(aside, final)
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
-        _name_file(error, final)
+        name_file(error, final)
         raise
 
 
@@ -61,6 +57,15 @@ def check_replaceable(final: Path, known_by: str | None = None) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(final))
 
 
+def replace_dir(aside: Path, final: Path) -> None:
+    """Put the directory ``aside`` in the place of ``final``, whatever is there."""
+    if final.is_symlink() or final.is_file():
+        final.unlink()
+    elif final.exists():
+        shutil.rmtree(final)
+    aside.replace(final)
+
+
 @contextmanager
 def staged_file(final: Path) -> Iterator[Path]:
     """Yield a path beside ``final``, with its suffix, that replaces it on success and vanishes on any failure."""
@@ -71,7 +76,7 @@ def staged_file(final: Path) -> Iterator[Path]:
         aside.replace(final)
     except BaseException as error:
         aside.unlink(missing_ok=True)
-        _name_file(error, final)
+        name_file(error, final)
         raise
 
 
@@ -87,7 +92,7 @@ def write_csv(path: Path, frame: "pd.DataFrame") -> None:
         frame.to_csv(aside, index=False, lineterminator="\n")
 
 
-def _name_file(error: BaseException, final: Path) -> None:
+def name_file(error: BaseException, final: Path) -> None:
     """A full disk shows in a write to an open file, and that error does not say which."""
     if isinstance(error, OSError) and error.errno is not None and error.filename is None:
         error.filename = str(final)

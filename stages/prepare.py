@@ -6,12 +6,15 @@ from effvit.cli.prepare import prepare
 from effvit.errors import one_line_errors
 from stages import study
 
-with one_line_errors():
-    params, (dataset,) = study.load()
-    data = params.dataset[dataset]
-    prepare(
-        dataset=dataset,
-        root=Path(data.root) if data.root else None,
-        image_size=data.image_size,
-        output_dir=study.PREPARED / dataset,
-    )
+if __name__ == "__main__":  # not again in its worker processes
+    with one_line_errors():
+        params, (dataset,) = study.load()
+        data = params.dataset[dataset]
+        prepare(
+            dataset=dataset,
+            root=Path(data.root) if data.root else None,
+            image_size=data.image_size,
+            classes=Path(data.classes) if data.classes else None,
+            num_classes=data.num_classes,
+            output_dir=study.PREPARED / dataset,
+        )

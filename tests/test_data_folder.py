@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from effvit.data.folder import folder
+from effvit.data.folder import folder, read_class_list
+from effvit.data.images import read_image
 from effvit.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -26,7 +27,10 @@ def tree(tmp_path):
 
 def read(root):
     source = folder(root, 8)
-    return source, [list(split.images) for split in (source.train, source.test)]
+    return source, [
+        [read_image(split.images.root / path, 8)[0] for path in split.images.paths]
+        for split in (source.train, source.test)
+    ]
 
 
 def test_classes_are_folders_in_sorted_order_and_images_follow_their_names(tree):
@@ -39,15 +43,59 @@ def test_classes_are_folders_in_sorted_order_and_images_follow_their_names(tree)
     assert len(test) == len(source.test.labels) == 7
 
 
-def test_litter_is_ignored_with_a_count_and_conversions_are_counted(tree):
+def test_litter_and_files_of_another_kind_are_ignored_with_a_count(tree):
     for name in ("train/.DS_Store", "train/cat/.DS_Store", "train/cat/Thumbs.db", "train/dog/desktop.ini"):
         (tree / name).write_bytes(b"litter")
+    (tree / "train/cat/notes.txt").write_text("no image")
+    (tree / "test/labels.csv").write_text("beside the classes")
     (tree / "README.txt").write_text("beside train and test, where nothing is read")
-    make_image(tree / "train" / "dog" / "grey.png", (8, 8))
-    make_image(tree / "test" / "dog" / "big.png", (20, 16, 3))
-    source, _ = read(tree)
-    assert source.train.notes == {"stray files ignored": 4, "grayscale converted to RGB": 1}
-    assert source.test.notes == {"resized": 1}
+    source, (train, test) = read(tree)
+    assert source.train.notes == {"stray files ignored": 5} and source.test.notes == {"stray files ignored": 1}
+    assert len(train) == len(test) == 6
+
+
+def test_image_under_any_suffix_is_an_image(tree):
+    (tree / "train/cat/0.png").rename(tree / "train/cat/0.dat")
+    (tree / "train/cat/1.png").rename(tree / "train/cat/1")
+    source, (train, _) = read(tree)
+    assert len(train) == 6 and source.train.notes == {}
+
+
+def test_val_is_the_test_split_where_there_is_no_test(tree):
+    (tree / "test").rename(tree / "val")
+    source, (_, test) = read(tree)
+    assert len(test) == 6 and "val/<class>" in source.description
+    make_image(tree / "test" / "cat" / "0.png")
+    make_image(tree / "test" / "dog" / "0.png")
+    assert len(read(tree)[1][1]) == 2
+
+
+def test_classes_can_be_chosen_by_a_file(tree, tmp_path):
+    for split in ("train", "test"):
+        make_image(tree / split / "ant lion" / "0.png")
+    (tmp_path / "list").write_text("dog\n\nant lion\n")
+    source = folder(tree, 8, tmp_path / "list")
+    assert source.classes == ("ant lion", "dog") and source.train.labels.tolist() == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"cat\nemu\n", "class 'emu' is wanted"),
+        (b"cat\ncat\n", "named 2 times"),
+        (b"\n", "found none"),
+        (b"\xff", "text"),
+    ],
+)
+def test_wrong_file_of_classes_is_told(tree, tmp_path, content, message):
+    (tmp_path / "list").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        folder(tree, 8, tmp_path / "list")
+
+
+def test_order_of_a_class_list_is_kept_and_blanks_are_not(tmp_path):
+    (tmp_path / "list").write_text(" b \n\na\n")
+    assert read_class_list(tmp_path / "list") == ("b", "a")
 
 
 def empty(directory):
@@ -62,10 +110,9 @@ def empty(directory):
         (lambda t: make_image(t / "test/emu/0.png"), "class 'emu' is missing from train"),
         (lambda t: empty(t / "train/cat"), "class 'cat' has no images"),
         (lambda t: (empty(t / "test/cat"), (t / "test/cat/.DS_Store").touch()), "class 'cat' has no images"),
-        (lambda t: (t / "train/cat/notes.txt").write_text("x"), r"notes\.txt: not an image"),
-        (lambda t: (t / "train/labels.csv").write_text("x"), r"labels\.csv: expected only folders of classes"),
+        (lambda t: (t / "train/cat/empty.jpg").touch(), r"empty\.jpg: not an image"),
         (lambda t: (t / "train/cat/more").mkdir(), "more: expected image files"),
-        (lambda t: (t / "test").rename(t / "val"), "found no test/"),
+        (lambda t: (t / "test").rename(t / "tests"), "found no test/"),
     ],
 )
 def test_what_is_wrong_with_a_tree_is_named(tree, spoil, message):

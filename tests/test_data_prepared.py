@@ -41,8 +41,15 @@ def test_rows_are_picked_by_number_slice_and_array(directory):
     assert np.array_equal(images[picks], everything[picks])
 
 
+def test_batches_are_the_rows_asked_for_in_that_order(directory):
+    images, _ = PreparedDataset.load(directory).split("train")
+    rows = [np.array([5, 0, 5]), np.array([2])]
+    for batch, picks in zip(images.batches(rows, seed=3, workers=2), rows, strict=True):
+        assert batch.dtype == np.uint8 and np.array_equal(batch, images[picks])
+
+
 def test_images_stay_on_disk_until_they_are_indexed(directory):
-    array = PreparedDataset.load(directory).arrays["train_images"]
+    array = PreparedDataset.load(directory).images["train"]
     assert isinstance(array.base, np.memmap) and not array.flags.writeable
 
 
@@ -77,7 +84,7 @@ def objects(directory):
         (objects, r"test_labels\.npy: truncated or not an array"),
         (
             lambda d: np.save(d / "test_labels.npy", np.zeros(11, np.int64)),
-            "12 images in test_images.npy but 11 labels",
+            "12 images of test but 11 labels",
         ),
         (lambda d: np.save(d / "test_labels.npy", np.full(12, 3)), "labels outside 0 to 2"),
         (lambda d: np.save(d / "test_labels.npy", np.full(12, -1)), "labels outside 0 to 2"),

@@ -144,9 +144,9 @@ def test_a_run_that_is_asked_to_stop_ends_after_its_step_and_goes_on_there(run, 
 
 def brightened(digits):
     """The digits with one training image a little lighter."""
-    images = digits.arrays["train_images"].copy()
+    images = digits.images["train"].copy()
     images[digits.arrays["train_indices"][3], 0, 0, 0] ^= 1
-    return type(digits)(**(vars(digits) | {"arrays": {**digits.arrays, "train_images": images}}))
+    return type(digits)(**(vars(digits) | {"images": {**digits.images, "train": images}}))
 
 
 @pytest.mark.parametrize("change", ["recipe", "pixel"])
@@ -220,8 +220,8 @@ def test_the_name_of_a_run_changes_with_what_moves_its_result_and_with_nothing_e
         return fingerprint(tiny_config(**(model or {})), dataset, recipe, seed=seed, horizontal_flip=flip)
 
     base = name()
-    test_images = {**digits.arrays, "test_images": digits.arrays["test_images"] // 2}
-    same = type(digits)(**(vars(digits) | {"arrays": test_images}))
+    test_images = {**digits.images, "test": digits.images["test"] // 2}
+    same = type(digits)(**(vars(digits) | {"images": test_images}))
     assert base == name() == name(checkpoint_s=5.0) == name(devices=2) == name(workers=3) == name(dataset=same)
     others = [name(lr=1e-3), name(seed=1), name(flip=True), name(model={"hidden_size": 32}), name(mixup=0.1)]
     others += [name(dataset=brightened(digits)), name(epochs=4), name(precision="bf16-mixed")]

@@ -97,14 +97,14 @@ def test_only_training_rows_are_trained_on_and_the_test_split_is_never_read(digi
 
     # Validation images all white and test arrays gone: neither may change what is learnt.
     arrays = {name: array for name, array in digits.arrays.items() if not name.startswith("test")}
-    white = digits.arrays["train_images"].copy()
+    white = digits.images["train"].copy()
     white[arrays["validation_indices"]] = 255
-    fields = {key: value for key, value in vars(digits).items() if key != "arrays"}
+    fields = {key: value for key, value in vars(digits).items() if key not in ("arrays", "images")}
     histories = []
-    for images in (arrays["train_images"], white):
+    for images in (digits.images["train"], white):
         watched = images.view(WatchedRows)
         watched.seen = []
-        dataset = NoTestSplit(**fields, arrays=arrays | {"train_images": watched})
+        dataset = NoTestSplit(**fields, arrays=arrays, images={"train": watched})
         steps = steps_of(tiny_config(), dataset, TrainConfig(**RECIPE))
         histories.append([step.loss for step in steps])
         per_epoch = len(steps) // 2

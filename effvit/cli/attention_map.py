@@ -32,7 +32,7 @@ def attention_map(
     model = load_model(model_dir, pick_device(device))
     dataset = PreparedDataset.load(dataset_dir)
     check_fits(model, dataset)
-    batch = np.stack([load_image(path, dataset.image_size) for path in images])
+    batch = np.stack([load_image(path, dataset.image_size, dataset.storage) for path in images])
     logits, maps = rollout_maps(model, batch, dataset.mean, dataset.std)
     titles = [
         f"{path.stem}\nas {dataset.classes[i]}" for path, i in zip(images, logits.argmax(dim=1).tolist(), strict=True)

@@ -1,7 +1,7 @@
 """Data sets: one file a source, one prepared format, and the registry that joins them.
 
 A source is a function ``name(root, image_size) -> Source`` (see `effvit.data.source`) in the module named here; adding
-one takes a file and a line of ``_SOURCES``.
+one takes a file and a line of ``_SOURCES``. Those of ``_CHOOSE_CLASSES`` also take a file of the classes wanted.
 """
 
 from importlib import import_module
@@ -16,7 +16,10 @@ _SOURCES = {
     "digits": "effvit.data.digits",
     "cifar10": "effvit.data.cifar",
     "cifar100": "effvit.data.cifar",
+    "imagenet100": "effvit.data.imagenet100",
+    "folder": "effvit.data.folder",
 }
+_CHOOSE_CLASSES = ("imagenet100", "folder")
 _SIZES = range(8, 1025)
 
 
@@ -25,7 +28,16 @@ def available_datasets() -> tuple[str, ...]:
     return tuple(_SOURCES)
 
 
-def prepare(name: str, root: Path | None, image_size: int, output_dir: Path) -> PreparedDataset:
+def prepare(
+    name: str,
+    root: Path | None,
+    image_size: int,
+    output_dir: Path,
+    *,
+    classes: Path | None = None,
+    num_classes: int | None = None,
+    workers: int = 1,
+) -> PreparedDataset:
     """Write data set ``name`` to ``output_dir`` in the prepared format and open it.
 
     Args:
@@ -33,6 +45,9 @@ def prepare(name: str, root: Path | None, image_size: int, output_dir: Path) -> 
         root: directory of the original files; None for the default of the source.
         image_size: height and width of the prepared images in pixels.
         output_dir: replaced as a whole; must be absent, empty, or a prepared data set.
+        classes: a file with the classes to take, one a line; all by default.
+        num_classes: how many classes are expected; None for any number.
+        workers: processes that read image files; more than one needs a ``__main__`` that can be imported.
 
     Raises:
         UserError: a wrong argument, or files that are missing, damaged or not what the source expects.
@@ -41,11 +56,16 @@ def prepare(name: str, root: Path | None, image_size: int, output_dir: Path) -> 
         raise UserError(f"--dataset {name}: unknown data set; expected one of {', '.join(_SOURCES)}")
     if image_size not in _SIZES:
         raise UserError(f"--image-size {image_size}: expected {_SIZES.start} to {_SIZES[-1]} pixels")
+    if classes and name not in _CHOOSE_CLASSES:
+        raise UserError(f"--classes {classes}: {name} has its own; only {' and '.join(_CHOOSE_CLASSES)} take a choice")
     _check_replaceable(output_dir)
     from effvit.data.writer import write_prepared
 
-    source = getattr(import_module(_SOURCES[name]), name)(root and root.expanduser(), image_size)
-    write_prepared(source, name, image_size, output_dir)
+    choice = {"classes": classes.expanduser()} if classes else {}
+    source = getattr(import_module(_SOURCES[name]), name)(root and root.expanduser(), image_size, **choice)
+    if num_classes not in (None, len(source.classes)):
+        raise UserError(f"num_classes={num_classes}: {name} has {len(source.classes)} classes there; set it to that")
+    write_prepared(source, name, image_size, output_dir, workers)
     return PreparedDataset.load(output_dir)
 
 

@@ -1,7 +1,5 @@
 """CIFAR-10 and CIFAR-100: torchvision's download with its checksums, or a folder tree of the user's own."""
 
-import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from http.client import HTTPException
@@ -13,7 +11,8 @@ from urllib.error import URLError
 import numpy as np
 from PIL import Image
 
-from effvit.data.folder import folder, has_tree
+from effvit.data.archive import extract
+from effvit.data.folder import has_tree, read_tree
 from effvit.data.images import fit
 from effvit.data.source import Source, Split, default_root
 from effvit.errors import UserError
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
 
 # RuntimeError: torchvision found the checksum of what arrived wrong. A full disk is another OSError and none of these.
 _NETWORK_ERRORS = (URLError, HTTPException, ConnectionError, TimeoutError, SSLError, RuntimeError)
+
+_LARGEST_BYTES = 256 * 2**20  # the extracted batches come to 186 MB
 
 
 def cifar10(root: Path | None, image_size: int) -> Source:
@@ -43,7 +44,7 @@ def cifar100(root: Path | None, image_size: int) -> Source:
 
 def _open(class_name: str, root: Path, image_size: int) -> Source:
     if has_tree(root):
-        return folder(root, image_size)
+        return read_tree(root)
     from torchvision import datasets  # slow to import, and a folder tree needs none of it
 
     return _from_torchvision(getattr(datasets, class_name), root, image_size)
@@ -107,13 +108,10 @@ def _check_archive(archive: Path, expected: str) -> None:
 
 def _extract(kind: "type[CIFAR10]", archive: Path) -> None:
     directory = archive.parent / kind.base_folder
-    try:
-        with staged_dir(directory) as aside, tarfile.open(archive, "r:gz") as tar:
-            tar.extractall(aside, filter="data")  # refuses paths and links that lead out of `aside`
-            for path in (aside / kind.base_folder).iterdir():
-                path.replace(aside / path.name)
-            (aside / kind.base_folder).rmdir()
-            if not _is_extracted(kind, aside):
-                raise UserError(f"{archive}: the files in it do not have torchvision's checksums")
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise UserError(f"{archive}: refused to extract it ({error})") from error
+    with staged_dir(directory) as aside:
+        extract(archive, aside, _LARGEST_BYTES)
+        for path in (aside / kind.base_folder).iterdir():
+            path.replace(aside / path.name)
+        (aside / kind.base_folder).rmdir()
+        if not _is_extracted(kind, aside):
+            raise UserError(f"{archive}: the files in it do not have torchvision's checksums")

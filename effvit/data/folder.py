@@ -1,85 +1,146 @@
-"""Images in a folder tree: ``train/<class>/*`` and ``test/<class>/*``."""
+"""Images in a folder tree: ``train/<class>/*`` and ``test/<class>/*`` or ``val/<class>/*``."""
 
+import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import numpy as np
 
-from effvit.data.images import read_image
-from effvit.data.source import Source, Split
+from effvit.data.images import is_image
+from effvit.data.source import Files, Source, Split, default_root
 from effvit.errors import UserError
 
 _LITTER = {"thumbs.db", "desktop.ini", "__macosx"}
 
+Listing = dict[str, list[str]]
+"""The files of each class, as paths below the root, classes and files in sorted order."""
+
+
+def folder(root: Path | None, image_size: int, classes: Path | None = None) -> Source:
+    """The tree below ``root``, by default `default_root`; classes are the folders' names in sorted order.
+
+    ``classes`` is a file with the names of those to take, one a line. The test split is ``test``, or where there is
+    none ``val``; validation is held out of ``train`` in either case. `list_classes` says what counts as an image.
+
+    Raises:
+        UserError: a class without images, one that train and test do not share, or fewer than two; while the images
+            are read, one that is damaged.
+    """
+    return read_tree(root or default_root("folder"), read_class_list(classes) if classes else None)
+
 
 def has_tree(root: Path) -> bool:
     """Whether ``root`` is meant as a folder tree."""
-    return (root / "train").is_dir() or (root / "test").is_dir()
+    return any((root / name).is_dir() for name in ("train", "test", "val"))
 
 
-def folder(root: Path, image_size: int) -> Source:
-    """Read the tree below ``root``; classes are the folders' names in sorted order.
+def read_tree(root: Path, wanted: Collection[str] | None = None) -> Source:
+    """Read a folder tree as `folder` does, with the classes ``wanted`` or all."""
+    test = "test" if (root / "test").is_dir() or not (root / "val").is_dir() else "val"
+    for name in ("train", test):
+        if not (root / name).is_dir():
+            raise UserError(f"{root}: expected train/<class>/ and test/<class>/ with images, found no {name}/")
+    return build_source(f"folder tree train/<class>, {test}/<class>", root, ["train"], [test], wanted)
 
-    Images of any size and colour mode become RGB, ``image_size`` pixels square (shorter side resized, centre cropped).
-    Dot-files and what operating systems strew about (``Thumbs.db``, ``desktop.ini``, ``__MACOSX``) are ignored and
-    counted; anything else that is not an image of a class is a `UserError` that names it, as are a class without
-    images, one that train and test do not share, and (while reading) a damaged image.
+
+def build_source(
+    description: str, root: Path, train: Iterable[str], test: Iterable[str], wanted: Collection[str] | None = None
+) -> Source:
+    """A source of the folders of classes in the folders ``train`` and ``test``, both names below ``root``.
+
+    Args:
+        description: what kind of source it is.
+        root: where all the files are.
+        train: folders that hold training images together.
+        test: folders that hold test images together.
+        wanted: classes to take; all by default.
+
+    Raises:
+        UserError: as `folder` does, or a wanted class is not there.
     """
-    listings = {}
-    ignored: dict[str, Counter[str]] = {"train": Counter(), "test": Counter()}
-    for split, counter in ignored.items():
-        if not (root / split).is_dir():
-            raise UserError(f"{root}: expected train/<class>/ and test/<class>/ with images, found no {split}/")
-        listings[split] = _list_classes(root / split, counter)
-    _check_same_classes(root, listings["train"], listings["test"])
-    train, test = (_split(listings[split], image_size, ignored[split]) for split in ("train", "test"))
-    return Source("folder tree train/<class>, test/<class>", tuple(listings["train"]), train, test)
+    notes: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
+    train, test = list(train), list(test)
+    listings = [list_classes(root, names, noted, wanted) for names, noted in zip((train, test), notes, strict=True)]
+    _check_same_classes(root, ", ".join(train), listings[0], ", ".join(test), listings[1])
+    splits = [_split(root, listing, noted) for listing, noted in zip(listings, notes, strict=True)]
+    return Source(description, tuple(listings[0]), *splits)
 
 
-def _list_classes(directory: Path, ignored: Counter[str]) -> dict[str, list[Path]]:
-    classes = {}
-    for path in _entries(directory, ignored):
-        if not path.is_dir():
-            raise UserError(f"{path}: expected only folders of classes here; move or remove this file")
-        classes[path.name] = files = _entries(path, ignored)
-        if not files:
-            raise UserError(f"class {path.name!r} has no images: {path} is empty")
-        for file in files:
-            if file.is_dir():
-                raise UserError(f"{file}: expected image files in a class's folder, found a folder")
-    return classes
+def read_class_list(path: Path) -> tuple[str, ...]:
+    """Names in a text file, one a line; raises `UserError` where there is none or one twice."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: expected a text file with one class a line") from error
+    names = tuple(filter(None, map(str.strip, lines)))
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise UserError(f"{path}: class {name!r} is named {count} times")
+    if not names:
+        raise UserError(f"{path}: expected one class a line, found none")
+    return names
 
 
-def _entries(directory: Path, ignored: Counter[str]) -> list[Path]:
-    kept = []
-    for path in sorted(directory.iterdir()):
-        if path.name.startswith(".") or path.name.lower() in _LITTER:
-            ignored["stray files ignored"] += 1
+def list_classes(
+    root: Path, names: Iterable[str], notes: Counter[str], wanted: Collection[str] | None = None
+) -> Listing:
+    """Files of each class in the folders ``names`` below ``root``.
+
+    A file with an image's suffix is an image, and so is any other that begins like one. The rest is ignored and
+    counted in ``notes``: files of another kind, files beside the folders of classes, and what operating systems strew
+    about (dot-files, ``Thumbs.db``, ``desktop.ini``, ``__MACOSX``).
+
+    Raises:
+        UserError: a class without images, or a folder where an image was expected.
+    """
+    classes: Listing = {}
+    for name in names:
+        for entry in _entries(root / name, notes):
+            if not entry.is_dir():
+                notes["stray files ignored"] += 1
+            elif wanted is None or entry.name in wanted:
+                classes.setdefault(entry.name, []).extend(f"{name}/{entry.name}/{f}" for f in _images(entry, notes))
+    for name in wanted or ():
+        if name not in classes:
+            raise UserError(f"class {name!r} is wanted, but there is no folder {root}/{'|'.join(names)}/{name}")
+    return {name: sorted(classes[name]) for name in sorted(classes)}
+
+
+def _images(directory: "os.DirEntry[str]", notes: Counter[str]) -> list[str]:
+    files = []
+    for entry in _entries(Path(directory), notes):
+        if entry.is_dir():
+            raise UserError(f"{entry.path}: expected image files in a class's folder, found a folder")
+        if is_image(Path(entry)):
+            files.append(entry.name)
         else:
-            kept.append(path)
+            notes["stray files ignored"] += 1
+    if not files:
+        raise UserError(f"class {directory.name!r} has no images: {directory.path} is empty")
+    return files
+
+
+def _entries(directory: Path, notes: Counter[str]) -> "list[os.DirEntry[str]]":
+    with os.scandir(directory) as entries:
+        found = list(entries)
+    kept = [entry for entry in found if not (entry.name.startswith(".") or entry.name.lower() in _LITTER)]
+    if len(kept) < len(found):
+        notes["stray files ignored"] += len(found) - len(kept)
     return kept
 
 
-def _check_same_classes(root: Path, train: dict[str, list[Path]], test: dict[str, list[Path]]) -> None:
-    for name in train:
-        if name not in test:
-            raise UserError(f"class {name!r} is missing from test: {root / 'train' / name} has no test counterpart")
-    for name in test:
-        if name not in train:
-            raise UserError(f"class {name!r} is missing from train: {root / 'test' / name} has no train counterpart")
+def _check_same_classes(root: Path, train_name: str, train: Listing, test_name: str, test: Listing) -> None:
+    for here, classes, there, others in ((train_name, train, test_name, test), (test_name, test, train_name, train)):
+        for name in classes:
+            if name not in others:
+                raise UserError(
+                    f"class {name!r} is missing from {there}: {root / here / name} has no {there} counterpart"
+                )
     if len(train) < 2:
-        raise UserError(f"{root / 'train'}: expected at least 2 classes, found {len(train)}")
+        raise UserError(f"{root / train_name}: expected at least 2 classes, found {len(train)}")
 
 
-def _split(classes: dict[str, list[Path]], image_size: int, notes: Counter[str]) -> Split:
+def _split(root: Path, classes: Listing, notes: Counter[str]) -> Split:
     labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(files) for files in classes.values()])
-    paths = [path for files in classes.values() for path in files]
-    return Split(labels, _read(paths, image_size, notes), notes)
-
-
-def _read(paths: list[Path], image_size: int, notes: Counter[str]) -> Iterator[np.ndarray]:
-    for path in paths:
-        image, done = read_image(path, image_size)
-        notes.update(done)
-        yield image
+    return Split(labels, Files(root, tuple(path for files in classes.values() for path in files)), notes)

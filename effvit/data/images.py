@@ -1,37 +1,108 @@
-"""From an image file to an RGB array: decoded by content, upright, resized, centre-cropped."""
+"""From an image file to RGB: decoded by content, upright, as pixels of one size or as a JPEG of a moderate size."""
 
+import io
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from effvit.data.encoded import decode
+from effvit.data.views import evaluation_view, resize_shorter, shorter_side
 from effvit.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}
 _KINDS = {"1": "grayscale", "L": "grayscale", "LA": "grayscale", "P": "palette", "PA": "palette", "RGBA": "transparent"}
+_ORIENTATION, _UPRIGHT = 0x0112, 1  # Exif
+_QUALITY = 90
 
 
-def load_image(path: Path, size: int) -> np.ndarray:
-    """Read an image file as uint8 RGB ``(size, size, 3)``; raises `UserError` when it is not a whole image."""
+def load_image(path: Path, size: int, storage: str = "pixels") -> np.ndarray:
+    """Read an image file as evaluation sees those of a prepared data set: uint8 RGB ``(size, size, 3)``.
+
+    Raises `UserError` when it is not a whole image.
+    """
+    if storage == "jpeg":
+        return np.asarray(evaluation_view(decode(read_jpeg(path, size)[0]), size))
     return read_image(path, size)[0]
 
 
 def read_image(path: Path, size: int) -> tuple[np.ndarray, list[str]]:
-    """Read an image file as `load_image` does, and say what had to be done to it, for instance ``["resized"]``."""
+    """Read an image file as uint8 RGB ``(size, size, 3)``, and say what was done to it, for instance ``["resized"]``.
+
+    Raises `UserError` when it is not a whole image.
+    """
+    file = _read(path)
+    if file.image.size != (size, size):
+        file.done.append("resized")
+    return fit(file.image, size), file.done
+
+
+def read_jpeg(path: Path, size: int) -> tuple[bytes, list[str]]:
+    """Read an image file as an RGB JPEG for views of ``size`` pixels, and say what was done to it.
+
+    The shorter side is reduced to `shorter_side`; a JPEG that is no larger stays as it is, byte by byte.
+
+    Raises `UserError` when it is not a whole image.
+    """
+    file = _read(path)
+    side = shorter_side(size)
+    if min(file.image.size) > side:
+        file.done.append("reduced")
+        file.image = resize_shorter(file.image, side)
+    elif file.ready:
+        return path.read_bytes(), file.done
+    buffer = io.BytesIO()
+    file.image.save(buffer, "JPEG", quality=_QUALITY)
+    return buffer.getvalue(), file.done
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is meant as an image: by its suffix, else by how it begins."""
+    if path.suffix.lower() in SUFFIXES:
+        return True
     try:
-        image = _open(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            Image.open(path, formats=FORMATS).close()
+    except UnidentifiedImageError:
+        return False
+    except Image.DecompressionBombError:
+        return True
+    return True
+
+
+@dataclass
+class _File:
+    """An image file, read: RGB and upright, what was done to that end, whether the file itself is such a JPEG."""
+
+    image: Image.Image
+    done: list[str]
+    ready: bool
+
+
+def _read(path: Path) -> _File:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                image.load()
+        kind = str(image.format)
+        ready = kind == "JPEG" and image.mode == "RGB" and image.getexif().get(_ORIENTATION, _UPRIGHT) == _UPRIGHT
         done = []
+        if SUFFIXES.get(path.suffix.lower(), kind) != kind and kind in FORMATS:
+            done.append(f"{kind} under the suffix of another format")
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode != "RGB":
             done.append(f"{_kind(image.mode)} converted to RGB")
-            image = _to_rgb(image)
+            return _File(_to_rgb(image), done, ready)
+        return _File(image, done, ready)
     except Exception as error:  # decoders raise anything from SyntaxError to struct.error on damaged files
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
             raise
         raise UserError(f"{path}: {_reason(error)}") from error
-    if image.size != (size, size):
-        done.append("resized")
-    return fit(image, size), done
 
 
 def fit(image: Image.Image, size: int) -> np.ndarray:
@@ -39,15 +110,6 @@ def fit(image: Image.Image, size: int) -> np.ndarray:
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)
     return np.asarray(image)
-
-
-def _open(path: Path) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path, formats=FORMATS) as image:
-            image.load()
-    ImageOps.exif_transpose(image, in_place=True)
-    return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

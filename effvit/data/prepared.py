@@ -2,33 +2,34 @@
 
 A prepared directory holds
 
-- ``train_images.npy``, ``test_images.npy``: uint8 ``(n, image_size, image_size, 3)``, RGB; memory-mapped when loaded;
+- images, up to 64 pixels square: ``train_images.npy``, ``test_images.npy``, uint8 ``(n, image_size, image_size, 3)``,
+  RGB, memory-mapped when loaded;
+- larger images that come from files: ``train_images-00000.arrow`` and so on, see `effvit.data.encoded`;
 - ``train_labels.npy``, ``test_labels.npy``: int64 ``(n,)``;
 - ``train_indices.npy``, ``validation_indices.npy``: int64, a partition of the rows of ``train_images``; validation is
   one image in ten of each class by the rule of `effvit.data.holdout.hold_out`, whatever the seed of the training;
 - ``meta.json``: the fields of `Meta`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from effvit.data.encoded import EncodedImages, JpegShards
+from effvit.data.stored import Images, PixelImages
 from effvit.errors import UserError, explain
+
+__all__ = ["FORMAT_VERSION", "META_FILE", "SPLITS", "Images", "Meta", "PreparedDataset"]
 
 FORMAT_VERSION = 1
 META_FILE = "meta.json"
 SPLITS = ("train", "validation", "test")
-_DTYPES = {
-    "train_images": np.uint8,
-    "train_labels": np.int64,
-    "test_images": np.uint8,
-    "test_labels": np.int64,
-    "train_indices": np.int64,
-    "validation_indices": np.int64,
-}
+STORED = ("train", "test")
+_ARRAYS = ("train_labels", "test_labels", "train_indices", "validation_indices")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,8 @@ class Meta:
     """What ``meta.json`` says of a prepared data set.
 
     ``counts`` are images per split. ``mean`` and ``std`` are per channel on a scale of 0 to 1, computed from the
-    training part alone (without validation). ``notes`` counts per stored file what was done to its images.
+    training part alone (without validation) as evaluation sees it. ``notes`` counts per stored part what was done to
+    its images. ``storage`` is how images are kept.
     """
 
     format_version: int
@@ -48,64 +50,37 @@ class Meta:
     std: tuple[float, float, float]
     source: str
     notes: dict[str, dict[str, int]]
-
-
-@dataclass(frozen=True)
-class Images:
-    """Chosen rows of a memory-mapped array of images: index it like an array ``(n, H, W, 3)``; rows read on demand."""
-
-    array: np.ndarray
-    rows: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """``(n, H, W, 3)``."""
-        return (len(self.rows), *self.array.shape[1:])
-
-    def __getitem__(self, index: int | slice | np.ndarray) -> np.ndarray:
-        return self.array[self.rows[index]]
-
-    def batches(
-        self, rows: Sequence[np.ndarray], *, seed: int, workers: int, min_crop_area: float = 1.0
-    ) -> Iterator[np.ndarray]:
-        """Yield the images of each index array in turn, uint8 ``(b, H, W, 3)``; ready in memory, so no chance, no work.
-
-        Args:
-            rows: index arrays ``(b,)`` into these images.
-            seed: of random crops, where a format stores images larger than it gives them.
-            workers: processes that decode, where a format stores files.
-            min_crop_area: least share of such an image that a random crop keeps; 1 for no random crop.
-        """
-        return (self[index] for index in rows)
+    storage: Literal["pixels", "jpeg"] = "pixels"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PreparedDataset(Meta):
-    """A prepared data set: the fields of `Meta`, and the arrays of the format by name."""
+    """A prepared data set: the fields of `Meta`, the stored images of train and test, and the arrays by name."""
 
+    images: Mapping[str, np.ndarray | JpegShards]
     arrays: Mapping[str, np.ndarray]
 
     @classmethod
     def load(cls, directory: Path) -> "PreparedDataset":
         """Open what `effvit prepare` wrote to ``directory``; raises `UserError` if it is not a whole, sound one."""
         meta = _read_meta(directory)
-        arrays = {name: _read_array(directory / f"{name}.npy") for name in _DTYPES}
-        problem = _find_mismatch(meta, arrays)
+        images = {stored: _open_images(directory, stored, meta) for stored in STORED}
+        arrays = {name: _read_array(directory / f"{name}.npy") for name in _ARRAYS}
+        problem = _find_mismatch(meta, images, arrays)
         if problem:
             raise UserError(f"{directory}: {problem}; run `effvit prepare` again")
-        return cls(**vars(meta), arrays=arrays)
+        return cls(**vars(meta), images=images, arrays=arrays)
 
     def split(self, name: str) -> tuple[Images, np.ndarray]:
         """Images ``(n, H, W, 3)`` uint8, read when indexed, and int64 labels ``(n,)`` of one of ``SPLITS``."""
         if name not in SPLITS:
             raise ValueError(f"split {name!r}: expected one of {', '.join(SPLITS)}")
         stored = "test" if name == "test" else "train"
-        images, labels = self.arrays[f"{stored}_images"], self.arrays[f"{stored}_labels"]
+        images, labels = self.images[stored], self.arrays[f"{stored}_labels"]
         rows = np.arange(len(labels)) if name == "test" else self.arrays[f"{name}_indices"]
-        return Images(images, rows), labels[rows]
+        if isinstance(images, JpegShards):
+            return EncodedImages(images, rows, self.image_size), labels[rows]
+        return PixelImages(images, rows), labels[rows]
 
 
 def _read_meta(directory: Path) -> Meta:
@@ -125,9 +100,15 @@ def _read_meta(directory: Path) -> Meta:
         raise UserError(f"{path}: {explain(error)}; run `effvit prepare` again") from error
 
 
-def _read_array(path: Path) -> np.ndarray:
+def _open_images(directory: Path, stored: str, meta: Meta) -> np.ndarray | JpegShards:
+    if meta.storage == "jpeg":
+        return JpegShards(sorted(directory.glob(f"{stored}_images-*.arrow")))
+    return _read_array(directory / f"{stored}_images.npy", mmap_mode="r")
+
+
+def _read_array(path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
     try:
-        array = np.load(path, mmap_mode="r" if path.stem.endswith("images") else None, allow_pickle=False)
+        array = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
     except FileNotFoundError as error:
         raise UserError(f"{path}: missing; run `effvit prepare` again") from error
     except (ValueError, EOFError) as error:
@@ -135,15 +116,19 @@ def _read_array(path: Path) -> np.ndarray:
     return array.view(np.ndarray)  # a plain array over the map: np.memmap bookkeeping slows every indexing
 
 
-def _find_mismatch(meta: Meta, arrays: Mapping[str, np.ndarray]) -> str | None:
+def _find_mismatch(
+    meta: Meta, images: Mapping[str, np.ndarray | JpegShards], arrays: Mapping[str, np.ndarray]
+) -> str | None:
     for name, array in arrays.items():
-        tail = (meta.image_size, meta.image_size, 3) if name.endswith("images") else ()
-        if array.dtype != _DTYPES[name] or array.ndim != 1 + len(tail) or array.shape[1:] != tail:
-            return f"{name}.npy is {array.dtype} {array.shape}, which does not fit {META_FILE}"
-    for stored in ("train", "test"):
-        labels, images = arrays[f"{stored}_labels"], arrays[f"{stored}_images"]
-        if len(labels) != len(images):
-            return f"{len(images)} images in {stored}_images.npy but {len(labels)} labels in {stored}_labels.npy"
+        if array.dtype != np.int64 or array.ndim != 1:
+            return f"{name}.npy is {array.dtype} {array.shape}, expected int64 (n,)"
+    for stored, pixels in images.items():
+        tail = (meta.image_size, meta.image_size, 3)
+        if isinstance(pixels, np.ndarray) and (pixels.dtype != np.uint8 or pixels.shape[1:] != tail):
+            return f"{stored}_images.npy is {pixels.dtype} {pixels.shape}, which does not fit {META_FILE}"
+        labels = arrays[f"{stored}_labels"]
+        if len(labels) != len(pixels):
+            return f"{len(pixels)} images of {stored} but {len(labels)} labels in {stored}_labels.npy"
         if len(labels) and not 0 <= labels.min() <= labels.max() < len(meta.classes):
             return f"{stored}_labels.npy has labels outside 0 to {len(meta.classes) - 1}"
     rows = np.concatenate([arrays["train_indices"], arrays["validation_indices"]])

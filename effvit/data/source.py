@@ -1,4 +1,4 @@
-"""What a source of images hands to the writer: labels at once, images one by one."""
+"""What a source of images hands to the writer: labels at once, images one by one or as files."""
 
 import os
 from collections import Counter
@@ -11,16 +11,24 @@ import platformdirs
 
 
 @dataclass(frozen=True)
+class Files:
+    """Image files that the writer is to read: paths below ``root``."""
+
+    root: Path
+    paths: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Split:
     """Labelled images of one split.
 
-    ``labels`` is int64 ``(n,)``; ``images`` yields n uint8 arrays ``(image_size, image_size, 3)`` in the same order,
-    so that memory stays bounded; ``notes`` counts what was done to them ("resized": 12) and is complete once
-    ``images`` is exhausted.
+    ``labels`` is int64 ``(n,)``; ``images`` are n files, or yields n uint8 arrays ``(image_size, image_size, 3)`` in
+    the same order, so that memory stays bounded; ``notes`` counts what was done to them ("resized": 12), apart from
+    what the writer does to files, and is complete once ``images`` is exhausted.
     """
 
     labels: np.ndarray
-    images: Iterable[np.ndarray]
+    images: Files | Iterable[np.ndarray]
     notes: Counter[str] = field(default_factory=Counter)
 
 

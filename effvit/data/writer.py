@@ -1,38 +1,56 @@
-"""Writes a source in the prepared format; the same source gives the same bytes."""
+"""Writes a source in the prepared format; the same source gives the same bytes, interrupted or not."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
+from PIL import Image
 
 from effvit.data.holdout import hold_out
 from effvit.data.prepared import FORMAT_VERSION, META_FILE, SPLITS, Meta
-from effvit.data.source import Source
+from effvit.data.progress import image_bar
+from effvit.data.shards import Tally, cut, write_header
+from effvit.data.source import Files, Source
+from effvit.data.workers import write_shards
+from effvit.data.workspace import workspace
 from effvit.errors import UserError
-from effvit.files import staged_dir, write_json
+from effvit.files import write_json
 
+LARGEST_PIXELS = 64  # beyond this size files are stored as JPEG: docs/data.md
 _VALIDATION_EVERY = 10
 _CHUNK_BYTES = 8 * 2**20
 _ONE_LEVEL = 1 / 255  # the least standard deviation, so that a constant channel can be divided by it
 
 
-def write_prepared(source: Source, name: str, image_size: int, output_dir: Path) -> None:
-    """Write ``source`` to ``output_dir`` as a whole or not at all, with a progress bar on stderr."""
+def write_prepared(source: Source, name: str, image_size: int, output_dir: Path, workers: int = 1) -> None:
+    """Write ``source`` to ``output_dir`` as a whole or not at all, with progress on stderr.
+
+    Files are read by up to ``workers`` processes. What a killed run finished of them stays beside the output, in
+    ``.<name of output_dir>.partial``, and is taken from there by the next run, as far as nothing changed since.
+    """
     train_indices, validation_indices = _partition(source)
-    with staged_dir(output_dir) as aside:
-        with Progress(console=Console(stderr=True)) as progress:
-            for stored, split in (("train", source.train), ("test", source.test)):
-                shape = (len(split.labels), image_size, image_size, 3)
-                images = progress.track(split.images, total=shape[0], description=f"{name} {stored}")
-                _write_images(aside / f"{stored}_images.npy", images, shape)
-                np.save(aside / f"{stored}_labels.npy", split.labels)
-        np.save(aside / "train_indices.npy", train_indices)
-        np.save(aside / "validation_indices.npy", validation_indices)
-        mean, std = _channel_statistics(aside / "train_images.npy", train_indices)
+    in_mean = np.zeros(len(source.train.labels), dtype=bool)
+    in_mean[train_indices] = True
+    splits = {"train": (source.train, in_mean), "test": (source.test, np.zeros(len(source.test.labels), dtype=bool))}
+    from_files = isinstance(source.train.images, Files)
+    storage: Literal["pixels", "jpeg"] = "jpeg" if from_files and image_size > LARGEST_PIXELS else "pixels"
+    with workspace(output_dir) as work:
+        levels, notes = np.zeros((3, 256), dtype=np.int64), {}
+        for stored, (split, counted) in splits.items():
+            bar = f"{name} {stored}"
+            if isinstance(split.images, Files):
+                tally = write_shards(cut(work, stored, image_size, storage, split.images, counted), workers, bar)
+            else:
+                path = work / "data" / f"{stored}_images.npy"
+                tally = _write_arrays(path, split.images, (len(counted), image_size, image_size, 3), counted, bar)
+            levels += tally.levels
+            notes[stored] = dict(sorted((split.notes + tally.notes).items()))
+            np.save(work / "data" / f"{stored}_labels.npy", split.labels)
+        np.save(work / "data" / "train_indices.npy", train_indices)
+        np.save(work / "data" / "validation_indices.npy", validation_indices)
+        mean, std = channel_statistics(levels)
         lengths = (len(train_indices), len(validation_indices), len(source.test.labels))
         meta = Meta(
             format_version=FORMAT_VERSION,
@@ -43,9 +61,10 @@ def write_prepared(source: Source, name: str, image_size: int, output_dir: Path)
             mean=mean,
             std=std,
             source=source.description,
-            notes={"train": dict(sorted(source.train.notes.items())), "test": dict(sorted(source.test.notes.items()))},
+            notes=notes,
+            storage=storage,
         )
-        write_json(aside / META_FILE, asdict(meta))
+        write_json(work / "data" / META_FILE, asdict(meta))
 
 
 def _partition(source: Source) -> tuple[np.ndarray, np.ndarray]:
@@ -56,32 +75,30 @@ def _partition(source: Source) -> tuple[np.ndarray, np.ndarray]:
     return hold_out(source.train.labels, every=_VALIDATION_EVERY)
 
 
-def _write_images(path: Path, images: Iterable[np.ndarray], shape: tuple[int, ...]) -> None:
+def _write_arrays(
+    path: Path, images: Iterable[np.ndarray], shape: tuple[int, ...], in_mean: np.ndarray, bar: str
+) -> Tally:
     # Written in sequence, not through a memory map: on a full disk a map kills the process (SIGBUS) with no message.
-    count = 0
-    with path.open("wb", buffering=_CHUNK_BYTES) as file:
-        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
+    tally, count = Tally(), 0
+    with path.open("wb", buffering=_CHUNK_BYTES) as file, image_bar(bar, shape[0]) as at:
+        write_header(file, shape)
         for count, image in enumerate(images, start=1):
             if image.shape != shape[1:] or image.dtype != np.uint8:
                 raise ValueError(f"image {count} is {image.dtype} {image.shape}, expected uint8 {shape[1:]}")
+            if count <= shape[0] and in_mean[count - 1]:
+                tally.count_levels(Image.fromarray(image))
             file.write(image.tobytes())
+            at(count)
     if count != shape[0]:
         raise ValueError(f"the source gave {count} images for {shape[0]} labels")
+    return tally
 
 
-def _channel_statistics(path: Path, rows: np.ndarray) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Mean and standard deviation per channel (0 to 1) of ``rows``, from exact integer histograms."""
-    images = np.load(path, mmap_mode="r")
-    histogram = np.zeros((3, 256), dtype=np.int64)
-    step = max(1, _CHUNK_BYTES // math.prod(images.shape[1:]))
-    for start in range(0, len(rows), step):
-        chunk = images[rows[start : start + step]]
-        for channel in range(3):
-            histogram[channel] += np.bincount(chunk[..., channel].ravel(), minlength=256)
-    levels = np.arange(256) / 255
-    weights = histogram / histogram.sum(axis=1, keepdims=True)  # (3, 256)
-    mean = weights @ levels
-    std = np.sqrt(np.maximum((weights * (levels - mean[:, None]) ** 2).sum(axis=1), 0))
+def channel_statistics(levels: np.ndarray) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and standard deviation per channel (0 to 1) from how often each level occurs, ``(3, 256)``."""
+    scale = np.arange(256) / 255
+    weights = levels / levels.sum(axis=1, keepdims=True)  # (3, 256)
+    mean = weights @ scale
+    std = np.sqrt(np.maximum((weights * (scale - mean[:, None]) ** 2).sum(axis=1), 0))
     m, s = mean.round(6).tolist(), np.maximum(std, _ONE_LEVEL).round(6).tolist()
     return (m[0], m[1], m[2]), (s[0], s[1], s[2])

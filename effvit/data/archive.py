@@ -1,0 +1,66 @@
+"""Archives are unpacked only where they hold plain files, in plain places, of no more than the expected size."""
+
+import gzip
+import io
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from effvit.errors import UserError
+
+_MARGIN_BYTES = 2**20  # headers and padding
+
+
+def extract(archive: Path, directory: Path, largest: int) -> None:
+    """Unpack a ``.tar.gz`` into ``directory``.
+
+    Args:
+        archive: nothing in it is trusted.
+        directory: must exist. After an error it may hold some of the files.
+        largest: bytes that the files may have together.
+
+    Raises:
+        UserError: the archive is damaged; a member leads out of ``directory``, is a link, a device or anything else
+            but a file or a folder; there is more in it than ``largest`` bytes, as declared or as unpacked.
+    """
+    try:
+        with gzip.open(archive) as unpacked, tarfile.open(fileobj=_Limited(unpacked, largest), mode="r|") as tar:
+            for member in _checked(tar, largest):
+                tar.extract(member, directory, filter="data")
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, _TooLarge) as error:
+        raise UserError(f"{archive}: refused to extract it ({error})") from error
+
+
+def _checked(tar: tarfile.TarFile, largest: int) -> Iterator[tarfile.TarInfo]:
+    total = 0
+    for member in tar:
+        path = PurePosixPath(member.name.replace("\\", "/"))
+        if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+            raise tarfile.TarError(f"{member.name!r} leads out of its folder")
+        if not (member.isfile() or member.isdir()):
+            raise tarfile.TarError(f"{member.name!r} is neither a file nor a folder")
+        total += member.size
+        if total > largest:
+            raise _TooLarge(f"more than the {largest:,} bytes expected")
+        yield member
+
+
+class _TooLarge(Exception):
+    pass
+
+
+class _Limited(io.RawIOBase):
+    """A stream that ends in an error where it is asked for more than it may give, before it is unpacked."""
+
+    def __init__(self, stream: gzip.GzipFile, largest: int) -> None:
+        self._stream = stream
+        self._left = largest + _MARGIN_BYTES
+        self._largest = largest
+
+    def read(self, size: int = -1) -> bytes:
+        if size < 0 or size > self._left:
+            raise _TooLarge(f"more than the {self._largest:,} bytes expected")
+        data = self._stream.read(size)
+        self._left -= len(data)
+        return data

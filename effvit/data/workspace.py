@@ -1,0 +1,40 @@
+"""Where a prepared data set is made: beside its final place, found again after a kill, gone on success."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from effvit.errors import UserError
+from effvit.files import check_replaceable, name_file, replace_dir
+
+
+@contextmanager
+def workspace(final: Path) -> Iterator[Path]:
+    """Yield a directory with ``data``, which replaces ``final`` on success, and ``done``, for records of what is whole.
+
+    An error removes it, unless there is a record and the error was not the system's (a full disk is not left full).
+
+    Raises:
+        UserError: another process works there, or ``final`` holds the current directory.
+    """
+    check_replaceable(final)
+    work = final.with_name(f".{final.name}.partial")
+    for name in ("data", "done"):
+        (work / name).mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(work / "lock", timeout=0):
+            try:
+                yield work
+                shutil.rmtree(work / "done")
+                replace_dir(work / "data", final)
+                shutil.rmtree(work)
+            except BaseException as error:
+                if isinstance(error, OSError) or not any((work / "done").glob("*.json")):
+                    shutil.rmtree(work, ignore_errors=True)
+                name_file(error, final)
+                raise
+    except Timeout as error:
+        raise UserError(f"{final}: another `effvit prepare` is writing it; wait for it to end") from error
