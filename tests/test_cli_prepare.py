@@ -20,7 +20,7 @@ app.command()(prepare)
 with one_line_errors():
     app()
 """
-LIMITED = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n" + RUN
+LIMITED = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n" + RUN
 SHARED = Path(os.environ.get("EFFVIT_SHARED", Path(__file__).parents[1] / ".." / "shared"))
 
 
@@ -91,29 +91,35 @@ def test_folder_of_something_else_is_not_replaced(tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_bad_image_ends_in_one_line_and_leaves_nothing(tmp_path):
+def test_bad_image_ends_in_one_line_and_leaves_no_data_set(tmp_path):
     root = make_tree(tmp_path / "images")
     (root / "test" / "dog" / "9999.jpg").write_bytes(b"\xff\xd8\xff\xe0 no jpeg")
     result = run("--dataset", "cifar10", "--root", root, "--output-dir", tmp_path / "out")
     assert_one_line_error(result, "9999.jpg")
-    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+    assert not (tmp_path / "out").exists()
+    # What was finished before stays aside for the next try, which leaves nothing but the data set.
+    (root / "test" / "dog" / "9999.jpg").unlink()
+    assert run("--dataset", "cifar10", "--root", root, "--output-dir", tmp_path / "out").returncode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out"]
 
 
-def test_write_that_fails_half_way_leaves_nothing(tmp_path):
-    root = make_tree(tmp_path / "images")
-    arguments = ("--dataset", "cifar10", "--root", root, "--image-size", 256, "--output-dir", tmp_path / "out")
+@pytest.mark.parametrize("size", [64, 256], ids=["pixels", "jpeg"])
+def test_write_that_fails_half_way_leaves_nothing(tmp_path, size):
+    root = make_tree(tmp_path / "images", per_class=100)
+    arguments = ("--dataset", "cifar10", "--root", root, "--image-size", size, "--output-dir", tmp_path / "out")
     assert_one_line_error(run(*arguments, script=LIMITED), "File too large")
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
-def test_full_disk_ends_in_one_line_and_leaves_nothing(tmp_path):
-    root, disk = make_tree(tmp_path / "images"), tmp_path / "disk"
+@pytest.mark.parametrize("size", [64, 256], ids=["pixels", "jpeg"])
+def test_full_disk_ends_in_one_line_and_leaves_nothing(tmp_path, size):
+    root, disk = make_tree(tmp_path / "images", per_class=100), tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], check=False)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", disk], check=False)
     if mounted.returncode:
         pytest.skip("mounting a small tmpfs takes root")
     try:
-        arguments = ("--dataset", "cifar10", "--root", root, "--image-size", 256, "--output-dir", disk / "out")
+        arguments = ("--dataset", "cifar10", "--root", root, "--image-size", size, "--output-dir", disk / "out")
         assert_one_line_error(run(*arguments), "No space left on device")
         assert list(disk.iterdir()) == []
     finally:
