@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 
 from effvit.errors import UserError
 
-_MEASURED = {"quantity": str, "unit": str, "median": float, "q25": float, "q75": float, "ratio_to_fused": float}
+_RATIO = ["ratio_to_fused", "ratio_low", "ratio_high"]
+_MEASURED = {"quantity": str, "unit": str} | dict.fromkeys(["median", "q25", "q75", *_RATIO], float)
 _HISTORY = ["epoch", "train_loss", "val_loss", "train_accuracy", "val_accuracy"]
 _ENVIRONMENT = ["time", "git_revision", "python", "platform", "cpu", "cpu_count", "threads", "accelerator"]
 _MAPS = {"images": 4, "labels": 1, "predictions": 1, "maps": 3}  # number of dimensions

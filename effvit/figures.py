@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
 from matplotlib.transforms import blended_transform_factory
 
 from effvit.analysis.crossover import efficiency_length
@@ -101,37 +101,48 @@ def training_curves(curves: pd.DataFrame) -> Figure:
         axes.set(xlabel="Epoch", ylabel=name)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     accuracy.yaxis.set_major_formatter(PercentFormatter(1))
-    handles = [Line2D([], [], color="0.4", label="validation"), Line2D([], [], color="0.4", ls=":", label="training")]
+    handles = [Line2D([], [], color="0.4", label="validation"), Line2D([], [], color="0.4", ls=":", label="training *")]
     loss.legend(handles=handles)
+    note = "* as optimised, with the recipe's augmentation and label smoothing: not comparable with validation loss"
+    figure.supxlabel(note, fontsize=7)
     legend(figure, curves)
     return figure
 
 
 @styled
 def accuracy_tradeoff(tradeoff: pd.DataFrame) -> Figure:
-    """Test accuracy of one data set against MACs, latency and training memory, each with its Pareto front in grey."""
+    """Test accuracy of one data set against MACs, latency and training memory, each with its Pareto front in grey.
+
+    Latency is the ratio to `fused`, timed in turns with it in one process, and its 95 % interval: times of different
+    processes do not compare.
+    """
     figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
+    batch = "/".join(f"{size}" for size in pd.unique(tradeoff["batch_size"].dropna()))
     costs = {
-        "gmacs": "Computation [GMACs/image]",
-        "latency_ms": "Latency [ms/image]",
-        "train_memory_mib": "Peak training memory [MiB]",
+        "mmacs": "Computation [MMACs/image]",
+        "latency_ratio": f"Latency [× Fused, batch {batch}]",
+        "train_memory_mib": f"Training memory [MiB, batch {batch}]",
     }
+    table = tradeoff.assign(mmacs=tradeoff["gmacs"] * 1e3)
     panels = figure.subplots(1, len(costs), sharey=True)
     for axes, (column, label) in zip(panels, costs.items(), strict=True):
         axes.set(xscale="log", xlabel=label)  # costs compare as ratios
-        known = tradeoff.dropna(subset=[column, "top1"])
+        known = table.dropna(subset=[column, "top1"])
         if known.empty:
             axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="0.4")
             continue
         front = known[pareto_front(known[column], known["top1"])].sort_values(column)
         axes.plot(front[column], front["top1"], color="0.82", linewidth=3, drawstyle="steps-post", zorder=1)
-        interval = [known["top1"] - known["top1_low"], known["top1_high"] - known["top1"]]
-        axes.errorbar(known[column], known["top1"], interval, fmt="none", ecolor="0.6", elinewidth=0.8, capsize=2)
+        bars = {"fmt": "none", "ecolor": "0.6", "elinewidth": 0.8, "capsize": 2}
+        axes.errorbar(known[column], known["top1"], _interval(known, "top1"), **bars)
+        if column == "latency_ratio":
+            axes.errorbar(known[column], known["top1"], xerr=_interval(known, column), **bars)
         for attention, cost, top1 in zip(known["attention"], known[column], known["top1"], strict=True):
             _, colour, marker = look(attention)
-            axes.plot(cost, top1, marker, color=colour, markersize=7.5, markeredgecolor="white", markeredgewidth=0.5)
-        ticks = {float(f"{cost:.2g}") for cost in np.geomspace(known[column].min(), known[column].max(), 4)}
-        axes.set_xticks(sorted(ticks))
+            # see-through, so that a point upon another hides nothing
+            axes.plot(cost, top1, marker, color=(colour, 0.35), markersize=7.5, markeredgecolor=colour)
+        wide = known[column].max() > 5 * known[column].min()
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(6, steps=[1, 2, 5, 10]))
         axes.xaxis.set(minor_locator=NullLocator(), major_formatter=StrMethodFormatter("{x:g}"))
         axes.margins(x=0.12, y=0.12)
     panels[0].set_ylabel("Test accuracy (top-1)")
@@ -140,11 +151,18 @@ def accuracy_tradeoff(tradeoff: pd.DataFrame) -> Figure:
     return figure
 
 
+def _interval(table: pd.DataFrame, column: str) -> list["pd.Series[float]"]:
+    """Lengths of the error bars below and above a column."""
+    return [table[column] - table[f"{column}_low"], table[f"{column}_high"] - table[column]]
+
+
 @styled
 def scaling(table: pd.DataFrame) -> Figure:
     """Time and peak memory of one attention block against sequence length, forward pass and training step.
 
-    A cross at the upper edge stands at the first length at which a mechanism was stopped; a star where it becomes
+    A mechanism stands at its ratio to `fused`, timed in turns with it in one process, times what `fused` takes; the
+    band is the ratio's 95 % interval. So lines cross where the ratio is 1, whatever disturbed single processes. A
+    cross at the upper edge stands at the first length at which a mechanism was stopped; a star where it becomes
     cheaper than `fused` for good, with the token count in the corner.
     """
     figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
@@ -153,24 +171,38 @@ def scaling(table: pd.DataFrame) -> Figure:
     for line, quantity in zip(panels, ("time", "memory"), strict=True):
         for axes, mode in zip(line, ("forward", "train"), strict=True):
             rows = table[(table["quantity"] == quantity) & (table["mode"] == mode)]
-            _scaling_panel(axes, rows, 1 / _MIB if quantity == "memory" else 1.0)
+            _scaling_panel(axes, _beside_fused(rows, 1 / _MIB if quantity == "memory" else 1.0))
             axes.set(ylabel=names[quantity], title=names[mode] if quantity == "time" else "")
     for axes in panels[1]:
         axes.set_xlabel("Sequence length [tokens]")
+        axes.xaxis.set(minor_locator=NullLocator(), major_formatter=StrMethodFormatter("{x:,.0f}"))
+        axes.set_xticks(pd.unique(table["tokens"]))
     stopped = [Line2D([], [], color="0.4", marker=m, linestyle="", label=s) for s, m in _STOPPED.items()]
     legend(figure, table, [handle for handle in stopped if handle.get_label() in set(table["status"])])
     return figure
 
 
-def _scaling_panel(axes: Axes, rows: pd.DataFrame, unit: float) -> None:
+def _beside_fused(rows: pd.DataFrame, unit: float) -> pd.DataFrame:
+    """Add `cost`, `low` and `high`: ratios to `fused` times its own median; the own median where it has none."""
+    fused = rows[(rows["attention"] == "fused") & (rows["status"] == "ok")].set_index("tokens")["median"] * unit
+    baseline = rows["tokens"].map(fused).mask(rows["attention"] == "fused")
+    own = (rows["median"] * unit).mask(rows["status"] != "ok")
+    return rows.assign(
+        cost=(rows["ratio_to_fused"] * baseline).fillna(own),
+        low=rows["ratio_low"] * baseline,
+        high=rows["ratio_high"] * baseline,
+    )
+
+
+def _scaling_panel(axes: Axes, rows: pd.DataFrame) -> None:
     axes.set(xscale="log", yscale="log")
     upper_edge = blended_transform_factory(axes.transData, axes.transAxes)
     lengths = []
     for i, (attention, mine) in enumerate(by_mechanism(rows)):
         label, colour, marker = look(attention)
         done, stopped = mine[mine["status"] == "ok"], mine[mine["status"] != "ok"]
-        axes.plot(done["tokens"], done["median"] * unit, color=colour, marker=marker)
-        axes.fill_between(done["tokens"], done["q25"] * unit, done["q75"] * unit, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(done["tokens"], done["cost"], color=colour, marker=marker)
+        axes.fill_between(done["tokens"], done["low"], done["high"], color=colour, alpha=0.15, linewidth=0)
         if not stopped.empty:
             first = stopped.sort_values("tokens").iloc[0]
             axes.plot(
@@ -179,10 +211,10 @@ def _scaling_panel(axes: Axes, rows: pd.DataFrame, unit: float) -> None:
         if attention != "fused":
             length = _efficiency_length(mine, rows[rows["attention"] == "fused"])
             if length is not None:
-                cost = np.exp(np.interp(np.log(length), np.log(done["tokens"]), np.log(done["median"] * unit)))
+                cost = np.exp(np.interp(np.log(length), np.log(done["tokens"]), np.log(done["cost"])))
                 axes.plot(length, cost, "*", color=colour, markersize=10, markeredgecolor="white", zorder=3)
             lengths.append((f"{label}: {_length_text(length, done['tokens'])}", colour))
-    _reference_slopes(axes, rows, unit)
+    _reference_slopes(axes, rows)
     texts = [("Cheaper than Fused from [tokens]", "black"), *lengths] if lengths else []
     for i, (text, colour) in enumerate(texts):
         axes.text(0.03, 0.97 - 0.065 * i, text, color=colour, transform=axes.transAxes, va="top", fontsize=6.5)
@@ -204,19 +236,20 @@ def _efficiency_length(mine: pd.DataFrame, fused: pd.DataFrame) -> float | None:
     return efficiency_length(points["tokens"], points["cost"], points["baseline"]) if len(points) else None
 
 
-def _reference_slopes(axes: Axes, rows: pd.DataFrame, unit: float) -> None:
+def _reference_slopes(axes: Axes, rows: pd.DataFrame) -> None:
     """Grey lines of linear and quadratic growth through the cheapest point of the shortest sequence."""
     done = rows[rows["status"] == "ok"]
     if done.empty:
         return
     ends = np.array([done["tokens"].min(), done["tokens"].max()], dtype=float)
-    start = done.loc[done["tokens"] == ends[0], "median"].min() * unit * 0.5
-    top = done["median"].max() * unit
-    for power, text in ((1, "N"), (2, "N²")):
+    start = done.loc[done["tokens"] == ends[0], "cost"].min() * 0.5
+    top = done["cost"].max()
+    for power, text, place in ((1, "N", (-2, -12)), (2, "N²", (-11, -1))):  # on the sides where no line ends
         end = min(ends[1], ends[0] * (top / start) ** (1 / power))  # not beyond what was measured
         x = np.array([ends[0], end])
         axes.plot(x, start * (x / ends[0]) ** power, color="0.7", linestyle="--", linewidth=0.9, zorder=1)
-        axes.annotate(text, (end, start * (end / ends[0]) ** power), (3, -3), textcoords="offset points", color="0.5")
+        corner = end, start * (end / ends[0]) ** power
+        axes.annotate(text, corner, place, textcoords="offset points", color="0.5", ha="center")
 
 
 @styled

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import gmean, quantile_test
+from scipy.stats import gmean
 from torch import nn
 
 from effvit.attention import Attention, attention_class, build_attention
 from effvit.errors import UserError
-from effvit.measure.latency import Call, interleaved
+from effvit.measure.latency import Call, interleaved, paired_interval, paired_ratio
 from effvit.measure.memory import peak_bytes
 from effvit.measure.scaling import square_grid
 from effvit.measure.workload import block_forward, block_training
@@ -130,9 +130,8 @@ def compare_with_peer(point: Point, *, tokens_per_batch: int, budget_s: float, d
     autocast = {} if dtype == torch.bfloat16 else {"autocast": _autocast(calls["ours"], torch.bfloat16)}
     seconds = interleaved(calls | autocast | {"gemm": gemm}, budget_s=budget_s, device=device)
     unknown = np.full(len(seconds["ours"]), np.nan)
-    ratios = seconds.get("peer", unknown) / seconds["ours"]
-    # Between two order statistics: no assumption about how times are distributed, NaN where samples are too few.
-    interval: Any = quantile_test(ratios, p=0.5).confidence_interval(0.95) if peer else None
+    theirs = seconds.get("peer", unknown)
+    low, high = (peer and paired_interval(theirs, seconds["ours"])) or (float("nan"), float("nan"))
     medians = {name: float(np.median(samples)) for name, samples in seconds.items()}
     floor_s = batch_size * 2 * _PRODUCTS[point.mode] * ours.macs() * medians["gemm"] / gemm_flops
     peaks = {name: peak_bytes(call, device) for name, call in calls.items()}
@@ -140,18 +139,18 @@ def compare_with_peer(point: Point, *, tokens_per_batch: int, budget_s: float, d
         **vars(point),
         "peer": peer.package if peer else None,
         "batch_size": batch_size,
-        "n": len(ratios),
+        "n": len(theirs),
         "ours_ms": medians["ours"] * 1e3,
         "peer_ms": medians.get("peer", float("nan")) * 1e3,
-        "ratio": float(np.median(ratios)),
-        "ratio_low": float(interval.low) if peer else float("nan"),
-        "ratio_high": float(interval.high) if peer else float("nan"),
+        "ratio": paired_ratio(theirs, seconds["ours"]),
+        "ratio_low": low,
+        "ratio_high": high,
         "macs": ours.macs(),
         "floor_ms": floor_s * 1e3,
         "floor_share": floor_s / medians["ours"],
         "ours_bytes": peaks["ours"],
         "peer_bytes": peaks.get("peer"),
-        "autocast_ratio": float(np.median(seconds["ours"] / seconds.get("autocast", unknown))),
+        "autocast_ratio": paired_ratio(seconds["ours"], seconds.get("autocast", unknown)),
     }
 
 

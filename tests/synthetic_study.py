@@ -91,6 +91,8 @@ def _row(median, fused, **key):
         | {
             "fused_median": fused,
             "ratio_to_fused": median / fused,
+            "ratio_low": 0.97 * median / fused,
+            "ratio_high": 1.02 * median / fused,
         }
     )
 
@@ -130,7 +132,9 @@ def _scaling(directory, attention):
             for quantity, unit, i in (("time", "ms", 0), ("memory", "bytes", 1)):
                 row = _row(costs[i] * factor, fused[i] * factor, tokens=tokens, mode=mode, quantity=quantity, unit=unit)
                 if stopped:
-                    row |= dict.fromkeys(["median", "q25", "q75", "n", "fused_median", "ratio_to_fused"])
+                    row |= dict.fromkeys(
+                        ["median", "q25", "q75", "n", "fused_median", "ratio_to_fused", "ratio_low", "ratio_high"]
+                    )
                 rows.append(row | {"status": "out of memory" if stopped else "ok"})
     pd.DataFrame(rows).drop(columns="p90").astype({"n": "Int64"}).to_csv(directory / "scaling.csv", index=False)
     macs = pd.DataFrame({"tokens": TOKENS, "macs": [96 * n * n + 9216 * n for n in TOKENS]})

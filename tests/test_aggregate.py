@@ -100,11 +100,32 @@ def test_more_than_a_tenth_of_other_parameters_is_marked(small):
 
 
 def test_latency_is_that_of_the_benchmark_batch_and_memory_in_mib(small):
+    file = small / "cells/digits/linformer/benchmark/cost.csv"
+    written = pd.read_csv(file)
+    at_64 = (written["quantity"] == "latency") & (written["batch_size"] == 64)
+    written.loc[at_64, ["ratio_to_fused", "ratio_low", "ratio_high"]] = [10, 9, 11]
+    written.to_csv(file, index=False)
     tables = collect(small, ["digits"], FEW, [0])
     cost = tables.cost[tables.cost["attention"] == "linformer"].set_index(["quantity", "batch_size"])
     row = tables.tradeoff.set_index("attention").loc["linformer"]
-    assert row["latency_ms"] == cost.loc[("latency", 64), "median"] != cost.loc[("latency", 1), "median"]
+    assert row["batch_size"] == 64
+    ends = ["ratio_to_fused", "ratio_low", "ratio_high"]
+    shown = row[["latency_ratio", "latency_ratio_low", "latency_ratio_high"]].tolist()
+    assert shown == [10, 9, 11] == cost.loc[("latency", 64), ends].tolist()
     assert row["train_memory_mib"] * 1024 * 1024 == pytest.approx(cost.loc[("train_memory", 64), "median"])
+
+
+def test_fused_is_its_own_measure_and_what_was_measured_of_it_stays_in_the_costs(small):
+    file = small / "cells/digits/fused/benchmark/cost.csv"
+    cost = pd.read_csv(file)
+    cost.loc[cost["quantity"] == "latency", ["ratio_to_fused", "ratio_low", "ratio_high"]] = [0.87, 0.8, 0.9]
+    cost.to_csv(file, index=False)
+    tables = collect(small, ["digits"], FEW, [0])
+    row = tables.tradeoff.set_index("attention").loc["fused"]
+    assert row[["latency_ratio", "latency_ratio_low", "latency_ratio_high"]].tolist() == [1, 1, 1]
+    assert summarise(tables)["digits"]["fused"]["latency_ratio"] == 1
+    measured = tables.cost.query("attention == 'fused' and quantity == 'latency'")
+    assert (measured[["ratio_to_fused", "ratio_low", "ratio_high"]] == [0.87, 0.8, 0.9]).all(axis=None)
 
 
 def test_what_could_not_be_measured_is_left_out_of_the_summary(small):

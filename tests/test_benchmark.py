@@ -63,6 +63,15 @@ def test_every_quantity_is_measured_beside_fused(attention):
     assert {units[q] for q in ("throughput", "train_throughput")} == {"images/s"}
 
 
+def test_a_timed_ratio_has_an_interval_whatever_the_budget_and_a_single_number_has_none():
+    table = measure(budget_s=1e-3)
+    ends = table[["ratio_low", "ratio_high"]]
+    timed = ~table["unit"].eq("bytes")
+    assert (table.loc[timed, "n"] >= 6).all() and ends[~timed].isna().all(axis=None)
+    assert (ends.loc[timed, "ratio_low"] <= table.loc[timed, "ratio_to_fused"]).all()
+    assert (table.loc[timed, "ratio_to_fused"] <= ends.loc[timed, "ratio_high"]).all()
+
+
 def test_latency_is_per_image_and_throughput_its_inverse():
     table = measure().set_index(["quantity", "batch_size"])
     latency, throughput = table.loc[("latency", 4)], table.loc[("throughput", 4)]
@@ -158,7 +167,7 @@ def test_the_command_writes_the_same_model_json_each_time_apart_from_what_is_mea
     first, second = tmp_path / "first", tmp_path / "second"
     assert {path.name for path in first.iterdir()} == {"model.json", "cost.csv", "provenance.json"}
     assert (first / "model.json").read_bytes() == (second / "model.json").read_bytes()
-    columns = ["quantity", "batch_size", "unit", *NUMBERS, "status"]
+    columns = ["quantity", "batch_size", "unit", *NUMBERS, "ratio_low", "ratio_high", "status"]
     assert list(pd.read_csv(first / "cost.csv").columns) == columns
     provenance = json.loads((first / "provenance.json").read_text())
     assert provenance["config"]["model"]["attention_options"] == {"num_features": 4}

@@ -116,7 +116,7 @@ def test_scaling_tells_the_length_from_which_each_mechanism_is_cheaper():
     costs = {"fused": tokens**2, "linformer": 1000 * tokens, "performer": tokens**2 / 2, "hybrid": tokens**2 * 2}
     rows = [
         {"attention": a, "tokens": n, "mode": m, "quantity": q, "median": c, "q25": c, "q75": c}
-        | {"ratio_to_fused": c / n**2, "status": "ok"}
+        | {"ratio_to_fused": c / n**2, "ratio_low": c / n**2, "ratio_high": c / n**2, "status": "ok"}
         for a, cost in costs.items()
         for n, c in zip(tokens.tolist(), cost.tolist(), strict=True)
         for m in ("forward", "train")
@@ -126,6 +126,25 @@ def test_scaling_tells_the_length_from_which_each_mechanism_is_cheaper():
     for chosen in (table, table[table["attention"] != "fused"]):
         for axes in figures.scaling(chosen).axes:
             assert texts(axes) == {"Linformer": "1,000", "Performer": "≤ 64", "Hybrid": "> 4,096"}
+
+
+def test_scaling_draws_what_was_timed_in_turns_and_not_times_of_different_processes(tables):
+    """The hybrid's own process ran ten times slower; its ratio to fused, and hence its line, is as before."""
+    table = of(tables.scaling, "fused", "hybrid")
+    slower = table.assign(median=table["median"].where(table["attention"] == "fused", table["median"] * 10))
+
+    def lines(table):
+        return [line.get_ydata() for axes in figures.scaling(table).axes for line in axes.lines]
+
+    for one, other in zip(lines(table), lines(slower), strict=True):
+        np.testing.assert_allclose(one, other)
+
+
+def test_latency_is_drawn_as_the_ratio_to_fused_with_its_batch(tables):
+    axes = figures.accuracy_tradeoff(tables.tradeoff).axes[1]
+    assert axes.get_xlabel() == "Latency [× Fused, batch 64]"
+    drawn = {line.get_xdata()[0] for line in axes.lines if line.get_marker() == figures.look("hybrid")[2]}
+    assert drawn == set(of(tables.tradeoff, "hybrid")["latency_ratio"])
 
 
 def test_a_stopped_mechanism_is_crossed_at_its_first_length_and_does_not_pay_off(tables):

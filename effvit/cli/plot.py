@@ -17,10 +17,12 @@ _KEY = {"dataset": str, "attention": str}
 _COLUMNS: dict[str, dict[str, Any]] = {
     "curves": _KEY | {"epoch": int} | dict.fromkeys(("train_loss", "val_loss", "val_accuracy"), float),
     "tradeoff": _KEY
-    | dict.fromkeys(("top1", "top1_low", "top1_high", "gmacs", "latency_ms", "train_memory_mib"), float),
+    | {"batch_size": "Int64"}
+    | dict.fromkeys(("top1", "top1_low", "top1_high", "gmacs", "train_memory_mib"), float)
+    | dict.fromkeys(("latency_ratio", "latency_ratio_low", "latency_ratio_high"), float),
     "confusion": _KEY | {"actual": str, "predicted": str, "count": int},
     "scaling": {"attention": str, "tokens": int, "mode": str, "quantity": str, "status": str}
-    | dict.fromkeys(("median", "q25", "q75", "ratio_to_fused"), float),
+    | dict.fromkeys(("median", "ratio_to_fused", "ratio_low", "ratio_high"), float),
 }
 
 

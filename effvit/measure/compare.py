@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 
 from effvit.device import pick_device
 from effvit.errors import UserError
-from effvit.measure.latency import Call, interleaved, paired_ratio, stopwatch_for, summarise
+from effvit.measure.latency import Call, interleaved, paired_interval, paired_ratio, stopwatch_for, summarise
 from effvit.measure.memory import peak_bytes
 from effvit.memory import is_out_of_memory
 
 OK, OUT_OF_MEMORY, OVER_BUDGET = "ok", "out of memory", "over budget"
 LONGEST_CALL = 4  # times the sampling budget: longer calls would give too few samples for too much time
+MIN_ROUNDS = 6  # the fewest of which a median has a 95 % interval
 Samples = NDArray[np.float64]
 Convert = Callable[[Samples], Samples]
 Row = dict[str, object]
@@ -47,18 +48,24 @@ class Comparison:
         )
 
     def row(self) -> Row:
-        """Columns ``median, q25, q75, p90, n, fused_median, ratio_to_fused, status``; None where not measured."""
+        """Columns ``median, q25, q75, p90, n, fused_median, ratio_to_fused, ratio_low, ratio_high, status``.
+
+        ``ratio_low`` and ``ratio_high`` are the ends of the ratio's 95 % interval. None where not measured, and where
+        rounds are too few for an interval.
+        """
         row: Row = dict.fromkeys(("median", "q25", "q75", "p90", "n", "fused_median", "ratio_to_fused"))
+        row |= dict.fromkeys(("ratio_low", "ratio_high"))
         if self.samples is not None:
             row |= summarise(self.samples)
             if self.fused is not None:
                 row["fused_median"] = float(np.median(self.fused))
                 row["ratio_to_fused"] = paired_ratio(self.samples, self.fused)
+                row["ratio_low"], row["ratio_high"] = paired_interval(self.samples, self.fused) or (None, None)
         return row | {"status": self.status}
 
 
 def compare_seconds(make: MakeCall, fused: MakeCall | None, *, budget_s: float, device: torch.device) -> Comparison:
-    """Seconds of both calls, interleaved for ``budget_s``.
+    """Seconds of both calls, interleaved for ``budget_s``, and for ``MIN_ROUNDS`` whatever they take.
 
     A call that takes more than ``LONGEST_CALL`` times that is over budget.
     """
@@ -68,7 +75,7 @@ def compare_seconds(make: MakeCall, fused: MakeCall | None, *, budget_s: float, 
     calls = {"this": call}
     if fused is not None and (fused_call := _try_out(fused, LONGEST_CALL * budget_s, device)[1]) is not None:
         calls["fused"] = fused_call
-    samples = interleaved(calls, budget_s=budget_s, device=device)
+    samples = interleaved(calls, budget_s=budget_s, device=device, min_rounds=MIN_ROUNDS)
     return Comparison(OK, samples["this"], samples.get("fused"))
 
 

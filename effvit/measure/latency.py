@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from scipy.special import bdtr
+from scipy.stats import quantile_test
 
 from effvit.measure.memory import no_garbage_collection
 
@@ -92,6 +94,15 @@ def summarise(samples: NDArray[np.float64]) -> dict[str, float]:
 def paired_ratio(samples: NDArray[np.float64], baseline: NDArray[np.float64]) -> float:
     """Median over rounds of each round's ratio: what slows a whole round down cancels."""
     return float(np.median(samples / baseline))
+
+
+def paired_interval(samples: NDArray[np.float64], baseline: NDArray[np.float64]) -> tuple[float, float] | None:
+    """95 % interval of ``paired_ratio``; None for fewer than six rounds.
+
+    It lies between two order statistics, hence needs no assumption about how ratios are distributed.
+    """
+    interval: Any = quantile_test(samples / baseline, p=0.5).confidence_interval(0.95)
+    return (float(interval.low), float(interval.high)) if np.isfinite([interval.low, interval.high]).all() else None
 
 
 def stopwatch_for(device: torch.device) -> Stopwatch:
