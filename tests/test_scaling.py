@@ -212,7 +212,7 @@ def test_the_command_writes_exact_macs_apart_from_what_is_measured(tmp_path):
     macs = pd.read_csv(out / "macs.csv")
     expected = [build_attention("linformer", 8, 2, (side, side), k=5).macs() for side in (2, 4)]
     assert macs.to_dict("list") == {"tokens": [5, 17], "macs": expected}
-    columns = ["tokens", "mode", "quantity", "unit", *NUMBERS, "status"]
+    columns = ["tokens", "mode", "quantity", "unit", *NUMBERS, "ratio_low", "ratio_high", "status"]
     assert list(pd.read_csv(out / "scaling.csv").columns) == columns
     assert json.loads((out / "provenance.json").read_text())["config"]["options"] == {"k": 5}
     first = (out / "macs.csv").read_bytes()
