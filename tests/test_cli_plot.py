@@ -38,7 +38,8 @@ def study(tmp_path, prepared_dir):
 
 def test_command_draws_every_figure_and_no_picture_of_an_earlier_selection_stays(study):
     study["output_dir"].mkdir()
-    (study["output_dir"] / "cifar10-curves.png").touch()
+    for earlier in ("scaling.png", "cifar10-curves.png"):
+        (study["output_dir"] / earlier).touch()
     app = typer.Typer()
     app.command()(plot)
     folders = [x for key in ("data", "metrics", "prepared", "output") for x in (f"--{key}-dir", study[f"{key}_dir"])]
