@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -65,6 +67,8 @@ def empty(directory):
         (lambda t: (t / "train/cat/notes.txt").write_text("x"), r"notes\.txt: not an image"),
         (lambda t: (t / "train/labels.csv").write_text("x"), r"labels\.csv: expected only folders of classes"),
         (lambda t: (t / "train/cat/more").mkdir(), "more: expected image files"),
+        (lambda t: os.mkfifo(t / "train/cat/pipe.png"), r"pipe\.png: expected image files"),
+        (lambda t: (t / "train/cat").rename(t / "train/c\udcff"), "the name of a class must be valid UTF-8"),
         (lambda t: (t / "test").rename(t / "val"), "found no test/"),
     ],
 )

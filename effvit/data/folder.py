@@ -42,12 +42,15 @@ def _list_classes(directory: Path, ignored: Counter[str]) -> dict[str, list[Path
     for path in _entries(directory, ignored):
         if not path.is_dir():
             raise UserError(f"{path}: expected only folders of classes here; move or remove this file")
+        if path.name.encode(errors="replace").decode() != path.name:
+            raise UserError(f"{path}: the name of a class must be valid UTF-8; rename this folder")
         classes[path.name] = files = _entries(path, ignored)
         if not files:
             raise UserError(f"class {path.name!r} has no images: {path} is empty")
         for file in files:
-            if file.is_dir():
-                raise UserError(f"{file}: expected image files in a class's folder, found a folder")
+            if not file.is_file():  # reading a FIFO, for one, never ends
+                found = "a folder" if file.is_dir() else "something else"
+                raise UserError(f"{file}: expected image files in a class's folder, found {found}")
     return classes
 
 
