@@ -8,9 +8,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from effvit.data import available_datasets
 from effvit.errors import UserError, explain
-from effvit.vit import ViTConfig
+from effvit.vit import Depth, Size, ViTConfig
 
-PositiveInt = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+CountOrNone = Annotated[int, Field(ge=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy takes
 
@@ -31,9 +32,9 @@ class DatasetConfig(_Strict):
     ``classes`` is a file with the classes to take.
     """
 
-    image_size: PositiveInt
-    patch_size: PositiveInt
-    num_classes: PositiveInt
+    image_size: Size
+    patch_size: Size
+    num_classes: Size
     root: str | None = None
     classes: str | None = None
     horizontal_flip: bool = True
@@ -42,10 +43,10 @@ class DatasetConfig(_Strict):
 class ModelConfig(_Strict):
     """Size of the ViT, in Hugging Face's names, and the weights that it starts from (a path; see `pretrained`)."""
 
-    hidden_size: PositiveInt
-    num_hidden_layers: PositiveInt
-    num_attention_heads: PositiveInt
-    intermediate_size: PositiveInt
+    hidden_size: Size
+    num_hidden_layers: Depth
+    num_attention_heads: Size
+    intermediate_size: Size
     initializer_range: float = Field(0.02, gt=0)
     hidden_dropout_prob: Fraction = 0.0
     attention_probs_dropout_prob: Fraction = 0.0
@@ -55,27 +56,27 @@ class ModelConfig(_Strict):
 class TrainConfig(_Strict):
     """The recipe, the same for every mechanism; `docs/training.md` explains each field. 0 and false are off."""
 
-    epochs: PositiveInt
-    batch_size: PositiveInt  # of all devices together
+    epochs: Count
+    batch_size: Count  # of all devices together
     lr: float = Field(gt=0)
     weight_decay: float = Field(0.05, ge=0)
     warmup_epochs: float = Field(0.0, ge=0)
     label_smoothing: Fraction = 0.0
     clip_norm: float = Field(0.0, ge=0)
-    crop_padding: int = Field(0, ge=0)
+    crop_padding: CountOrNone = 0
     min_crop_area: float = Field(1.0, gt=0, le=1)  # of images that are stored larger than they are used
     randaugment: int = Field(0, ge=0, le=30)  # magnitude
     random_erasing: float = Field(0.0, ge=0, le=1)  # probability
     mixup: float = Field(0.0, ge=0)  # alpha
     cutmix: float = Field(0.0, ge=0)  # alpha
     ema_decay: Fraction = 0.0
-    save_every: int = Field(0, ge=0)  # also keeps the weights of every n-th epoch
+    save_every: CountOrNone = 0  # also keeps the weights of every n-th epoch
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     compile: bool = False
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    devices: PositiveInt = 1
-    micro_batch_size: int = Field(0, ge=0)  # images at once on a device
-    workers: int = Field(0, ge=0)
+    devices: int = Field(1, ge=1, le=1024)
+    micro_batch_size: CountOrNone = 0  # images at once on a device
+    workers: int = Field(0, ge=0, le=1024)
     checkpoint_s: float = Field(60.0, ge=0)
 
     @model_validator(mode="after")
@@ -84,21 +85,26 @@ class TrainConfig(_Strict):
             raise ValueError(f"warmup_epochs={self.warmup_epochs}: must be less than epochs={self.epochs}")
         return self
 
+    def check_image_size(self, image_size: int) -> None:
+        """Raise ``UserError`` where the recipe does not suit images of so many pixels a side."""
+        if self.crop_padding >= image_size:
+            raise UserError(f"train.crop_padding={self.crop_padding}: must be less than image_size={image_size}")
+
 
 class BenchmarkConfig(_Strict):
     """How one mechanism's cost is measured: batch, memory for the largest batch, seconds spent on each quantity."""
 
-    batch_size: PositiveInt
-    memory_mib: PositiveInt
+    batch_size: Count
+    memory_mib: Count
     budget_s: float = Field(gt=0)
 
 
 class ScalingConfig(_Strict):
     """How cost against tokens is measured: token counts, and the memory and seconds at which it stops."""
 
-    tokens: list[PositiveInt] = Field(min_length=1)
-    batch_size: PositiveInt
-    memory_mib: PositiveInt
+    tokens: list[Count] = Field(min_length=1)
+    batch_size: Count
+    memory_mib: Count
     budget_s: float = Field(gt=0)
 
 
@@ -118,6 +124,7 @@ class Study(_Strict):
         for dataset in self.dataset:
             if dataset not in available_datasets():
                 raise ValueError(f"dataset={dataset!r}: unknown, expected one of {', '.join(available_datasets())}")
+            self.train.check_image_size(self.dataset[dataset].image_size)
             for attention in self.attention:
                 self.vit(dataset, attention)
         return self

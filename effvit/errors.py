@@ -1,13 +1,19 @@
 """Errors that a user can mend, told in one line."""
 
 import errno
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
+
+
+_MOST_SHOWN = 80  # characters of a wrong value
 
 
 class UserError(ValueError):
@@ -24,18 +30,33 @@ def explain(error: "ValidationError", prefix: str = "") -> str:
             parts.append(f"{key}: unknown option")
         elif e["type"] == "missing":
             parts.append(f"{key}: missing")
-        elif isinstance(e["input"], dict):  # a rule over several keys, which names them itself
+        elif isinstance(e["input"], dict) or not e["loc"]:  # a rule over several keys, which names them itself, or all
             parts.append(f"{key}: {message}" if key else message)
         else:
-            parts.append(f"{key}={e['input']!r}: {message[:1].lower()}{message[1:]}")
+            parts.append(f"{key}={_shorten(repr(e['input']))}: {message[:1].lower()}{message[1:]}")
     return "; ".join(parts)
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
+def tell(message: str) -> None:
+    """Print ``error: message`` as one line on stderr, with escapes for what is no text, as in some file names."""
+    line = f"error: {' '.join(message.split())}"
+    encoding = sys.stderr.encoding or "utf-8"
+    print(line.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr)
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the process with one line on stderr and status 1 instead of a traceback, for errors a user can mend."""
+    """End the process with one line on stderr and status 1 instead of a traceback, for errors a user can mend.
+
+    SIGTERM ends it as an exception does, so that nothing half-written stays behind.
+    """
     try:
-        yield
+        with _terminable():
+            yield
     except UserError as error:
         message = str(error)
     except OSError as error:
@@ -44,10 +65,37 @@ def one_line_errors() -> Iterator[None]:
         where = f"{error.filename}: " if error.filename else ""
         hint = " (free some space and run again)" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         message = f"{where}{error.strerror}{hint}"
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        message = "out of memory; a smaller model, image or batch takes less"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     else:
         return
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    tell(message)
     raise SystemExit(1)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or "torch" not in sys.modules:  # only torch has errors of its own for it
+        return isinstance(error, MemoryError)
+    from effvit.memory import is_out_of_memory
+
+    return is_out_of_memory(error)

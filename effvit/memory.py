@@ -6,14 +6,20 @@ from pathlib import Path
 import torch
 
 _STATUS = Path("/proc/self/status")
+_WORDS = (
+    "not enough memory",
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "storage size calculation overflowed",  # more than any memory
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says that memory ran out, on any device."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    words = ("not enough memory", "out of memory", "can't allocate memory", "cannot allocate memory")
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _WORDS)
 
 
 def peak_resident_bytes() -> int:

@@ -24,7 +24,7 @@ def map_sheet(images: Sequence[np.ndarray], maps: Sequence[np.ndarray], titles: 
     axes = figure.subplots(2, len(images), squeeze=False)
     for (top, bottom), image, patch_map, title in zip(axes.T, images, maps, titles, strict=True):
         top.imshow(image)
-        top.set_title(title, fontsize=8)
+        top.set_title(title, fontsize=8, parse_math=False)
         bottom.imshow(overlay(image, patch_map))
     for axis in axes.flat:
         axis.set_axis_off()

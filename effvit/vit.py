@@ -4,7 +4,7 @@ Dosovitskiy et al. 2021 (arXiv 2010.11929). B batch, P patches, N = P + 1 tokens
 in timm's ``VisionTransformer``, so that with ``fused`` attention state dicts map one to one.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -14,20 +14,24 @@ from effvit.attention import Attention, build_attention, check_options
 from effvit.errors import UserError, explain
 from effvit.linear import Linear
 
+# Far beyond any ViT, so that a slip of the keyboard is told at once and a product of sizes fits 64 bits.
+Size = Annotated[int, Field(ge=1, le=2**16)]
+Depth = Annotated[int, Field(ge=1, le=1024)]
+
 
 class ViTConfig(BaseModel):
     """Shape of a ViT, in Hugging Face's names; raises pydantic's ``ValidationError`` (a ``ValueError``) if invalid."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    image_size: int = Field(32, ge=1)
-    patch_size: int = Field(4, ge=1)
-    num_channels: int = Field(3, ge=1)
-    num_classes: int = Field(10, ge=1)
-    hidden_size: int = Field(48, ge=1)
-    num_hidden_layers: int = Field(4, ge=1)
-    num_attention_heads: int = Field(4, ge=1)
-    intermediate_size: int = Field(192, ge=1)
+    image_size: Size = 32
+    patch_size: Size = 4
+    num_channels: Size = 3
+    num_classes: Size = 10
+    hidden_size: Size = 48
+    num_hidden_layers: Depth = 4
+    num_attention_heads: Size = 4
+    intermediate_size: Size = 192
     qkv_bias: bool = True
     hidden_dropout_prob: float = Field(0.0, ge=0, lt=1)
     attention_probs_dropout_prob: float = Field(0.0, ge=0, lt=1)

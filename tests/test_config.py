@@ -93,6 +93,12 @@ def test_one_mechanism_alone_is_a_study(tmp_path):
         ({"scaling__tokens": [65, 0]}, ["scaling.tokens.1=0"]),
         ({"scaling__memory_mib": -1}, ["scaling.memory_mib=-1"]),
         ({"train": None}, ["train"]),
+        ({"train__crop_padding": 32}, ["train.crop_padding=32", "image_size=32"]),
+        ({"train__batch_size": 2**31}, ["train.batch_size=2147483648"]),
+        ({"train__devices": 10**9}, ["train.devices=1000000000", "1024"]),
+        ({"model__hidden_size": 4 * 10**9}, ["model.hidden_size=4000000000", "65536"]),
+        ({"attention__performer__num_features": 10**11}, ["attention.performer.num_features=100000000000", "65536"]),
+        ({"attention__nystromformer__conv_kernel_size": 9999999}, ["nystromformer.conv_kernel_size=9999999", "1025"]),
         ({"attention__linformer": None}, ["attention.linformer"]),
     ],
 )

@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -112,6 +114,8 @@ def empty(directory):
         (lambda t: (empty(t / "test/cat"), (t / "test/cat/.DS_Store").touch()), "class 'cat' has no images"),
         (lambda t: (t / "train/cat/empty.jpg").touch(), r"empty\.jpg: not an image"),
         (lambda t: (t / "train/cat/more").mkdir(), "more: expected image files"),
+        (lambda t: os.mkfifo(t / "train/cat/pipe.png"), r"pipe\.png: expected image files"),
+        (lambda t: (t / "train/cat").rename(t / "train/c\udcff"), "the name of a class must be valid UTF-8"),
         (lambda t: (t / "test").rename(t / "tests"), "found no test/"),
     ],
 )

@@ -1,6 +1,10 @@
 import errno
+import io
+import subprocess
+import sys
 
 import pytest
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from effvit.errors import UserError, explain, one_line_errors
@@ -65,6 +69,35 @@ def test_error_a_user_can_mend_ends_the_process_with_one_line(capsys, error, lin
     assert capsys.readouterr().err == line
 
 
+def test_name_that_is_no_text_is_told_with_escapes(monkeypatch):
+    stderr = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with pytest.raises(SystemExit), one_line_errors():
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "no\udcff.jpg")
+    stderr.flush()
+    assert stderr.buffer.getvalue() == b"error: no\\udcff.jpg: No such file or directory\n"
+
+
+@pytest.mark.parametrize("sizes", [(2**20, 2**20, 2**10), (2**40, 2**40)])
+def test_memory_that_runs_out_is_told_in_one_line(capsys, sizes):
+    with pytest.raises(SystemExit) as end, one_line_errors():
+        torch.empty(sizes)
+    assert end.value.code == 1
+    assert capsys.readouterr().err.startswith("error: out of memory")
+
+
+def test_input_that_is_wrong_as_a_whole_is_not_shown():
+    with pytest.raises(ValidationError) as caught:
+        Outer.model_validate_json(b"x" * 1000)
+    assert "invalid json" in explain(caught.value).lower() and "xxx" not in explain(caught.value)
+
+
+def test_long_value_is_cut():
+    with pytest.raises(ValidationError) as caught:
+        Outer(inner={"k": "x" * 1000})
+    assert explain(caught.value).startswith("inner.k='xxx") and len(explain(caught.value)) < 200
+
+
 def test_interrupt_ends_the_process_as_shells_expect(capsys):
     with pytest.raises(SystemExit) as end, one_line_errors():
         raise KeyboardInterrupt
@@ -72,8 +105,26 @@ def test_interrupt_ends_the_process_as_shells_expect(capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), KeyError("a bug"), OSError("no errno: some library's own")])
+@pytest.mark.parametrize(
+    "error", [ValueError("a bug"), KeyError("a bug"), OSError("no errno: some library's own"), RuntimeError("a bug")]
+)
 def test_bugs_keep_their_traceback(error):
     with pytest.raises(type(error)) as caught, one_line_errors():
         raise error
     assert caught.value is error
+
+
+def test_termination_leaves_nothing_half_written(tmp_path):
+    script = f"""
+import os, signal, time
+from pathlib import Path
+from effvit.errors import one_line_errors
+from effvit.files import staged_dir
+with one_line_errors(), staged_dir(Path({str(tmp_path / "out")!r})) as aside:
+    (aside / "half").touch()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert ended.returncode == 143 and not ended.stderr
+    assert list(tmp_path.iterdir()) == []

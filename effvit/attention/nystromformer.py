@@ -17,11 +17,14 @@ from effvit.attention.base import Attention, AttentionOptions, Grid, register
 
 
 class NystromformerOptions(AttentionOptions):
-    """m landmarks, iterations of the pseudo-inverse, width of the convolution over values (0 none, else odd)."""
+    """m landmarks, iterations of the pseudo-inverse, width of the convolution over values (0 none, else odd).
+
+    m may exceed the number of tokens N: from m = N on, attention is exact.
+    """
 
     num_landmarks: int = Field(32, ge=1)
-    pinv_iterations: int = Field(6, ge=1)
-    conv_kernel_size: int = Field(33, ge=0)
+    pinv_iterations: int = Field(6, ge=1, le=1000)
+    conv_kernel_size: int = Field(33, ge=0, le=1025)
 
     @field_validator("conv_kernel_size")
     @classmethod
@@ -40,7 +43,7 @@ class NystromformerAttention(Attention):
     """
 
     Options = NystromformerOptions
-    complexity = "O(N m)"
+    complexity = "O(N m); exact if m ≥ N"
     paper = "Xiong et al. 2021, arXiv 2102.03902"
 
     def __init__(self, dim: int, num_heads: int, grid_size: Grid, options: NystromformerOptions, **kwargs: Any) -> None:

@@ -21,7 +21,7 @@ _BLOCK_NUMBERS = 2**18  # per thread: 1 MiB of float32, as a block needs a handf
 class PerformerOptions(AttentionOptions):
     """m random features, the kernel they estimate, and every how many training steps they are drawn anew (0 never)."""
 
-    num_features: int = Field(64, ge=1)
+    num_features: int = Field(64, ge=1, le=2**16)
     kernel: Literal["softmax", "relu"] = "softmax"
     redraw_every: int = Field(1000, ge=0)
 

@@ -1,10 +1,13 @@
 """The Typer application. Command modules import only Typer at the top, so that ``--help`` answers at once."""
 
+import io
+import sys
 from importlib import import_module
+from typing import Any
 
 import typer
 
-from effvit.errors import one_line_errors
+from effvit.errors import one_line_errors, tell
 
 COMMANDS = (
     "prepare",
@@ -22,9 +25,11 @@ COMMANDS = (
     "mechanisms",
 )
 
+# Of the Click that Typer uses, which is the installed one or its own.
+_ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
 app = typer.Typer(
     help="Efficient attention in Vision Transformers, trained and measured under one protocol.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -34,5 +39,12 @@ for _name in COMMANDS:
 
 def main() -> None:
     """Entry point of the console script."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     with one_line_errors():
-        app()
+        try:
+            status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        except _ClickException as error:
+            tell(error.format_message())
+            status = error.exit_code
+    raise SystemExit(status)

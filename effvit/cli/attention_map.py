@@ -16,6 +16,8 @@ def attention_map(
     device: options.Device = "auto",
 ) -> None:
     """Draw where a model looks: attention rollout from the class token, laid over each image."""
+    import os
+
     import numpy as np
 
     from effvit.checkpoint import load_model
@@ -34,9 +36,8 @@ def attention_map(
     check_fits(model, dataset)
     batch = np.stack([load_image(path, dataset.image_size, dataset.storage) for path in images])
     logits, maps = rollout_maps(model, batch, dataset.mean, dataset.std)
-    titles = [
-        f"{path.stem}\nas {dataset.classes[i]}" for path, i in zip(images, logits.argmax(dim=1).tolist(), strict=True)
-    ]
+    stems = (os.fsencode(path.stem).decode("utf-8", "replace") for path in images)
+    titles = [f"{stem}\nas {dataset.classes[i]}" for stem, i in zip(stems, logits.argmax(dim=1).tolist(), strict=True)]
     figure = map_sheet(list(batch), list(maps), titles, f"{model.config.attention}: attention rollout")
     with staged_file(output) as aside:
         figure.savefig(aside, format="png", dpi=120, metadata={"Software": None})

@@ -57,6 +57,7 @@ def bench_data(
     except ValidationError as error:
         raise UserError(explain(error, "train")) from error
     dataset = PreparedDataset.load(dataset_dir)
+    recipe.check_image_size(dataset.image_size)
     config = ViTConfig.from_dict(
         {
             "image_size": dataset.image_size,

@@ -39,11 +39,13 @@ def check_apart(output_dir: Path, *inputs: Path) -> None:
 
 def parse_options(pairs: list[str] | None) -> dict[str, Any]:
     """``["k=64", "share=kv"]`` to ``{"k": 64, "share": "kv"}``; values are read as YAML."""
-    options = {}
+    options: dict[str, Any] = {}
     for pair in pairs or []:
         key, equals, value = pair.partition("=")
         if not (key and equals):
             raise UserError(f"--option {pair}: expected KEY=VALUE, for example k=64")
+        if key in options:
+            raise UserError(f"--option {pair}: {key} is given twice, expected once")
         try:
             options[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:

@@ -108,10 +108,13 @@ def list_classes(
 
 
 def _images(directory: "os.DirEntry[str]", notes: Counter[str]) -> list[str]:
+    if directory.name.encode(errors="replace").decode() != directory.name:
+        raise UserError(f"{directory.path}: the name of a class must be valid UTF-8; rename this folder")
     files = []
     for entry in _entries(Path(directory), notes):
-        if entry.is_dir():
-            raise UserError(f"{entry.path}: expected image files in a class's folder, found a folder")
+        if not entry.is_file():  # reading a FIFO, for one, never ends
+            found = "a folder" if entry.is_dir() else "something else"
+            raise UserError(f"{entry.path}: expected image files in a class's folder, found {found}")
         if is_image(Path(entry)):
             files.append(entry.name)
         else:

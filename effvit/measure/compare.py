@@ -117,8 +117,13 @@ def measuring_device(name: str) -> torch.device:
     return pick_device("cpu" if name == "auto" and not torch.cuda.is_available() else name)
 
 
+_MOST = {"batch_size": 2**31 - 1, "tokens_per_batch": 2**31 - 1, "threads": 1024}
+
+
 def require_positive(**values: float | None) -> None:
-    """Raise ``UserError`` naming the first value that is not a finite number above 0; None passes."""
+    """Raise ``UserError`` naming the first value that is not a finite number above 0, or absurd; None passes."""
     for name, value in values.items():
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"{name}={value}: must be a number above 0")
+        if value is not None and value > (most := _MOST.get(name, math.inf)):
+            raise UserError(f"{name}={value}: must be at most {most}")
