@@ -28,8 +28,7 @@ class _Strict(BaseModel):
 class DatasetConfig(_Strict):
     """One data set: image and patch size in pixels, classes, where the user's own files are, what suits its images.
 
-    ``classes`` is a file with the classes to take; ``min_crop_area`` the least share of a large image that a random
-    crop keeps in training (1: no crop).
+    ``classes`` is a file with the classes to take.
     """
 
     image_size: PositiveInt
@@ -38,7 +37,6 @@ class DatasetConfig(_Strict):
     root: str | None = None
     classes: str | None = None
     horizontal_flip: bool = True
-    min_crop_area: float = Field(1.0, gt=0, le=1)
 
 
 class ModelConfig(_Strict):

@@ -74,8 +74,6 @@ def test_one_mechanism_alone_is_a_study(tmp_path):
         ({"dataset__digits__patch_size": 5}, ["dataset.digits.patch_size=5", "image_size=32"]),
         ({"dataset__digits__patch_size": 0}, ["dataset.digits.patch_size=0"]),
         ({"dataset__digits__image_size": "32"}, ["dataset.digits.image_size='32'", "integer"]),
-        ({"dataset__digits__min_crop_area": 0}, ["dataset.digits.min_crop_area=0"]),
-        ({"dataset__digits__min_crop_area": 1.1}, ["dataset.digits.min_crop_area=1.1"]),
         ({"train__epochs": 0}, ["train.epochs=0"]),
         ({"train__epochs": 1.5}, ["train.epochs=1.5"]),
         ({"train__epochs": 1}, ["train", "warmup_epochs=1", "epochs=1"]),
