@@ -182,7 +182,7 @@ def test_prepare_depends_on_the_code_of_every_data_set_and_no_more():
         if name not in reached and name not in INERT:
             reached.add(name)
             waiting += imports_of(file)
-    assert reached == code_of("prepare")
+    assert reached == {file for file in code_of("prepare") if file.endswith(".py")}
 
 
 def test_mechanism_depends_on_no_other():
