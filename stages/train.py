@@ -4,18 +4,19 @@ from effvit.cli.train import train
 from effvit.errors import one_line_errors
 from stages import study
 
-with one_line_errors():
-    params, (dataset, attention, seed) = study.load()
-    data = params.dataset[dataset]
-    train(
-        dataset_dir=study.PREPARED / dataset,
-        output_dir=study.model_dir(dataset, attention, seed),
-        log_dir=study.cell_dir(dataset, attention, seed) / "train",
-        attention=attention,
-        option=study.as_options(params.attention[attention]),
-        seed=int(seed),
-        patch_size=data.patch_size,
-        horizontal_flip=data.horizontal_flip,
-        **params.model.model_dump(),
-        **params.train.model_dump(),
-    )
+if __name__ == "__main__":  # not again in processes that decode images
+    with one_line_errors():
+        params, (dataset, attention, seed) = study.load()
+        data = params.dataset[dataset]
+        train(
+            dataset_dir=study.PREPARED / dataset,
+            output_dir=study.model_dir(dataset, attention, seed),
+            log_dir=study.cell_dir(dataset, attention, seed) / "train",
+            attention=attention,
+            option=study.as_options(params.attention[attention]),
+            seed=int(seed),
+            patch_size=data.patch_size,
+            horizontal_flip=data.horizontal_flip,
+            **params.model.model_dump(),
+            **params.train.model_dump(),
+        )

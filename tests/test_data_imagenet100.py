@@ -15,7 +15,7 @@ SOME = sorted(WNIDS)[:4]
 
 def make_images(folder, count):
     folder.mkdir(parents=True)
-    rng = np.random.default_rng(abs(hash((folder.name, count))) % 1000)
+    rng = np.random.default_rng(int(folder.name[1:]) + count)
     for index in range(count):
         Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"{folder.name}_{index}.JPEG")
 

@@ -42,7 +42,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Shard:
-    """Consecutive rows of the images that are stored as ``stored`` (train or test), from the row ``first``.
+    """Consecutive rows of the images that are stored as ``stored`` (train or test): the shard ``number``, from 0.
 
     ``work`` holds ``data``, the directory that is to be the prepared one, and ``done``, a record of each finished
     shard; ``in_mean`` are the rows that mean and standard deviation are of.
@@ -50,6 +50,7 @@ class Shard:
 
     work: Path
     stored: str
+    number: int
     first: int
     size: int
     storage: str
@@ -62,8 +63,8 @@ class Shard:
     @property
     def path(self) -> Path:
         """The file with these rows: an Arrow file of their own, or the array of all rows."""
-        number = f"-{self.first // SHARD_ROWS:05}.arrow" if self.storage == "jpeg" else ".npy"
-        return self.work / "data" / f"{self.stored}_images{number}"
+        suffix = f"-{self.number:05}.arrow" if self.storage == "jpeg" else ".npy"
+        return self.work / "data" / f"{self.stored}_images{suffix}"
 
     @property
     def record(self) -> Path:
@@ -151,8 +152,8 @@ def cut(work: Path, stored: str, size: int, storage: str, files: Files, in_mean:
     starts = range(0, len(files.paths), SHARD_ROWS)
     parts = [slice(start, start + SHARD_ROWS) for start in starts]
     return [
-        Shard(work, stored, part.start, size, storage, Files(files.root, files.paths[part]), in_mean[part])
-        for part in parts
+        Shard(work, stored, number, part.start, size, storage, Files(files.root, files.paths[part]), in_mean[part])
+        for number, part in enumerate(parts)
     ]
 
 
