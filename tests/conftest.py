@@ -2,6 +2,7 @@
 
 import os
 
+os.environ.pop("COLUMNS", None)  # of whoever runs the tests; rich keeps the width that it starts with
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models here are so small that threads only wait for one another
 
 import sys
