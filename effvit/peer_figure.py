@@ -4,7 +4,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, StrMethodFormatter
 
-from effvit.figures import WIDTH, by_mechanism, legend, look, styled
+from effvit.figures.style import WIDTH, by_mechanism, legend, look, styled
 
 _TITLES = {"forward": "Forward pass", "train": "Forward and backward pass"}
 

@@ -12,6 +12,7 @@ from synthetic_study import ATTENTIONS, TOKENS, write_study
 
 from effvit import figures
 from effvit.aggregate import collect
+from effvit.figures.style import look
 
 TEMPLATES = sorted((Path(__file__).parents[1] / ".dvc" / "plots").glob("*.json"))
 
@@ -69,9 +70,9 @@ def test_every_figure_can_be_drawn_of_one_mechanism_alone(tables, maps, attentio
 
 
 def test_colours_and_markers_are_distinct_and_a_new_mechanism_has_its_own():
-    looks = [figures.look(a) for a in ATTENTIONS]
+    looks = [look(a) for a in ATTENTIONS]
     assert len({colour for _, colour, _ in looks}) == len({marker for *_, marker in looks}) == len(ATTENTIONS)
-    label, colour, marker = figures.look("sparse")
+    label, colour, marker = look("sparse")
     assert label == "sparse"
     assert colour not in {c for _, c, _ in looks} and marker not in {m for *_, m in looks}
 
@@ -80,7 +81,7 @@ def test_a_mechanism_has_the_same_colour_in_any_company(tables):
     for attentions in (("linformer",), ATTENTIONS):
         axes = figures.training_curves(of(tables.curves, *attentions)).axes[1]
         drawn = {to_hex(line.get_color()).upper() for line in axes.lines}
-        assert drawn == {figures.look(a)[1] for a in attentions}
+        assert drawn == {look(a)[1] for a in attentions}
 
 
 def test_curves_show_the_mean_over_seeds(tables):
@@ -143,7 +144,7 @@ def test_scaling_draws_what_was_timed_in_turns_and_not_times_of_different_proces
 def test_latency_is_drawn_as_the_ratio_to_fused_with_its_batch(tables):
     axes = figures.accuracy_tradeoff(tables.tradeoff).axes[1]
     assert axes.get_xlabel() == "Latency [× Fused, batch 64]"
-    drawn = {line.get_xdata()[0] for line in axes.lines if line.get_marker() == figures.look("hybrid")[2]}
+    drawn = {line.get_xdata()[0] for line in axes.lines if line.get_marker() == look("hybrid")[2]}
     assert drawn == set(of(tables.tradeoff, "hybrid")["latency_ratio"])
 
 
@@ -208,6 +209,6 @@ def test_the_templates_have_the_colours_of_the_figures():
     templates = [path.read_text() for path in TEMPLATES if path.stem != "mechanisms_confusion"]
     assert len(templates) == 3
     for template in templates:
-        places = [template.index(f'"{figures.look(a)[1]}"') for a in ATTENTIONS]
+        places = [template.index(f'"{look(a)[1]}"') for a in ATTENTIONS]
         assert places == sorted(places)
         assert [template.index(f'"{i} {a}"') for i, a in enumerate(ATTENTIONS)]

@@ -184,7 +184,7 @@ def test_only_the_code_that_changed_runs(repository: Repository) -> None:
         path.write_text(text)
         return ran
 
-    assert after_change("effvit/figures.py") == {"plot"}
+    assert after_change("effvit/figures/style.py") == {"plot"}
     of_linformer = after_change("effvit/attention/linformer.py")
     assert {stage for stage in of_linformer if stage.startswith("train")} == {"train@digits-linformer-0"}
     assert not [stage for stage in of_linformer if "performer" in stage or "fused" in stage]

@@ -34,7 +34,7 @@ def bench_peers(
 
     from effvit.attention import available_attention
     from effvit.errors import UserError
-    from effvit.figures import save
+    from effvit.figures.style import save
     from effvit.files import staged_dir, write_csv
     from effvit.measure.compare import require_positive
     from effvit.measure.latency import measuring_alone

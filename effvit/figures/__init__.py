@@ -1,0 +1,10 @@
+"""The study's figures: pure functions from the tables of `effvit.aggregate` to matplotlib figures, `save` apart."""
+
+from effvit.figures.confusion import confusion
+from effvit.figures.curves import training_curves
+from effvit.figures.maps import attention_maps
+from effvit.figures.scaling import scaling
+from effvit.figures.style import save
+from effvit.figures.tradeoff import accuracy_tradeoff
+
+__all__ = ["accuracy_tradeoff", "attention_maps", "confusion", "save", "scaling", "training_curves"]

@@ -1,0 +1,111 @@
+"""Cost against sequence length."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator, StrMethodFormatter
+from matplotlib.transforms import blended_transform_factory
+
+from effvit.analysis.crossover import efficiency_length
+from effvit.figures.style import WIDTH, by_mechanism, legend, look, styled
+
+_MIB = 2**20
+_STOPPED = {"out of memory": "x", "over budget": "+"}
+
+
+@styled
+def scaling(table: pd.DataFrame) -> Figure:
+    """Time and peak memory of one attention block against sequence length, forward pass and training step.
+
+    A mechanism stands at its ratio to `fused`, timed in turns with it in one process, times what `fused` takes; the
+    band is the ratio's 95 % interval. So lines cross where the ratio is 1, whatever disturbed single processes. A
+    cross at the upper edge stands at the first length at which a mechanism was stopped; a star where it becomes
+    cheaper than `fused` for good, with the token count in the corner.
+    """
+    figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
+    panels = figure.subplots(2, 2, sharex=True)
+    names = {"time": "Time [ms]", "memory": "Peak memory [MiB]", "forward": "Forward pass", "train": "Training step"}
+    for line, quantity in zip(panels, ("time", "memory"), strict=True):
+        for axes, mode in zip(line, ("forward", "train"), strict=True):
+            rows = table[(table["quantity"] == quantity) & (table["mode"] == mode)]
+            _scaling_panel(axes, _beside_fused(rows, 1 / _MIB if quantity == "memory" else 1.0))
+            axes.set(ylabel=names[quantity], title=names[mode] if quantity == "time" else "")
+    for axes in panels[1]:
+        axes.set_xlabel("Sequence length [tokens]")
+        axes.xaxis.set(minor_locator=NullLocator(), major_formatter=StrMethodFormatter("{x:,.0f}"))
+        axes.set_xticks(pd.unique(table["tokens"]))
+    stopped = [Line2D([], [], color="0.4", marker=m, linestyle="", label=s) for s, m in _STOPPED.items()]
+    legend(figure, table, [handle for handle in stopped if handle.get_label() in set(table["status"])])
+    return figure
+
+
+def _beside_fused(rows: pd.DataFrame, unit: float) -> pd.DataFrame:
+    """Add `cost`, `low` and `high`: ratios to `fused` times its own median; the own median where it has none."""
+    fused = rows[(rows["attention"] == "fused") & (rows["status"] == "ok")].set_index("tokens")["median"] * unit
+    baseline = rows["tokens"].map(fused).mask(rows["attention"] == "fused")
+    own = (rows["median"] * unit).mask(rows["status"] != "ok")
+    return rows.assign(
+        cost=(rows["ratio_to_fused"] * baseline).fillna(own),
+        low=rows["ratio_low"] * baseline,
+        high=rows["ratio_high"] * baseline,
+    )
+
+
+def _scaling_panel(axes: Axes, rows: pd.DataFrame) -> None:
+    axes.set(xscale="log", yscale="log")
+    upper_edge = blended_transform_factory(axes.transData, axes.transAxes)
+    lengths = []
+    for i, (attention, mine) in enumerate(by_mechanism(rows)):
+        label, colour, marker = look(attention)
+        done, stopped = mine[mine["status"] == "ok"], mine[mine["status"] != "ok"]
+        axes.plot(done["tokens"], done["cost"], color=colour, marker=marker)
+        axes.fill_between(done["tokens"], done["low"], done["high"], color=colour, alpha=0.15, linewidth=0)
+        if not stopped.empty:
+            first = stopped.sort_values("tokens").iloc[0]
+            axes.plot(
+                first["tokens"], 0.97 - 0.05 * i, _STOPPED.get(first["status"], "x"), color=colour, transform=upper_edge
+            )
+        if attention != "fused":
+            length = _efficiency_length(mine, rows[rows["attention"] == "fused"])
+            if length is not None:
+                cost = np.exp(np.interp(np.log(length), np.log(done["tokens"]), np.log(done["cost"])))
+                axes.plot(length, cost, "*", color=colour, markersize=10, markeredgecolor="white", zorder=3)
+            lengths.append((f"{label}: {_length_text(length, done['tokens'])}", colour))
+    _reference_slopes(axes, rows)
+    texts = [("Cheaper than Fused from [tokens]", "black"), *lengths] if lengths else []
+    for i, (text, colour) in enumerate(texts):
+        axes.text(0.03, 0.97 - 0.065 * i, text, color=colour, transform=axes.transAxes, va="top", fontsize=6.5)
+
+
+def _length_text(length: float | None, tokens: "pd.Series[int]") -> str:
+    if length is None:
+        return f"> {tokens.max():,}" if len(tokens) else "never"
+    return f"{'≤ ' if length == tokens.min() else ''}{length:,.0f}"
+
+
+def _efficiency_length(mine: pd.DataFrame, fused: pd.DataFrame) -> float | None:
+    """Where the ratio to `fused` of one interleaved run stays below one; whichever was stopped alone is the dearer."""
+    fused_done = mine["tokens"].isin(fused.loc[fused["status"] == "ok", "tokens"])
+    ratio = mine["ratio_to_fused"].mask(mine["status"].ne("ok") & fused_done, np.inf)
+    baseline = pd.Series(1.0, mine.index).mask(mine["status"].eq("ok") & ratio.isna(), np.inf)
+    points = pd.DataFrame({"tokens": mine["tokens"], "cost": ratio.mask(np.isinf(baseline), 1.0), "baseline": baseline})
+    points = points.dropna().sort_values("tokens")
+    return efficiency_length(points["tokens"], points["cost"], points["baseline"]) if len(points) else None
+
+
+def _reference_slopes(axes: Axes, rows: pd.DataFrame) -> None:
+    """Grey lines of linear and quadratic growth through the cheapest point of the shortest sequence."""
+    done = rows[rows["status"] == "ok"]
+    if done.empty:
+        return
+    ends = np.array([done["tokens"].min(), done["tokens"].max()], dtype=float)
+    start = done.loc[done["tokens"] == ends[0], "cost"].min() * 0.5
+    top = done["cost"].max()
+    for power, text, place in ((1, "N", (-2, -12)), (2, "N²", (-11, -1))):  # on the sides where no line ends
+        end = min(ends[1], ends[0] * (top / start) ** (1 / power))  # not beyond what was measured
+        x = np.array([ends[0], end])
+        axes.plot(x, start * (x / ends[0]) ** power, color="0.7", linestyle="--", linewidth=0.9, zorder=1)
+        corner = end, start * (end / ends[0]) ** power
+        axes.annotate(text, corner, place, textcoords="offset points", color="0.5", ha="center")

@@ -1,0 +1,56 @@
+"""Accuracy against what it costs."""
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+
+from effvit.analysis.pareto import pareto_front
+from effvit.figures.style import WIDTH, legend, look, styled
+
+
+@styled
+def accuracy_tradeoff(tradeoff: pd.DataFrame) -> Figure:
+    """Test accuracy of one data set against MACs, latency and training memory, each with its Pareto front in grey.
+
+    Latency is the ratio to `fused`, timed in turns with it in one process, and its 95 % interval: times of different
+    processes do not compare.
+    """
+    figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
+    batch = "/".join(f"{size}" for size in pd.unique(tradeoff["batch_size"].dropna()))
+    costs = {
+        "mmacs": "Computation [MMACs/image]",
+        "latency_ratio": f"Latency [× Fused, batch {batch}]",
+        "train_memory_mib": f"Training memory [MiB, batch {batch}]",
+    }
+    table = tradeoff.assign(mmacs=tradeoff["gmacs"] * 1e3)
+    panels = figure.subplots(1, len(costs), sharey=True)
+    for axes, (column, label) in zip(panels, costs.items(), strict=True):
+        axes.set(xscale="log", xlabel=label)  # costs compare as ratios
+        known = table.dropna(subset=[column, "top1"])
+        if known.empty:
+            axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="0.4")
+            continue
+        front = known[pareto_front(known[column], known["top1"])].sort_values(column)
+        axes.plot(front[column], front["top1"], color="0.82", linewidth=3, drawstyle="steps-post", zorder=1)
+        bars = {"fmt": "none", "ecolor": "0.6", "elinewidth": 0.8, "capsize": 2}
+        axes.errorbar(known[column], known["top1"], _interval(known, "top1"), **bars)
+        if column == "latency_ratio":
+            axes.errorbar(known[column], known["top1"], xerr=_interval(known, column), **bars)
+        for attention, cost, top1 in zip(known["attention"], known[column], known["top1"], strict=True):
+            _, colour, marker = look(attention)
+            # see-through, so that a point upon another hides nothing
+            axes.plot(cost, top1, marker, color=(colour, 0.35), markersize=7.5, markeredgecolor=colour)
+        wide = known[column].max() > 5 * known[column].min()
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axes.xaxis.set(minor_locator=NullLocator(), major_formatter=StrMethodFormatter("{x:g}"))
+        axes.margins(x=0.12, y=0.12)
+    panels[0].set_ylabel("Test accuracy (top-1)")
+    panels[0].yaxis.set(major_locator=MaxNLocator(6), major_formatter=StrMethodFormatter("{x:.1%}"))
+    legend(figure, tradeoff, [Line2D([], [], color="0.82", linewidth=3, label="Pareto front")])
+    return figure
+
+
+def _interval(table: pd.DataFrame, column: str) -> list["pd.Series[float]"]:
+    """Lengths of the error bars below and above a column."""
+    return [table[column] - table[f"{column}_low"], table[f"{column}_high"] - table[column]]
