@@ -31,7 +31,7 @@ def staged_dir(final: Path, known_by: str | None = None) -> Iterator[Path]:
         replace_dir(aside, final)
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
-        name_file(error, final)
+        name_file(error, final, aside)
         raise
 
 
@@ -76,7 +76,7 @@ def staged_file(final: Path) -> Iterator[Path]:
         aside.replace(final)
     except BaseException as error:
         aside.unlink(missing_ok=True)
-        name_file(error, final)
+        name_file(error, final, aside)
         raise
 
 
@@ -92,10 +92,11 @@ def write_csv(path: Path, frame: "pd.DataFrame") -> None:
         frame.to_csv(aside, index=False, lineterminator="\n")
 
 
-def name_file(error: BaseException, final: Path) -> None:
-    """A full disk shows in a write to an open file, and that error does not say which."""
-    if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-        error.filename = str(final)
+def name_file(error: BaseException, final: Path, aside: Path | None = None) -> None:
+    """Tell ``final`` as the file of an error that has none, as a write to an open file, or the one written aside."""
+    unnamed = (None, str(aside)) if aside else (None,)
+    if isinstance(error, OSError) and error.errno is not None and error.filename in unnamed:
+        error.filename, error.filename2 = str(final), None
 
 
 def _umask() -> int:

@@ -134,6 +134,14 @@ def test_directory_that_may_not_be_written_is_named(tmp_path):
     assert "file" in str(caught.value)
 
 
+def test_a_directory_in_the_place_of_a_file_is_what_the_error_names(tmp_path):
+    (tmp_path / "out.png").mkdir()
+    with pytest.raises(OSError) as failure, staged_file(tmp_path / "out.png") as aside:
+        aside.write_bytes(b"whole")
+    assert (failure.value.filename, failure.value.filename2) == (str(tmp_path / "out.png"), None)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.png"]
+
+
 def test_a_directory_of_somebody_else_is_not_replaced(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "photo.jpg").touch()
