@@ -1,9 +1,10 @@
 import pytest
 import torch
 from mechanisms import qkv_of
+from torch.nn import functional as F
 
 from effvit import build_attention
-from effvit.attention.base import QKVMaps
+from effvit.attention.base import QKVMaps, softmax_attention
 
 
 def test_it_is_softmax_attention_written_out():
@@ -62,3 +63,26 @@ def test_maps_in_three_parts_have_the_gradients_of_the_merged_one(bias):
     per_sample = torch.func.vmap(torch.func.grad(lambda w, x: parts(x, w).sin().sum()), in_dims=(None, 0))
     expected = [torch.func.grad(lambda w, x=x: (x @ w.T).sin().sum())(merged.weight) for x in x.detach()]
     torch.testing.assert_close(per_sample(merged.weight.detach(), x.detach()), torch.stack(expected))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_short_sequences_in_half_precision_are_trained_as_in_float32(compiled):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 4, dtype=torch.bfloat16, requires_grad=True) for n in (9, 5, 5))
+    exact = [t.detach().float().requires_grad_() for t in (q, k, v)]
+    gradient = torch.randn(2, 3, 9, 4, dtype=torch.bfloat16)
+    attend = torch.compile(softmax_attention, fullgraph=True, backend="aot_eager") if compiled else softmax_attention
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = attend(q, k, v)
+    expected = F.scaled_dot_product_attention(*exact)
+    assert torch.equal(y, expected.bfloat16())
+    actual = torch.autograd.grad(y, (q, k, v), gradient)
+    for a, e in zip(actual, torch.autograd.grad(expected, exact, gradient.float()), strict=True):
+        assert torch.equal(a, e.bfloat16())
+
+
+@pytest.mark.parametrize("tokens, trained", [(9, False), (200, True)])
+def test_half_precision_is_torchs_own_where_nothing_is_trained_or_sequences_are_long(tokens, trained):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, tokens, 4, dtype=torch.bfloat16, requires_grad=trained) for _ in range(3))
+    assert torch.equal(softmax_attention(q, k, v), F.scaled_dot_product_attention(q, k, v))

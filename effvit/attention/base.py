@@ -14,6 +14,7 @@ from effvit.errors import UserError
 from effvit.linear import Linear, product, weight_gradient
 
 Grid = tuple[int, int]
+_SHORT = 128  # tokens
 
 
 class AttentionOptions(BaseModel):
@@ -145,6 +146,17 @@ class Attention(nn.Module):
 
     def after_step(self, step: int, generator: torch.Generator) -> None:
         """Called by the training loop after optimiser step number ``step`` (from 1). Nothing by default."""
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
+    """softmax(q kᵀ / √d) v block by block, with no matrix in memory: ``(..., N, d)`` and M keys to ``(..., N, e)``."""
+    half = q.device.type == "cpu" and v.dtype in (torch.bfloat16, torch.float16)
+    trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if not (half and trained and max(q.shape[-2], k.shape[-2]) <= _SHORT):
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
+    # In half precision the CPU's backward pass over sequences this short takes up to four times as long.
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), dropout_p=dropout_p).to(v.dtype)
 
 
 class QKVMaps(torch.autograd.Function):

@@ -5,9 +5,8 @@ out as in timm's ``Attention``: ``qkv.weight`` (3C, C) with rows q, k, v, each h
 """
 
 from torch import Tensor
-from torch.nn import functional as F
 
-from effvit.attention.base import Attention, register
+from effvit.attention.base import Attention, register, softmax_attention
 
 
 @register
@@ -18,7 +17,7 @@ class FusedAttention(Attention):
     paper = "Dao et al. 2022, arXiv 2205.14135"
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout_p)
+        return softmax_attention(q, k, v, self.dropout_p)
 
     def mixing_macs(self) -> int:
         """2N²C."""

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effvit.attention.base import Attention, AttentionOptions, Grid, register
+from effvit.attention.base import Attention, AttentionOptions, Grid, register, softmax_attention
 from effvit.errors import UserError
 from effvit.linear import linear
 
@@ -63,7 +63,7 @@ class LinformerAttention(Attention):
         return q, self.split_heads(linear(ex, w_k, b_k)), self.split_heads(linear(fx, w_v, b_v))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout_p)
+        return softmax_attention(q, k, v, self.dropout_p)
 
     def map_values(self, v: Tensor) -> Tensor:
         """F itself: softmax(q k'ᵀ / √d) F is the matrix that is applied to x W_v."""

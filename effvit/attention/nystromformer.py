@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
-from effvit.attention.base import Attention, AttentionOptions, Grid, register
+from effvit.attention.base import Attention, AttentionOptions, Grid, register, softmax_attention
 
 
 class NystromformerOptions(AttentionOptions):
@@ -73,17 +73,17 @@ class NystromformerAttention(Attention):
 
     def exact_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(q kᵀ / √d) v."""
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout_p)
+        return softmax_attention(q, k, v, self.dropout_p)
 
     def landmark_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """K₁ (Z (K₃ v)): the products with K₁ and K₃ are attentions themselves, so neither is held in memory."""
         q_m, k_m = self.landmarks(q), self.landmarks(k)  # (B, H, m, d)
-        k3_v = F.scaled_dot_product_attention(q_m, k, v)  # (B, H, m, e)
+        k3_v = softmax_attention(q_m, k, v)  # (B, H, m, e)
         with torch.autocast(q.device.type, enabled=False):  # the iteration squares the condition number
             dtype = torch.promote_types(q.dtype, torch.float32)
             k2 = (q_m.to(dtype) * self.head_dim**-0.5 @ k_m.to(dtype).transpose(-2, -1)).softmax(dim=-1)
             z_k3_v = iterative_pinv(k2, self.pinv_iterations) @ k3_v.to(dtype)
-        return F.scaled_dot_product_attention(q, k_m, z_k3_v.to(v.dtype), dropout_p=self.dropout_p)
+        return softmax_attention(q, k_m, z_k3_v.to(v.dtype), self.dropout_p)
 
     def landmarks(self, x: Tensor) -> Tensor:
         """Tokens ``(B, H, N, d)`` to landmarks ``(B, H, m, d)``."""
