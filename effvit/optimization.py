@@ -1,9 +1,12 @@
-"""How a recipe moves weights: learning rate by step, and which parameters decay."""
+"""How a recipe moves weights: learning rate by step, which parameters decay, and what steps with them."""
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from effvit.muon import Joint, Muon
 
 if TYPE_CHECKING:
     from effvit.config import TrainConfig
@@ -18,7 +21,7 @@ def schedule(step: int, steps_per_epoch: int, recipe: "TrainConfig") -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameters with and without weight decay: none on biases, norms, position and class token."""
     decayed: list[Tensor] = []
     exempt: list[Tensor] = []
@@ -26,3 +29,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
         matrix = parameter.ndim >= 2 and name not in ("pos_embed", "cls_token")
         (decayed if matrix else exempt).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+
+
+def build_optimizer(model: nn.Module, recipe: "TrainConfig") -> Optimizer:
+    """Return the recipe's optimiser of all parameters; Muon takes the matrices of the blocks, AdamW what is left."""
+    groups = parameter_groups(model, recipe.weight_decay)
+    if recipe.optimizer == "adamw":
+        return AdamW(groups, lr=recipe.lr, fused=True)
+    matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
+    taken = set(map(id, matrices))
+    rest = [{**group, "params": [p for p in group["params"] if id(p) not in taken]} for group in groups]
+    return Joint(Muon(matrices, recipe.lr, recipe.weight_decay), AdamW(rest, lr=recipe.lr, fused=True))
