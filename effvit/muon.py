@@ -7,7 +7,7 @@ without that arithmetic.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -39,7 +39,8 @@ class Muon(Optimizer):
     learning rate and decay.
 
     Args:
-        params: matrices ``(m, n)``, or groups of them.
+        params: parameters ``(maps · m, n)``, or groups of them that also have ``maps``, by default 1: how many matrices
+            lie one below the other in each, to be made orthogonal each by itself.
         lr: learning rate.
         weight_decay: as of `torch.optim.AdamW`.
         momentum: μ.
@@ -52,27 +53,27 @@ class Muon(Optimizer):
         weight_decay: float,
         momentum: float = 0.95,
     ) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "maps": 1})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Move each matrix that has a gradient."""
         for group in self.param_groups:
-            matrices_of: dict[torch.Size, list[Tensor]] = defaultdict(list)
-            momenta_of: dict[torch.Size, list[Tensor]] = defaultdict(list)
-            for matrix in group["params"]:
-                if matrix.grad is not None:
-                    matrices_of[matrix.shape].append(matrix)
-                    momenta_of[matrix.shape].append(self._momentum(matrix, matrix.grad, group["momentum"]))
-            for shape, matrices in matrices_of.items():
-                steps = orthogonalize(torch.stack(momenta_of[shape]))
-                torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(matrices, steps.unbind(), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+            alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    alike[parameter.shape].append(parameter)
+            for parameters in alike.values():
+                momenta = torch.stack([self._momentum(parameter, group["momentum"]) for parameter in parameters])
+                matrices = momenta.unflatten(1, (group["maps"], -1))  # (parameters, maps, m, n)
+                steps = orthogonalize(matrices).flatten(1, 2).unbind()
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(parameters, steps, alpha=-group["lr"] * 0.2 * max(matrices.shape[2:]) ** 0.5)
 
-    def _momentum(self, matrix: Tensor, gradient: Tensor, decay: float) -> Tensor:
-        state = self.state[matrix]
+    def _momentum(self, parameter: Tensor, decay: float) -> Tensor:
+        gradient, state = cast(Tensor, parameter.grad), self.state[parameter]
         if not state:
-            state["momentum_buffer"] = torch.zeros_like(matrix)
+            state["momentum_buffer"] = torch.zeros_like(parameter)
         buffer = state["momentum_buffer"].mul_(decay).add_(gradient)
         return gradient.add(buffer, alpha=decay)
 

@@ -1,6 +1,7 @@
 """How a recipe moves weights: learning rate by step, which parameters decay, and what steps with them."""
 
 import math
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -32,11 +33,22 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def build_optimizer(model: nn.Module, recipe: "TrainConfig") -> Optimizer:
-    """Return the recipe's optimiser of all parameters; Muon takes the matrices of the blocks, AdamW what is left."""
+    """Return the recipe's optimiser of all parameters; Muon takes the matrices of the blocks, AdamW what is left.
+
+    Merged query, key and value maps are matrices of each head, as they are where they lie apart: `standard` and `fused`
+    stay the same model.
+    """
     groups = parameter_groups(model, recipe.weight_decay)
     if recipe.optimizer == "adamw":
         return AdamW(groups, lr=recipe.lr, fused=True)
-    matrices = [p for name, p in model.named_parameters() if name.startswith("blocks.") and p.ndim == 2]
-    taken = set(map(id, matrices))
-    rest = [{**group, "params": [p for p in group["params"] if id(p) not in taken]} for group in groups]
-    return Joint(Muon(matrices, recipe.lr, recipe.weight_decay), AdamW(rest, lr=recipe.lr, fused=True))
+    merged = {module.qkv.weight: 3 * module.num_heads for module in model.modules() if hasattr(module, "qkv")}
+    matrices: dict[int, list[Tensor]] = defaultdict(list)  # by the number of maps in each
+    for name, parameter in model.named_parameters():
+        if name.startswith("blocks.") and parameter.ndim == 2:
+            matrices[merged.get(parameter, 1)].append(parameter)
+    taken = {parameter for parameters in matrices.values() for parameter in parameters}
+    muon = Muon(
+        [{"params": parameters, "maps": maps} for maps, parameters in matrices.items()], recipe.lr, recipe.weight_decay
+    )
+    rest = [{**group, "params": [p for p in group["params"] if p not in taken]} for group in groups]
+    return Joint(muon, AdamW(rest, lr=recipe.lr, fused=True))

@@ -3,8 +3,10 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from effvit.attention import available_attention
+from effvit.attention.standard import standard_to_fused
 from effvit.config import TrainConfig
 from effvit.muon import Joint, Muon, orthogonalize
 from effvit.optimization import build_optimizer
@@ -66,6 +68,24 @@ def test_each_parameter_has_one_optimizer_and_the_decay_that_it_has_with_adamw(t
     orthogonal = {id(p) for group in groups if "momentum" in group for p in group["params"]}
     assert {id(m.weight) for m in model.blocks.modules() if isinstance(m, nn.Linear)} <= orthogonal
     assert not {id(p) for p in (model.head.weight, model.patch_embed.proj.weight, model.pos_embed)} & orthogonal
+
+
+def test_maps_that_lie_merged_are_moved_as_those_that_lie_apart(tiny_config):
+    recipe = TrainConfig(**RECIPE, optimizer="muon")
+    standard, fused = (ViT(tiny_config(attention=attention)) for attention in ("standard", "fused"))
+    fused.load_state_dict(standard_to_fused(standard.state_dict()))
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for model in (standard, fused):
+        optimizer = build_optimizer(model, recipe)
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), torch.arange(4)).backward()
+            optimizer.step()
+    merged, expected = fused.state_dict(), standard_to_fused(standard.state_dict())
+    # A key's bias changes no softmax: its gradient is rounding, which AdamW makes a step of.
+    names = [name for name in merged if not name.endswith("qkv.bias")]
+    assert all(torch.allclose(merged[name], expected[name], atol=1e-4) for name in names)
+    assert torch.allclose(standard(images), fused(images), atol=1e-4)
 
 
 def test_it_goes_on_from_its_state(tiny_config):
