@@ -41,7 +41,8 @@ def build_optimizer(model: nn.Module, recipe: "TrainConfig") -> Optimizer:
     groups = parameter_groups(model, recipe.weight_decay)
     if recipe.optimizer == "adamw":
         return AdamW(groups, lr=recipe.lr, fused=True)
-    merged = {module.qkv.weight: 3 * module.num_heads for module in model.modules() if hasattr(module, "qkv")}
+    attentions: list[Any] = [module for module in model.modules() if hasattr(module, "qkv")]
+    merged: dict[Tensor, int] = {attention.qkv.weight: 3 * attention.num_heads for attention in attentions}
     matrices: dict[int, list[Tensor]] = defaultdict(list)  # by the number of maps in each
     for name, parameter in model.named_parameters():
         if name.startswith("blocks.") and parameter.ndim == 2:
