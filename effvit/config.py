@@ -58,6 +58,7 @@ class TrainConfig(_Strict):
 
     epochs: Count
     batch_size: Count  # of all devices together
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(gt=0)
     weight_decay: float = Field(0.05, ge=0)
     warmup_epochs: float = Field(0.0, ge=0)

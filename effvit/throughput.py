@@ -19,7 +19,7 @@ from effvit.data.loading import Batch, Place, training_batches
 from effvit.data.prepared import PreparedDataset
 from effvit.errors import UserError
 from effvit.measure.latency import interleaved
-from effvit.optimization import parameter_groups
+from effvit.optimization import build_optimizer
 from effvit.training import Epoch, Training
 from effvit.vit import ViT, ViTConfig
 
@@ -122,7 +122,7 @@ def _endless_batches(
 
 def _step(model: nn.Module, images: Tensor, targets: Tensor, recipe: TrainConfig) -> SelfTimed:
     model.to(images.device).train()
-    optimizer = torch.optim.AdamW(parameter_groups(model, recipe.weight_decay), lr=recipe.lr, fused=True)
+    optimizer = build_optimizer(model, recipe)
 
     def step() -> None:
         F.cross_entropy(model(images), targets, label_smoothing=recipe.label_smoothing).backward()

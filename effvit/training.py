@@ -23,7 +23,7 @@ from effvit.data.loading import Batch, steps_of, training_batches, validation_ba
 from effvit.data.prepared import PreparedDataset
 from effvit.errors import UserError
 from effvit.memory import is_out_of_memory, peak_resident_bytes
-from effvit.optimization import parameter_groups, schedule
+from effvit.optimization import build_optimizer, schedule
 from effvit.parallel import make_fabric, place_of, sum_gradients
 from effvit.seeding import Purpose, derive, torch_generator
 from effvit.vit import ViT, ViTConfig
@@ -102,7 +102,7 @@ class Training:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self.model = ViT(config)
         init(self.model)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, recipe.weight_decay), lr=recipe.lr, fused=True)
+        self.optimizer = build_optimizer(self.model, recipe)
         # For each shape by itself: with shapes left open, the code would depend on the order in which they come.
         module: nn.Module = torch.compile(self.model, dynamic=False) if recipe.compile else self.model  # type: ignore[assignment]
         self._forward, self._update = self.fabric.setup(module, self.optimizer)

@@ -19,10 +19,11 @@ from effvit.training import Training
 ROOT = Path(__file__).parents[1]
 RECIPE = {"epochs": 3, "batch_size": 128, "lr": 3e-3, "crop_padding": 1, "device": "cpu", "checkpoint_s": 0.0}
 
-# Everything that has a state of its own, or chance: moments, averages, features that are redrawn, dropout, mixing.
+# Everything that has a state of its own, or chance: two optimisers, averages, features redrawn, dropout, mixing.
 EVERYTHING = {
     "epochs": 6,
     "batch_size": 64,
+    "optimizer": "muon",
     "lr": 3e-3,
     "clip_norm": 1.0,
     "crop_padding": 1,

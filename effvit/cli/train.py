@@ -30,7 +30,8 @@ def train(
     ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 10,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 128,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-3,
+    optimizer: Annotated[str, typer.Option(help="adamw, or muon for the matrices of the blocks.")] = "adamw",
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     weight_decay: Annotated[float, typer.Option(help="Decay of weight matrices.")] = 0.05,
     warmup_epochs: Annotated[float, typer.Option(help="Epochs of linear warm-up before the cosine.")] = 0.0,
     label_smoothing: Annotated[float, typer.Option(help="Share of the target spread over all classes.")] = 0.0,
@@ -76,6 +77,7 @@ def train(
         recipe = TrainConfig(
             epochs=epochs,
             batch_size=batch_size,
+            optimizer=optimizer,  # type: ignore[arg-type]
             lr=lr,
             weight_decay=weight_decay,
             warmup_epochs=warmup_epochs,
