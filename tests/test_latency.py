@@ -4,11 +4,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock, Timeout
 from scipy.stats import binom
 
 from effvit.measure import latency
-from effvit.measure.latency import interleaved, measuring_alone, median_interval, paired_ratio, summarise
+from effvit.measure.latency import interleaved, median_interval, paired_ratio, summarise
 
 CPU = torch.device("cpu")
 
@@ -104,12 +103,3 @@ def test_the_device_clock_counts_every_repeat():
     calls = []
     assert latency.stopwatch_for(CPU)(lambda: calls.append(1), 7) > 0
     assert len(calls) == 7
-
-
-def test_only_one_process_measures_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(latency.tempfile, "gettempdir", lambda: str(tmp_path))
-    with measuring_alone():
-        (lock,) = tmp_path.glob("effvit-measure-*.lock")
-        with pytest.raises(Timeout):
-            FileLock(lock, timeout=0).acquire()
-    FileLock(lock, timeout=0).acquire().lock.release()

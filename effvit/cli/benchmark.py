@@ -35,10 +35,10 @@ def benchmark(
     from rich.progress import track
 
     from effvit.files import staged_dir, write_csv, write_json
+    from effvit.measure.alone import measuring_alone
     from effvit.measure.benchmark import COST_STEPS, measure_cost, model_size
     from effvit.measure.compare import measuring_device, require_positive
     from effvit.measure.display import print_rows
-    from effvit.measure.latency import measuring_alone
     from effvit.provenance import write_provenance
     from effvit.vit import ViTConfig
 

@@ -32,9 +32,9 @@ def scaling(
     from rich.progress import track
 
     from effvit.files import staged_dir, write_csv
+    from effvit.measure.alone import measuring_alone
     from effvit.measure.compare import measuring_device, require_positive
     from effvit.measure.display import print_rows
-    from effvit.measure.latency import measuring_alone
     from effvit.measure.scaling import Block, measure_scaling
     from effvit.provenance import write_provenance
 

@@ -1,18 +1,12 @@
 """Time of several calls measured alternately, so that whatever disturbs the machine disturbs all of them alike."""
 
-import os
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from scipy.special import bdtr
 from scipy.stats import quantile_test
@@ -122,22 +116,6 @@ def stopwatch_for(device: torch.device) -> Stopwatch:
             return start.elapsed_time(end) / 1e3
 
     return cuda_seconds
-
-
-@contextmanager
-def measuring_alone() -> Iterator[None]:
-    """Wait until no other process of this user on this machine measures, and keep others waiting meanwhile."""
-    user = os.getuid() if hasattr(os, "getuid") else "user"
-    lock = FileLock(Path(tempfile.gettempdir(), f"effvit-measure-{user}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print("waiting for another measurement on this machine to end", file=sys.stderr)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _cpu_seconds(call: Call, repeats: int) -> float:
