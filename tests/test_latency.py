@@ -4,10 +4,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binom
+from scipy.stats import binom, ttest_rel
 
 from effvit.measure import latency
-from effvit.measure.latency import interleaved, median_interval, paired_ratio, summarise
+from effvit.measure.latency import interleaved, median_interval, paired_interval, paired_ratio, summarise
 
 CPU = torch.device("cpu")
 
@@ -103,3 +103,15 @@ def test_the_device_clock_counts_every_repeat():
     calls = []
     assert latency.stopwatch_for(CPU)(lambda: calls.append(1), 7) > 0
     assert len(calls) == 7
+
+
+@pytest.mark.parametrize("rounds", [2, 5])
+def test_few_rounds_have_students_interval_of_the_logarithm_of_the_ratio(rounds):
+    a, b = np.random.default_rng(rounds).lognormal(0, 0.1, (2, rounds))
+    expected = ttest_rel(np.log(a), np.log(b)).confidence_interval(0.95)
+    assert paired_interval(a, b) == pytest.approx((np.exp(expected.low), np.exp(expected.high)))
+
+
+def test_six_rounds_have_the_interval_of_their_order_and_one_round_has_none():
+    assert paired_interval(np.array([3.0, 1, 2, 6, 5, 4]), np.ones(6)) == (1, 6)
+    assert paired_interval(np.ones(1), np.ones(1)) is None
