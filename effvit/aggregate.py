@@ -11,6 +11,7 @@ import pandas as pd
 from scipy import stats
 
 from effvit import cells
+from effvit.analysis.efficiency import efficiency
 from effvit.errors import UserError
 from effvit.files import staged_dir, write_csv, write_json
 
@@ -27,6 +28,7 @@ class Tables:
     cost: pd.DataFrame
     tradeoff: pd.DataFrame
     scaling: pd.DataFrame
+    efficiency: pd.DataFrame
     confusion: pd.DataFrame
     provenance: pd.DataFrame
 
@@ -59,13 +61,15 @@ def collect(metrics_dir: Path, datasets: Sequence[str], attentions: Sequence[str
     models = pd.DataFrame([key | cells.model(cell / "benchmark") for key, cell in pairs])
     accuracy = _accuracy(evaluations, models)
     cost = _stack([(key, cells.cost(cell / "benchmark")) for key, cell in pairs])
+    scaling = _stack([({"attention": a}, cells.scaling(metrics_dir / "scaling" / a)) for a in attentions])
     pairs_seen = _stack([(key, cells.confusion(run / "evaluate")) for key, run in runs])
     return Tables(
         curves=_stack([(key, cells.history(run / "train")) for key, run in runs]),
         accuracy=accuracy,
         cost=cost,
         tradeoff=_tradeoff(accuracy, cost),
-        scaling=_stack([({"attention": a}, cells.scaling(metrics_dir / "scaling" / a)) for a in attentions]),
+        scaling=scaling,
+        efficiency=efficiency(scaling),
         confusion=pairs_seen.groupby(_CONFUSED, sort=False)["count"].sum().reset_index(),
         provenance=pd.DataFrame(
             [key | cells.provenance(run / stage, stage) for key, run in runs for stage in ("train", "evaluate")]

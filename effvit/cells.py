@@ -65,11 +65,14 @@ def cost(directory: Path) -> pd.DataFrame:
 
 
 def scaling(directory: Path) -> pd.DataFrame:
-    """Measured costs of one attention block, one row per token count, mode and quantity, with its exact MACs."""
-    columns = {"tokens": int, "mode": str} | _MEASURED | {"status": str}
+    """Costs of a block and of a model, one row per scope, batch, token count, mode and quantity, with exact MACs."""
+    place = {"scope": str, "batch": str, "batch_size": int, "tokens": int, "mode": str}
+    columns = place | _MEASURED | {"status": str, "others": float, "contended": bool}
     table = read_csv(directory / "scaling.csv", "scaling", columns)
-    macs = read_csv(directory / "macs.csv", "scaling", {"tokens": int, "macs": int})
-    return table.merge(macs.astype({"macs": "Int64"}), on="tokens", how="left")
+    macs = read_csv(
+        directory / "macs.csv", "scaling", {"scope": str} | dict.fromkeys(("tokens", "macs", "fused_macs"), int)
+    )
+    return table.merge(macs.astype({"macs": "Int64", "fused_macs": "Int64"}), on=["scope", "tokens"], how="left")
 
 
 def provenance(directory: Path, stage: str) -> dict[str, Any]:

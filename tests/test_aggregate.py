@@ -14,6 +14,7 @@ from effvit.cli.aggregate import aggregate as command
 from effvit.errors import UserError
 
 TABLES = {"curves.csv", "accuracy.csv", "cost.csv", "tradeoff.csv", "scaling.csv", "confusion.csv", "provenance.csv"}
+TABLES |= {"efficiency.csv"}
 FEW = ("fused", "linformer")
 STAGE_OF = {
     "cells/digits/linformer/seed0/train/history.csv": "train",
