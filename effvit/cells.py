@@ -29,6 +29,11 @@ def confusion(directory: Path) -> pd.DataFrame:
     return read_csv(directory / "confusion.csv", "evaluate", {"actual": str, "predicted": str, "count": int})
 
 
+def predictions(directory: Path) -> pd.DataFrame:
+    """Class of each test image and class it was taken for, as numbers."""
+    return read_csv(directory / "predictions.csv", "evaluate", dict.fromkeys(("index", "label", "prediction"), int))
+
+
 def attention_maps(directory: Path) -> dict[str, np.ndarray]:
     """`images` (n, H, W, 3) uint8, `labels` and `predictions` (n,) int64, `maps` (n, gh, gw) float32."""
     path = directory / "attention_maps.safetensors"
@@ -45,8 +50,8 @@ def attention_maps(directory: Path) -> dict[str, np.ndarray]:
 
 
 def evaluation(directory: Path) -> dict[str, float]:
-    """Test accuracies, fractions 0..1."""
-    return _read_json(directory / "evaluation.json", "evaluate", ["top1", "top5"])
+    """Test accuracies, fractions 0..1, and the number of images."""
+    return _read_json(directory / "evaluation.json", "evaluate", ["top1", "top5", "num_images"])
 
 
 def model(directory: Path) -> dict[str, float]:

@@ -53,6 +53,8 @@ def _evaluate(directory, rng, classes, images):
     actual = np.repeat(np.arange(classes), 36)
     wrong = rng.random(actual.size) < 0.05
     predicted = np.where(wrong, (actual + rng.integers(1, classes, actual.size)) % classes, actual)
+    images_seen = {"index": range(actual.size), "label": actual, "prediction": predicted}
+    pd.DataFrame(images_seen).to_csv(directory / "predictions.csv", index=False)
     names = [str(c) for c in range(classes)] if classes <= 10 else [f"class{c:03d}" for c in range(classes)]
     counts = pd.crosstab(actual, predicted).stack()
     rows = [(names[a], names[p], n) for (a, p), n in counts.items() if n]

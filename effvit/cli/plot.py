@@ -20,6 +20,7 @@ _COLUMNS: dict[str, dict[str, Any]] = {
     "tradeoff": _KEY
     | {"batch_size": "Int64"}
     | dict.fromkeys(("top1", "top1_low", "top1_high", "gmacs", "train_memory_mib"), float)
+    | dict.fromkeys(("top1_images_low", "top1_images_high"), float)
     | dict.fromkeys(("latency_ratio", "latency_ratio_low", "latency_ratio_high"), float),
     "confusion": _KEY | {"actual": str, "predicted": str, "count": int},
     "scaling": _CASE
