@@ -94,13 +94,22 @@ def test_curves_show_the_mean_over_seeds(tables):
 
 def test_error_bars_are_the_interval_where_there_is_one(study, tables):
     def bars(tradeoff):
-        (container,) = figures.accuracy_tradeoff(of(tradeoff, "hybrid")).axes[0].containers
+        container, _ = figures.accuracy_tradeoff(of(tradeoff, "hybrid")).axes[0].containers
         return container.lines[2][0].get_segments()
 
     row = tables.tradeoff.set_index("attention").loc["hybrid"]
     np.testing.assert_allclose(bars(tables.tradeoff)[0][:, 1], [row["top1_low"], row["top1_high"]])
     one_seed = bars(collect(study, ["digits"], ATTENTIONS, [0]).tradeoff)
     assert not any(len(segment) and np.isfinite(segment).all() for segment in one_seed)
+
+
+def test_a_single_seed_has_dotted_bars_over_test_images_and_says_so(study, tables):
+    one = collect(study, ["digits"], ["hybrid"], [0]).tradeoff
+    figure = figures.accuracy_tradeoff(one)
+    dotted = figure.axes[0].containers[1].lines[2][0].get_segments()[0][:, 1]
+    np.testing.assert_allclose(dotted, one.iloc[0][["top1_images_low", "top1_images_high"]].astype(float))
+    assert figure.get_supxlabel().startswith("One seed.")
+    assert not figures.accuracy_tradeoff(tables.tradeoff).get_supxlabel()
 
 
 def test_a_cost_that_nobody_could_measure_leaves_its_panel_empty(tables):
@@ -269,7 +278,7 @@ def test_dvc_fills_every_anchor_of_the_templates(path, tables):
 
 def test_the_templates_have_the_colours_of_the_figures():
     templates = [path.read_text() for path in TEMPLATES if path.stem != "mechanisms_confusion"]
-    assert len(templates) == 3
+    assert len(templates) == 4
     for template in templates:
         places = [template.index(f'"{look(a)[1]}"') for a in ATTENTIONS]
         assert places == sorted(places)
