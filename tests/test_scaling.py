@@ -12,6 +12,7 @@ from effvit.errors import UserError
 from effvit.measure import compare, latency
 from effvit.measure import scaling as module
 from effvit.measure import subject as subjects
+from effvit.measure.display import print_rows
 from effvit.measure.growth import Budget, foretell
 from effvit.measure.macs import count_macs
 from effvit.measure.scaling import batch_sizes, measure_scaling, with_probes
@@ -288,6 +289,14 @@ def test_a_budget_judges_a_batch_by_its_samples():
     assert budget.peaks == [(65, 65000.0)] and budget.times == [(65, 0.1)]
     assert budget.foresee(130, 4) == "ok"  # 4 x 260,000 bytes
     assert budget.foresee(130, 5) == "out of memory"
+
+
+@pytest.mark.parametrize("contended", [False, True])
+def test_the_table_marks_what_was_measured_beside_other_work(capsys, contended):
+    row = {"tokens": 65, "unit": "ms", "median": 2.0, "q25": 1.0, "q75": 3.0, "n": 9, "fused_median": 4.0}
+    print_rows("title", [row | {"ratio_to_fused": 0.5, "status": "ok", "contended": contended}], ("tokens",))
+    out = capsys.readouterr().out
+    assert ("0.5*" in out, "* beside other work" in out) == (contended, contended)
 
 
 def test_the_command_writes_exact_macs_apart_from_what_is_measured(tmp_path):

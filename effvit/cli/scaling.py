@@ -89,4 +89,12 @@ def scaling(
         write_csv(staged / "scaling.csv", pd.DataFrame(rows).drop(columns="p90").astype({"n": "Int64"}))
         record = settings | {"tokens": counts, "device": str(where), "dtype": "float32", "model": config.model_dump()}
         write_provenance(staged, record)
-    print_rows(f"{attention}, width {hidden_size}", rows, ("scope", "batch", "tokens", "mode", "quantity"))
+    for scope in dict.fromkeys(row["scope"] for row in rows):
+        for batch, which in (
+            ("one", "one sample at a time"),
+            ("tokens", f"batches of up to {tokens_per_batch:,} tokens"),
+        ):
+            chosen = [row for row in rows if (row["scope"], row["batch"]) == (scope, batch)]
+            print_rows(
+                f"{scope} with {attention}, width {hidden_size}, {which}", chosen, ("tokens", "mode", "quantity")
+            )
