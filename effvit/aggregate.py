@@ -11,8 +11,10 @@ import pandas as pd
 from scipy import stats
 
 from effvit import cells
+from effvit.analysis.efficiency import efficiency
 from effvit.errors import UserError
 from effvit.files import staged_dir, write_csv, write_json
+from effvit.paired import compare_to_fused
 
 _MIB = 2**20
 _CONFUSED = ["dataset", "attention", "actual", "predicted"]
@@ -24,9 +26,11 @@ class Tables:
 
     curves: pd.DataFrame
     accuracy: pd.DataFrame
+    paired: pd.DataFrame
     cost: pd.DataFrame
     tradeoff: pd.DataFrame
     scaling: pd.DataFrame
+    efficiency: pd.DataFrame
     confusion: pd.DataFrame
     provenance: pd.DataFrame
 
@@ -56,16 +60,23 @@ def collect(metrics_dir: Path, datasets: Sequence[str], attentions: Sequence[str
     pairs = [({"dataset": d, "attention": a}, root / d / a) for d, a in product(datasets, attentions)]
     runs = [(key | {"seed": seed}, cell / f"seed{seed}") for (key, cell), seed in product(pairs, seeds)]
     evaluations = pd.DataFrame([key | cells.evaluation(run / "evaluate") for key, run in runs])
+    predictions = {
+        (d, a, seed): cells.predictions(root / d / a / f"seed{seed}" / "evaluate")
+        for d, a, seed in product(datasets, attentions, seeds)
+    }
     models = pd.DataFrame([key | cells.model(cell / "benchmark") for key, cell in pairs])
     accuracy = _accuracy(evaluations, models)
     cost = _stack([(key, cells.cost(cell / "benchmark")) for key, cell in pairs])
+    scaling = _stack([({"attention": a}, cells.scaling(metrics_dir / "scaling" / a)) for a in attentions])
     pairs_seen = _stack([(key, cells.confusion(run / "evaluate")) for key, run in runs])
     return Tables(
         curves=_stack([(key, cells.history(run / "train")) for key, run in runs]),
         accuracy=accuracy,
+        paired=compare_to_fused(predictions, datasets, attentions, seeds),
         cost=cost,
         tradeoff=_tradeoff(accuracy, cost),
-        scaling=_stack([({"attention": a}, cells.scaling(metrics_dir / "scaling" / a)) for a in attentions]),
+        scaling=scaling,
+        efficiency=efficiency(scaling),
         confusion=pairs_seen.groupby(_CONFUSED, sort=False)["count"].sum().reset_index(),
         provenance=pd.DataFrame(
             [key | cells.provenance(run / stage, stage) for key, run in runs for stage in ("train", "evaluate")]
@@ -102,6 +113,7 @@ def _accuracy(runs: pd.DataFrame, models: pd.DataFrame) -> pd.DataFrame:
     half = groups["top1"].sem().to_numpy() * stats.t.ppf(0.975, table["n_seeds"] - 1)
     table.insert(4, "top1_low", table["top1"] - half)
     table.insert(5, "top1_high", table["top1"] + half)
+    table.insert(3, "n_images", groups["num_images"].first().to_numpy())
     table = table.merge(models, on=["dataset", "attention"], validate="one_to_one")
     fused = table["dataset"].map(table[table["attention"] == "fused"].set_index("dataset")["parameters"])
     differ = ((table["parameters"] - fused).abs() * 10 > fused).astype("boolean")
@@ -113,6 +125,7 @@ def _tradeoff(accuracy: pd.DataFrame, cost: pd.DataFrame) -> pd.DataFrame:
         rows = cost[cost["quantity"] == quantity].sort_values("batch_size", na_position="first")
         return rows.drop_duplicates(["dataset", "attention"], keep="last").set_index(["dataset", "attention"])
 
+    wilson = [_wilson(*row) for row in accuracy[["top1", "n_images", "n_seeds"]].itertuples(index=False)]
     keys = pd.MultiIndex.from_frame(accuracy[["dataset", "attention"]])
     fused = accuracy["attention"] == "fused"
     latency, memory = (at_largest_batch(q).reindex(keys) for q in ("latency", "train_memory"))
@@ -120,12 +133,25 @@ def _tradeoff(accuracy: pd.DataFrame, cost: pd.DataFrame) -> pd.DataFrame:
     ratio = latency[["ratio_to_fused", "ratio_low", "ratio_high"]].set_axis(accuracy.index)
     ratio = ratio.mask(fused & ratio["ratio_to_fused"].notna(), 1.0)
     return accuracy[["dataset", "attention", "top1", "top1_low", "top1_high", "gmacs"]].assign(
+        top1_images_low=[low for low, _ in wilson],
+        top1_images_high=[high for _, high in wilson],
         batch_size=latency["batch_size"].to_numpy(),
         latency_ratio=ratio["ratio_to_fused"],
         latency_ratio_low=ratio["ratio_low"],
         latency_ratio_high=ratio["ratio_high"],
         train_memory_mib=memory["median"].to_numpy() / _MIB,
     )
+
+
+def _wilson(top1: float, n_images: int, n_seeds: int) -> tuple[float, float]:
+    """95 % interval of one trained model's accuracy on images like those of the test split (Wilson 1927).
+
+    NaN for several seeds, whose spread says more.
+    """
+    if n_seeds > 1:
+        return float("nan"), float("nan")
+    interval = stats.binomtest(round(top1 * n_images), int(n_images)).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def _stack(parts: Sequence[tuple[dict[str, Any], pd.DataFrame]]) -> pd.DataFrame:

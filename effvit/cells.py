@@ -29,6 +29,11 @@ def confusion(directory: Path) -> pd.DataFrame:
     return read_csv(directory / "confusion.csv", "evaluate", {"actual": str, "predicted": str, "count": int})
 
 
+def predictions(directory: Path) -> pd.DataFrame:
+    """Class of each test image and class it was taken for, as numbers."""
+    return read_csv(directory / "predictions.csv", "evaluate", dict.fromkeys(("index", "label", "prediction"), int))
+
+
 def attention_maps(directory: Path) -> dict[str, np.ndarray]:
     """`images` (n, H, W, 3) uint8, `labels` and `predictions` (n,) int64, `maps` (n, gh, gw) float32."""
     path = directory / "attention_maps.safetensors"
@@ -45,8 +50,8 @@ def attention_maps(directory: Path) -> dict[str, np.ndarray]:
 
 
 def evaluation(directory: Path) -> dict[str, float]:
-    """Test accuracies, fractions 0..1."""
-    return _read_json(directory / "evaluation.json", "evaluate", ["top1", "top5"])
+    """Test accuracies, fractions 0..1, and the number of images."""
+    return _read_json(directory / "evaluation.json", "evaluate", ["top1", "top5", "num_images"])
 
 
 def model(directory: Path) -> dict[str, float]:
@@ -65,11 +70,14 @@ def cost(directory: Path) -> pd.DataFrame:
 
 
 def scaling(directory: Path) -> pd.DataFrame:
-    """Measured costs of one attention block, one row per token count, mode and quantity, with its exact MACs."""
-    columns = {"tokens": int, "mode": str} | _MEASURED | {"status": str}
+    """Costs of a block and of a model, one row per scope, batch, token count, mode and quantity, with exact MACs."""
+    place = {"scope": str, "batch": str, "batch_size": int, "tokens": int, "mode": str}
+    columns = place | _MEASURED | {"status": str, "others": float, "contended": bool}
     table = read_csv(directory / "scaling.csv", "scaling", columns)
-    macs = read_csv(directory / "macs.csv", "scaling", {"tokens": int, "macs": int})
-    return table.merge(macs.astype({"macs": "Int64"}), on="tokens", how="left")
+    macs = read_csv(
+        directory / "macs.csv", "scaling", {"scope": str} | dict.fromkeys(("tokens", "macs", "fused_macs"), int)
+    )
+    return table.merge(macs.astype({"macs": "Int64", "fused_macs": "Int64"}), on=["scope", "tokens"], how="left")
 
 
 def provenance(directory: Path, stage: str) -> dict[str, Any]:

@@ -101,10 +101,11 @@ class BenchmarkConfig(_Strict):
 
 
 class ScalingConfig(_Strict):
-    """How cost against tokens is measured: token counts, and the memory and seconds at which it stops."""
+    """How cost against tokens is measured: token counts, batches, patches, memory and seconds at which it stops."""
 
     tokens: list[Count] = Field(min_length=1)
-    batch_size: Count
+    tokens_per_batch: Count
+    patch_size: Size
     memory_mib: Count
     budget_s: float = Field(gt=0)
 

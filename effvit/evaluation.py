@@ -81,6 +81,14 @@ def confusion(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> "pd.Dat
     return pd.DataFrame({"actual": names[pairs[0]], "predicted": names[pairs[1]], "count": counts})
 
 
+def predictions(logits: Tensor, labels: Tensor) -> "pd.DataFrame":
+    """Class of each image and class it was taken for, as numbers: columns index, label, prediction."""
+    import pandas as pd
+
+    predicted = logits.argmax(dim=1).numpy()
+    return pd.DataFrame({"index": range(len(labels)), "label": labels.numpy(), "prediction": predicted})
+
+
 def attention_rollout(maps: Sequence[Tensor]) -> Tensor:
     """What the class token's output rests on, followed through all blocks.
 

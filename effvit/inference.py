@@ -11,7 +11,7 @@ from torch import Tensor
 from effvit.data.prepared import PreparedDataset
 from effvit.data.transforms import to_float
 from effvit.errors import UserError
-from effvit.evaluation import attention_rollout, confusion, per_class, predict_logits, summarise
+from effvit.evaluation import attention_rollout, confusion, per_class, predict_logits, predictions, summarise
 from effvit.files import write_csv, write_json
 from effvit.vit import ViT
 
@@ -28,7 +28,10 @@ def check_fits(model: ViT, dataset: PreparedDataset) -> None:
 
 
 def score_test_split(model: ViT, dataset: PreparedDataset, directory: Path, batch_size: int) -> dict[str, float]:
-    """Write evaluation.json, per_class.csv and confusion.csv of the test split; return the former's content.
+    """Write evaluation.json, per_class.csv, confusion.csv and predictions.csv of the test split.
+
+    Returns:
+        What evaluation.json holds.
 
     Raises:
         UserError: the model does not fit the data set, or gives logits that are not finite.
@@ -44,6 +47,7 @@ def score_test_split(model: ViT, dataset: PreparedDataset, directory: Path, batc
     write_json(directory / "evaluation.json", scores)
     write_csv(directory / "per_class.csv", per_class(logits, labels, dataset.classes))
     write_csv(directory / "confusion.csv", confusion(logits, labels, dataset.classes))
+    write_csv(directory / "predictions.csv", predictions(logits, labels))
     return scores
 
 
@@ -69,12 +73,12 @@ def map_test_images(model: ViT, dataset: PreparedDataset, directory: Path, count
     classes = np.unique(np.linspace(0, len(dataset.classes) - 1, count).round().astype(int))
     rows = np.array([int(np.argmax(labels == index)) for index in classes])
     logits, maps = rollout_maps(model, images[rows], dataset.mean, dataset.std)
-    predictions = logits.argmax(dim=1).numpy()
-    arrays = {"images": images[rows], "labels": labels[rows], "predictions": predictions, "maps": maps}
+    predicted = logits.argmax(dim=1).numpy()
+    arrays = {"images": images[rows], "labels": labels[rows], "predictions": predicted, "maps": maps}
     (directory / "attention_maps.safetensors").write_bytes(save(arrays))
     titles = [
-        f"{dataset.classes[label]}\nas {dataset.classes[predicted]}"
-        for label, predicted in zip(labels[rows], predictions, strict=True)
+        f"{dataset.classes[label]}\nas {dataset.classes[guess]}"
+        for label, guess in zip(labels[rows], predicted, strict=True)
     ]
     figure = map_sheet(list(images[rows]), list(maps), titles, f"{model.config.attention}: attention rollout")
     figure.savefig(directory / "attention_maps.png", dpi=120, metadata={"Software": None})

@@ -17,7 +17,7 @@ from effvit.errors import UserError
 from effvit.linear import product
 from effvit.measure.latency import Call, interleaved, paired_interval, paired_ratio
 from effvit.measure.memory import peak_bytes
-from effvit.measure.scaling import square_grid
+from effvit.measure.subject import square_grid
 from effvit.measure.workload import block_forward, block_training
 
 MODES = {"forward": block_forward, "train": block_training}

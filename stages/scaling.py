@@ -1,4 +1,4 @@
-"""scaling(attention): the cost of one attention block against the number of tokens."""
+"""scaling(attention): the cost of one attention block and of a model against the number of tokens."""
 
 from effvit.cli.scaling import scaling
 from effvit.errors import one_line_errors
@@ -10,8 +10,7 @@ with one_line_errors():
         attention=attention,
         option=study.as_options(params.attention[attention]),
         output_dir=study.METRICS / "scaling" / attention,
-        hidden_size=params.model.hidden_size,
-        num_attention_heads=params.model.num_attention_heads,
         device=params.train.device,
+        **params.model.model_dump(exclude={"initializer_range", "init_from"}),
         **params.scaling.model_dump(),
     )

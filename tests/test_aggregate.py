@@ -14,11 +14,13 @@ from effvit.cli.aggregate import aggregate as command
 from effvit.errors import UserError
 
 TABLES = {"curves.csv", "accuracy.csv", "cost.csv", "tradeoff.csv", "scaling.csv", "confusion.csv", "provenance.csv"}
+TABLES |= {"efficiency.csv", "paired.csv"}
 FEW = ("fused", "linformer")
 STAGE_OF = {
     "cells/digits/linformer/seed0/train/history.csv": "train",
     "cells/digits/linformer/seed0/evaluate/evaluation.json": "evaluate",
     "cells/digits/linformer/seed0/evaluate/confusion.csv": "evaluate",
+    "cells/digits/linformer/seed0/evaluate/predictions.csv": "evaluate",
     "cells/digits/linformer/benchmark/model.json": "benchmark",
     "cells/digits/linformer/benchmark/cost.csv": "benchmark",
     "scaling/linformer/scaling.csv": "scaling",
@@ -74,9 +76,29 @@ def test_one_seed_has_no_interval(study):
     assert set(summarise(tables)["digits"]["fused"]) == {"top1", "gmacs", "latency_ratio", "memory_mib"}
 
 
+def test_differences_to_fused_are_paired_by_seed(study):
+    paired = collect(study, ["digits", "cifar10"], ATTENTIONS, [0, 1, 2]).paired
+    assert len(paired) == 2 * (len(ATTENTIONS) - 1) and "fused" not in set(paired["attention"])
+    for row in paired.itertuples():
+        test = stats.ttest_rel(evaluations(study, row.dataset, row.attention), evaluations(study, row.dataset, "fused"))
+        interval = test.confidence_interval(0.95)
+        assert (row.difference_low, row.difference_high) == pytest.approx((interval.low, interval.high))
+
+
+def test_one_seed_has_the_interval_of_its_test_images_and_several_have_that_of_seeds(study):
+    one = collect(study, ["digits"], ["hybrid"], [1]).tradeoff.iloc[0]
+    n, p, z = 360, one["top1"], stats.norm.ppf(0.975)
+    centre, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    ends = (centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)
+    assert (one["top1_images_low"], one["top1_images_high"]) == pytest.approx(ends)
+    several = collect(study, ["digits"], ["hybrid"], [0, 1]).tradeoff
+    assert several[["top1_images_low", "top1_images_high"]].isna().all(axis=None)
+
+
 def test_only_selected_cells_enter_whatever_else_is_on_disk(study, tmp_path):
     tables = collect(study, ["cifar10"], ["linformer"], [2])
-    for table in vars(tables).values():
+    assert tables.paired.empty
+    for table in (table for name, table in vars(tables).items() if name != "paired"):
         assert set(table["attention"]) == {"linformer"}
         assert "dataset" not in table or set(table["dataset"].dropna()) == {"cifar10"}
     assert set(tables.curves["seed"]) == {2}

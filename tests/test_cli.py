@@ -181,6 +181,7 @@ def test_evaluate_writes_every_file_and_says_the_scores(effvit, trained, digits_
         "confusion.csv",
         "evaluation.json",
         "per_class.csv",
+        "predictions.csv",
         "provenance.json",
     ]
 

@@ -15,6 +15,7 @@ from effvit.cli.prepare import prepare
 from effvit.errors import UserError
 
 KINDS = ("curves", "tradeoff", "confusion", "attention-maps", "samples")
+STUDIED = {"scaling", "scaling_tokens", "scaling_model", "scaling_model_tokens", "efficiency"}
 FEW = ["fused", "linformer"]
 
 
@@ -46,7 +47,7 @@ def test_command_draws_every_figure_and_no_picture_of_an_earlier_selection_stays
     mechanisms = [x for attention in FEW for x in ("--attention", attention)]
     result = CliRunner().invoke(app, ["--dataset", "digits", *map(str, folders), *mechanisms])
     assert result.exit_code == 0, result.output
-    assert {file.name for file in study["output_dir"].iterdir()} == {"scaling.png", *(f"digits-{k}.png" for k in KINDS)}
+    assert {file.stem for file in study["output_dir"].iterdir()} == {*STUDIED, *(f"digits-{kind}" for kind in KINDS)}
     for file in study["output_dir"].iterdir():
         with Image.open(file) as image:
             image.verify()
@@ -56,7 +57,7 @@ def test_every_data_set_and_only_the_named_mechanisms_are_drawn(study, monkeypat
     drawn = {}
     monkeypatch.setattr(figures, "save", lambda figure, path: drawn.update({path.stem: figure}))
     plot(**study | {"datasets": ["digits", "digits2"], "attentions": ["linformer"]})
-    assert set(drawn) == {"scaling", *(f"{dataset}-{kind}" for dataset in ("digits", "digits2") for kind in KINDS)}
+    assert set(drawn) == {*STUDIED, *(f"{dataset}-{kind}" for dataset in ("digits", "digits2") for kind in KINDS)}
     for name in ("scaling", "digits-curves", "digits-tradeoff"):
         labels = {text.get_text() for legend in drawn[name].legends for text in legend.get_texts()}
         assert "Linformer" in labels and "Fused" not in labels
@@ -65,7 +66,7 @@ def test_every_data_set_and_only_the_named_mechanisms_are_drawn(study, monkeypat
         assert "Linformer" in titles and "Fused" not in titles
 
 
-@pytest.mark.parametrize("table", ["curves", "tradeoff", "scaling", "confusion"])
+@pytest.mark.parametrize("table", ["curves", "tradeoff", "scaling", "efficiency", "confusion"])
 @pytest.mark.parametrize("content", [None, "", "attention,dataset\nfused,digits\n"])
 def test_a_missing_or_malformed_table_is_named_and_nothing_is_written(study, table, content):
     path = study["data_dir"] / f"{table}.csv"

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
-from effvit.analysis.crossover import efficiency_length, loglog_slope
+from effvit.analysis.crossover import efficiency_length, slope_interval
 
 
 @given(st.floats(0.5, 3.0), st.floats(0.1, 2.0), st.floats(8.0, 64000.0), st.integers(2, 8))
@@ -41,7 +42,20 @@ def test_a_stopped_mechanism_does_not_stay_below():
 @given(st.floats(-3, 3), st.floats(1e-6, 1e6), st.integers(2, 10))
 def test_slope_of_a_power_law_is_its_exponent(p, a, points):
     tokens = np.geomspace(64, 4096, points)
-    assert loglog_slope(tokens, a * tokens**p) == pytest.approx(p, abs=1e-8)
+    slope, low, high = slope_interval(tokens, a * tokens**p)
+    assert slope == pytest.approx(p, abs=1e-8)
+    assert (low, high) == (None, None) if points == 2 else (low, high) == pytest.approx((p, p), abs=1e-4)
+
+
+@given(st.integers(0, 99), st.integers(3, 9))
+def test_the_interval_of_a_slope_is_students_about_the_least_squares_line(seed, points):
+    tokens = np.geomspace(64, 4096, points)
+    cost = tokens**1.5 * np.random.default_rng(seed).lognormal(0, 0.2, points)
+    # another way to the same: the covariance of a polynomial fit, scaled by the residuals
+    (p, _), covariance = np.polyfit(np.log(tokens), np.log(cost), 1, cov="unscaled")
+    residuals = np.log(cost) - np.polyval(np.polyfit(np.log(tokens), np.log(cost), 1), np.log(tokens))
+    half = stats.t(points - 2).isf(0.025) * np.sqrt(covariance[0, 0] * residuals @ residuals / (points - 2))
+    assert slope_interval(tokens, cost) == pytest.approx((p, p - half, p + half), rel=1e-6)
 
 
 @pytest.mark.parametrize("tokens", [[], [2, 1], [1, 1], [0, 1], [1, np.nan], [1, np.inf]])
@@ -50,9 +64,9 @@ def test_lengths_that_do_not_increase_are_refused(tokens):
     with pytest.raises(ValueError, match=r"vectors|must"):
         efficiency_length(tokens, cost, cost)
     with pytest.raises(ValueError, match=r"vectors|must"):
-        loglog_slope(tokens, cost)
+        slope_interval(tokens, cost)
 
 
 def test_slope_needs_two_points():
     with pytest.raises(ValueError, match="at least two"):
-        loglog_slope([64], [1.0])
+        slope_interval([64], [1.0])

@@ -48,6 +48,8 @@ def draw_all(tables, maps, *attentions):
         figures.training_curves(of(tables.curves, *attentions)),
         figures.accuracy_tradeoff(of(tables.tradeoff, *attentions)),
         figures.scaling(of(tables.scaling, *attentions)),
+        figures.scaling(of(tables.scaling, *attentions), "model", "tokens"),
+        figures.efficiency_lengths(of(tables.efficiency, *attentions)),
         figures.confusion(of(tables.confusion, *attentions)),
         figures.attention_maps({a: maps[a] for a in attentions}, [str(i) for i in range(10)]),
     ]
@@ -92,13 +94,22 @@ def test_curves_show_the_mean_over_seeds(tables):
 
 def test_error_bars_are_the_interval_where_there_is_one(study, tables):
     def bars(tradeoff):
-        (container,) = figures.accuracy_tradeoff(of(tradeoff, "hybrid")).axes[0].containers
+        container, _ = figures.accuracy_tradeoff(of(tradeoff, "hybrid")).axes[0].containers
         return container.lines[2][0].get_segments()
 
     row = tables.tradeoff.set_index("attention").loc["hybrid"]
     np.testing.assert_allclose(bars(tables.tradeoff)[0][:, 1], [row["top1_low"], row["top1_high"]])
     one_seed = bars(collect(study, ["digits"], ATTENTIONS, [0]).tradeoff)
     assert not any(len(segment) and np.isfinite(segment).all() for segment in one_seed)
+
+
+def test_a_single_seed_has_dotted_bars_over_test_images_and_says_so(study, tables):
+    one = collect(study, ["digits"], ["hybrid"], [0]).tradeoff
+    figure = figures.accuracy_tradeoff(one)
+    dotted = figure.axes[0].containers[1].lines[2][0].get_segments()[0][:, 1]
+    np.testing.assert_allclose(dotted, one.iloc[0][["top1_images_low", "top1_images_high"]].astype(float))
+    assert figure.get_supxlabel().startswith("One seed.")
+    assert not figures.accuracy_tradeoff(tables.tradeoff).get_supxlabel()
 
 
 def test_a_cost_that_nobody_could_measure_leaves_its_panel_empty(tables):
@@ -118,6 +129,7 @@ def test_scaling_tells_the_length_from_which_each_mechanism_is_cheaper():
     rows = [
         {"attention": a, "tokens": n, "mode": m, "quantity": q, "median": c, "q25": c, "q75": c}
         | {"ratio_to_fused": c / n**2, "ratio_low": c / n**2, "ratio_high": c / n**2, "status": "ok"}
+        | {"scope": "block", "batch": "one", "batch_size": 1, "contended": False}
         for a, cost in costs.items()
         for n, c in zip(tokens.tolist(), cost.tolist(), strict=True)
         for m in ("forward", "train")
@@ -132,6 +144,7 @@ def test_scaling_tells_the_length_from_which_each_mechanism_is_cheaper():
 def test_scaling_draws_what_was_timed_in_turns_and_not_times_of_different_processes(tables):
     """The hybrid's own process ran ten times slower; its ratio to fused, and hence its line, is as before."""
     table = of(tables.scaling, "fused", "hybrid")
+    table = table[table["batch"] == "one"]
     slower = table.assign(median=table["median"].where(table["attention"] == "fused", table["median"] * 10))
 
     def lines(table):
@@ -139,6 +152,64 @@ def test_scaling_draws_what_was_timed_in_turns_and_not_times_of_different_proces
 
     for one, other in zip(lines(table), lines(slower), strict=True):
         np.testing.assert_allclose(one, other)
+
+
+def test_scaling_draws_the_scope_and_batch_asked_for_and_says_what_the_batches_are(tables):
+    table = of(tables.scaling, "fused")
+    time = {
+        (scope, batch): figures.scaling(table, scope, batch).axes[0].lines[0].get_ydata()
+        for scope, batch in (("block", "one"), ("model", "one"), ("model", "tokens"))
+    }
+    np.testing.assert_allclose(time["model", "one"], 6 * time["block", "one"])
+    note = figures.scaling(table, "model", "tokens").get_supxlabel()
+    assert "63×65, " in note and note.endswith("1×4,097")
+    assert not figures.scaling(table, "model").get_supxlabel()
+
+
+def test_what_was_measured_beside_other_work_is_hollow_and_in_the_legend(tables):
+    def hollow(figure):
+        return [x for axes in figure.axes for line in axes.lines for x in line.get_xdata()
+                if line.get_markerfacecolor() == "white"]  # fmt: skip
+
+    for attention, beside in (("hybrid", True), ("performer", False)):
+        figure = figures.scaling(of(tables.scaling, "fused", attention))
+        assert hollow(figure) == ([577] * 2 if beside else [])  # times of both passes
+        assert ("beside other work" in [t.get_text() for t in figure.legends[0].get_texts()]) is beside
+        lengths = figures.efficiency_lengths(of(tables.efficiency, "fused", attention))
+        assert bool(hollow(lengths)) is beside
+
+
+def efficiency_row(**changes):
+    row = {"attention": "linformer", "scope": "block", "batch": "one", "mode": "forward", "quantity": "time"}
+    row |= {"length": 500.0, "length_low": 400.0, "length_high": 700.0, "predicted_length": 300.0}
+    return pd.DataFrame([row | {"measured_from": 65.0, "measured_to": 4097.0, "contended": False} | changes])
+
+
+def drawn(table):
+    """Marker and place of each line of the first panel of the efficiency lengths, and what is written there."""
+    axes = figures.efficiency_lengths(table).axes[0]
+    lines = {line.get_marker(): list(line.get_xdata()) for line in axes.lines}
+    return lines, [text.get_text() for text in axes.texts]
+
+
+def test_an_efficiency_length_stands_with_its_interval_beside_what_macs_foretell():
+    assert drawn(efficiency_row()) == ({"None": [400, 700], "s": [500], "|": [300]}, [])
+    assert set(drawn(efficiency_row(quantity="memory"))[0]) == {"None", "D", "|"}
+
+
+def test_a_length_that_was_not_reached_says_how_far_was_measured():
+    never = efficiency_row(length=np.nan, length_low=np.nan, length_high=np.nan)
+    assert drawn(never) == ({">": [4097], "|": [300]}, ["> 4,097"])
+    open_above = efficiency_row(length_high=np.nan)
+    assert drawn(open_above)[0] == {"None": [400, 4097], "s": [500], ">": [4097], "|": [300]}
+    perhaps = efficiency_row(length=np.nan, length_low=3000.0, length_high=np.nan)
+    assert drawn(perhaps) == ({"None": [3000, 4097], ">": [4097], "|": [300]}, ["> 4,097"])
+
+
+def test_a_mechanism_cheaper_throughout_or_never_measured_says_so():
+    always = efficiency_row(length=65.0, length_low=65.0, length_high=65.0)
+    assert drawn(always)[1] == ["≤ 65"] and "<" in drawn(always)[0]
+    assert drawn(efficiency_row(measured_to=np.nan))[1] == ["not measured"]
 
 
 def test_latency_is_drawn_as_the_ratio_to_fused_with_its_batch(tables):
@@ -207,7 +278,7 @@ def test_dvc_fills_every_anchor_of_the_templates(path, tables):
 
 def test_the_templates_have_the_colours_of_the_figures():
     templates = [path.read_text() for path in TEMPLATES if path.stem != "mechanisms_confusion"]
-    assert len(templates) == 3
+    assert len(templates) == 4
     for template in templates:
         places = [template.index(f'"{look(a)[1]}"') for a in ATTENTIONS]
         assert places == sorted(places)

@@ -34,6 +34,11 @@ def test_scores_are_those_of_the_whole_test_split(model, digits, tmp_path):
     assert (table["top1"] * table["num_images"]).sum() == pytest.approx(right.sum())
     assert pairs["count"].sum() == len(labels)
     assert pairs.loc[pairs["actual"] == pairs["predicted"], "count"].sum() == right.sum()
+    predictions = pd.read_csv(tmp_path / "predictions.csv")
+    assert predictions["label"].tolist() == labels.tolist() and predictions["index"].tolist() == list(
+        range(len(labels))
+    )
+    assert predictions["prediction"].tolist() == logits.argmax(1).tolist()
 
 
 def test_scoring_again_gives_the_same_bytes(model, digits, tmp_path):

@@ -4,11 +4,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock, Timeout
-from scipy.stats import binom
+from scipy.stats import binom, ttest_rel
 
 from effvit.measure import latency
-from effvit.measure.latency import interleaved, measuring_alone, median_interval, paired_ratio, summarise
+from effvit.measure.latency import interleaved, median_interval, paired_interval, paired_ratio, summarise
 
 CPU = torch.device("cpu")
 
@@ -106,10 +105,13 @@ def test_the_device_clock_counts_every_repeat():
     assert len(calls) == 7
 
 
-def test_only_one_process_measures_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(latency.tempfile, "gettempdir", lambda: str(tmp_path))
-    with measuring_alone():
-        (lock,) = tmp_path.glob("effvit-measure-*.lock")
-        with pytest.raises(Timeout):
-            FileLock(lock, timeout=0).acquire()
-    FileLock(lock, timeout=0).acquire().lock.release()
+@pytest.mark.parametrize("rounds", [2, 5])
+def test_few_rounds_have_students_interval_of_the_logarithm_of_the_ratio(rounds):
+    a, b = np.random.default_rng(rounds).lognormal(0, 0.1, (2, rounds))
+    expected = ttest_rel(np.log(a), np.log(b)).confidence_interval(0.95)
+    assert paired_interval(a, b) == pytest.approx((np.exp(expected.low), np.exp(expected.high)))
+
+
+def test_six_rounds_have_the_interval_of_their_order_and_one_round_has_none():
+    assert paired_interval(np.array([3.0, 1, 2, 6, 5, 4]), np.ones(6)) == (1, 6)
+    assert paired_interval(np.ones(1), np.ones(1)) is None

@@ -23,10 +23,12 @@ DETERMINISTIC = (
     "metrics/cells/*/*/seed*/train/history.csv",
     "metrics/cells/*/*/seed*/evaluate/[!p]*",
     "metrics/cells/*/*/seed*/evaluate/per_class.csv",
+    "metrics/cells/*/*/seed*/evaluate/predictions.csv",
     "metrics/cells/*/*/benchmark/model.json",
     "metrics/scaling/*/macs.csv",
     "plots/data/curves.csv",
     "plots/data/accuracy.csv",
+    "plots/data/paired.csv",
     "plots/data/confusion.csv",
     "plots/figures/*-[!t]*.png",  # the trade-off shows times
 )

@@ -1,5 +1,7 @@
 import json
+from itertools import product
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -9,18 +11,30 @@ from effvit.cli.scaling import scaling
 from effvit.errors import UserError
 from effvit.measure import compare, latency
 from effvit.measure import scaling as module
+from effvit.measure import subject as subjects
+from effvit.measure.display import print_rows
 from effvit.measure.growth import Budget, foretell
-from effvit.measure.scaling import Block, measure_scaling, square_grid, with_probes
+from effvit.measure.macs import count_macs
+from effvit.measure.scaling import batch_sizes, measure_scaling, with_probes
+from effvit.measure.subject import Block, Model, square_grid
 from effvit.measure.workload import block_forward
+from effvit.vit import ViT, ViTConfig
 
 CPU = torch.device("cpu")
 NUMBERS = ["median", "q25", "q75", "n", "fused_median", "ratio_to_fused"]
 
 
-def measure(attention="standard", tokens=(17, 65), dim=8, memory_mib=1000, budget_s=0.02, **options):
-    block = Block(attention, options, dim, 2)
-    steps = measure_scaling(block, tokens, batch_size=1, memory_mib=memory_mib, budget_s=budget_s, device=CPU)
-    return pd.DataFrame([row for rows in steps for row in rows])
+def measure(attention="standard", tokens=(17, 65), memory_mib=1000, budget_s=0.02, batch="one", **options):
+    subject = options.pop("subject", None) or Block(attention, options, 8, 2)
+    limits = {"memory_mib": memory_mib, "budget_s": budget_s, "tokens_per_batch": 1 if batch == "one" else 200}
+    steps = measure_scaling(subject, tokens, **limits, device=CPU)
+    table = pd.DataFrame([row for rows in steps for row in rows])
+    return table[table["batch"] == batch]
+
+
+def model(attention="fused", **options):
+    shape = {"image_size": 8, "patch_size": 2, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return Model(ViTConfig(**shape, intermediate_size=16, attention=attention, attention_options=options))
 
 
 def status(table, tokens):
@@ -54,7 +68,7 @@ def built(monkeypatch):
             seen.append(1 + grid[0] * grid[1])
         return build_attention(name, dim, heads, grid, **options)
 
-    monkeypatch.setattr(module, "build_attention", build)
+    monkeypatch.setattr(subjects, "build_attention", build)
     return seen
 
 
@@ -111,7 +125,7 @@ def test_points_beyond_the_time_are_rows_and_are_not_tried(monkeypatch, built, c
         clock[call] = 100.0 if tokens.shape[1] >= 65 else 0.01
         return call
 
-    monkeypatch.setitem(module.MODES, "forward", forward)
+    monkeypatch.setattr(subjects, "block_forward", forward)
     table = measure(tokens=(17, 65, 257), budget_s=1.0)
     assert [status(table, n)["forward"] for n in (17, 65, 257)] == [
         "ok",
@@ -127,7 +141,7 @@ def test_one_slow_small_point_refuses_no_larger_one_that_was_never_tried(monkeyp
         clock[call] = 3.0 if tokens.shape[1] == 17 else 0.01  # within the limit of 4 s, and not what tokens cost
         return call
 
-    monkeypatch.setitem(module.MODES, "forward", forward)
+    monkeypatch.setattr(subjects, "block_forward", forward)
     assert set(measure(tokens=(17, 65, 257), budget_s=1.0)["status"]) == {"ok"}
 
 
@@ -137,8 +151,8 @@ def test_two_points_on_their_way_over_the_budget_do_refuse_a_larger_one(monkeypa
         clock[call] = 1e-5 * tokens.shape[1] ** 2  # 4.2 s at 650 tokens
         return call
 
-    monkeypatch.setitem(module.MODES, "forward", forward)
-    monkeypatch.setitem(module.MODES, "train", forward)
+    monkeypatch.setattr(subjects, "block_forward", forward)
+    monkeypatch.setattr(subjects, "block_training", forward)
     table = measure(tokens=(65, 257, 1025), budget_s=1.0)
     assert status(table, 1025) == {"forward": "over budget", "train": "over budget"}
     assert max(built) == 257
@@ -151,7 +165,7 @@ def test_running_out_of_memory_is_a_row_and_stops_larger_points_of_that_pass_alo
             raise error
         return block_forward(block, tokens)
 
-    monkeypatch.setitem(module.MODES, "forward", forward)
+    monkeypatch.setattr(subjects, "block_forward", forward)
     table = measure(tokens=(17, 65, 257))
     assert [status(table, n) for n in (17, 65, 257)] == [
         {"forward": "ok", "train": "ok"},
@@ -161,12 +175,12 @@ def test_running_out_of_memory_is_a_row_and_stops_larger_points_of_that_pass_alo
 
 
 def test_a_mechanism_is_measured_alone_where_fused_runs_out_of_memory(monkeypatch):
-    def make(self, tokens, real=module._Subject.make):
-        if self.block.attention == "fused" and tokens > 17:
+    def call(self, mode, tokens, *rest, real=Block.call):
+        if self.attention == "fused" and tokens > 17:
             raise MemoryError
-        return real(self, tokens)
+        return real(self, mode, tokens, *rest)
 
-    monkeypatch.setattr(module._Subject, "make", make)
+    monkeypatch.setattr(Block, "call", call)
     table = measure(tokens=(17, 65))
     larger = table[table["tokens"] == 65]
     assert (larger["status"] == "ok").all() and larger["median"].notna().all()
@@ -177,7 +191,7 @@ def test_any_other_error_is_not_taken_for_a_result(monkeypatch):
     def forward(block, tokens):
         raise RuntimeError("shapes cannot be multiplied")
 
-    monkeypatch.setitem(module.MODES, "forward", forward)
+    monkeypatch.setattr(subjects, "block_forward", forward)
     with pytest.raises(RuntimeError, match="shapes"):
         measure()
 
@@ -205,16 +219,112 @@ def test_probes_leave_no_gap_above_four_times_the_patches_and_keep_to_what_the_o
     assert with_probes(Block("linformer", {"k": 100}, 8, 2), [1025]) == [257, 1025]
 
 
+@pytest.mark.parametrize(("tokens", "size"), [(65, 63), (1025, 3), (2048, 2), (2049, 1), (4096, 1), (16385, 1)])
+def test_the_larger_batch_has_no_more_tokens_than_asked_for_but_for_a_single_sample(tokens, size):
+    assert batch_sizes(tokens, 4096) == {"one": 1, "tokens": size}
+    assert size == 1 or size * tokens <= 4096 < (size + 1) * tokens
+
+
+def test_a_batch_costs_memory_by_the_sample_and_where_both_batches_are_one_sample_they_share_a_measurement(built):
+    table = pd.concat([measure(batch=batch, tokens=(65, 257)) for batch in ("one", "tokens")])
+    memory = table[(table["quantity"] == "memory") & (table["mode"] == "forward")].set_index(["batch", "tokens"])
+    assert memory["batch_size"].to_dict() == {("one", 65): 1, ("one", 257): 1, ("tokens", 65): 3, ("tokens", 257): 1}
+    assert memory.loc[("tokens", 65), "median"] == pytest.approx(memory.loc[("one", 65), "median"], rel=0.05)
+    built.clear()
+    measure(batch="tokens", tokens=(65, 257))
+    assert (built.count(65), built.count(257)) == (8, 4)  # time and memory of each mode, at 65 tokens in two batches
+
+
+@pytest.mark.parametrize("attention", available_attention())
+def test_the_macs_of_a_model_are_those_of_the_products_that_run(attention):
+    subject = model(attention, **({"k": 9} if attention == "linformer" else {}))
+    for tokens in (17, 101):
+        side = square_grid(tokens)[0]
+        config = subject.at(tokens)
+        assert (config.image_size, config.num_tokens) == (2 * side, tokens)
+        assert subject.macs(tokens) == ViT(config).macs()
+        assert subject.macs(tokens) == count_macs(ViT(config), torch.empty(1, 3, 2 * side, 2 * side))
+        block = Block(attention, config.attention_options, 8, 2)
+        assert block.macs(tokens) == count_macs(block.build(tokens), torch.empty(1, tokens, 8))
+
+
+def test_a_model_is_measured_like_a_block_and_needs_more():
+    table = measure(subject=model())
+    assert set(table["scope"]) == {"model"} and (table["status"] == "ok").all()
+    memory = [t[t["quantity"] == "memory"]["median"].to_numpy() for t in (table, measure("fused"))]
+    assert (memory[0] > memory[1]).all()
+
+
+def test_a_models_step_finds_the_optimisers_moments_made_and_leaves_its_weights():
+    call = model().call("train", 17, 1, CPU)
+    built = next(c.cell_contents for c in call.__closure__ if isinstance(c.cell_contents, ViT))
+    optimiser = next(c.cell_contents for c in call.__closure__ if isinstance(c.cell_contents, torch.optim.AdamW))
+    assert set(optimiser.state) == set(built.parameters())
+    before = [p.clone() for p in built.parameters()]
+    call()
+    assert all(map(torch.equal, before, built.parameters()))
+
+
+def test_a_point_measured_beside_other_work_is_marked_and_its_memory_is_not(monkeypatch):
+    monkeypatch.setattr(module.Load, "others", lambda self: 0.4)
+    monkeypatch.setattr(module.Load, "contended", lambda self: True)
+    table = measure(tokens=(17,)).groupby("quantity")[["others", "contended"]].agg(list)
+    assert table.loc["time", "contended"] == [True, True] and table.loc["time", "others"] == [0.4, 0.4]
+    assert table.loc["memory", "contended"] == [False, False]
+
+
+def test_a_call_that_is_slow_beside_other_work_is_tried_again(monkeypatch):
+    """Two slow calls are over budget, unless others had the processor at the second; then a third may be in time."""
+    for contended, status in ((False, "over budget"), (True, "ok")):
+        times = iter([9.0, 9.0])
+        monkeypatch.setattr(compare, "stopwatch_for", lambda device, times=times: lambda *_: next(times, 0.01))
+        monkeypatch.setattr(compare.Load, "contended", lambda self, contended=contended: contended)
+        result = compare.compare_seconds(lambda: lambda: None, None, budget_s=0.1, device=CPU)
+        assert result.status == status
+
+
+def test_a_budget_judges_a_batch_by_its_samples():
+    budget = Budget(memory_mib=1, sampling_s=1)
+    budget.learn(65, 4, np.array([4 * 65.0 * 1000]), np.array([0.4]))
+    assert budget.peaks == [(65, 65000.0)] and budget.times == [(65, 0.1)]
+    assert budget.foresee(130, 4) == "ok"  # 4 x 260,000 bytes
+    assert budget.foresee(130, 5) == "out of memory"
+
+
+@pytest.mark.parametrize("contended", [False, True])
+def test_the_table_marks_what_was_measured_beside_other_work(capsys, contended):
+    row = {"tokens": 65, "unit": "ms", "median": 2.0, "q25": 1.0, "q75": 3.0, "n": 9, "fused_median": 4.0}
+    print_rows("title", [row | {"ratio_to_fused": 0.5, "status": "ok", "contended": contended}], ("tokens",))
+    out = capsys.readouterr().out
+    assert ("0.5*" in out, "* beside other work" in out) == (contended, contended)
+
+
 def test_the_command_writes_exact_macs_apart_from_what_is_measured(tmp_path):
     out = tmp_path / "out"
     arguments = {"option": ["k=5"], "hidden_size": 8, "num_attention_heads": 2, "budget_s": 0.02, "device": "cpu"}
+    arguments |= {"num_hidden_layers": 1, "intermediate_size": 8, "tokens_per_batch": 20}
     scaling(attention="linformer", output_dir=out, tokens=[17, 5], **arguments)
     macs = pd.read_csv(out / "macs.csv")
     expected = [build_attention("linformer", 8, 2, (side, side), k=5).macs() for side in (2, 4)]
-    assert macs.to_dict("list") == {"tokens": [5, 17], "macs": expected}
-    columns = ["tokens", "mode", "quantity", "unit", *NUMBERS, "ratio_low", "ratio_high", "status"]
-    assert list(pd.read_csv(out / "scaling.csv").columns) == columns
-    assert json.loads((out / "provenance.json").read_text())["config"]["options"] == {"k": 5}
+    block = macs[macs["scope"] == "block"].drop(columns="scope").to_dict("list")
+    fused = [build_attention("fused", 8, 2, (side, side)).macs() for side in (2, 4)]
+    assert block == {"tokens": [5, 17], "macs": expected, "fused_macs": fused}
+    columns = [
+        "scope",
+        "batch",
+        "batch_size",
+        "tokens",
+        "mode",
+        "quantity",
+        "unit",
+        *NUMBERS,
+        "ratio_low",
+        "ratio_high",
+    ]
+    table = pd.read_csv(out / "scaling.csv")
+    assert list(table.columns) == [*columns, "status", "others", "contended"]
+    assert set(zip(table["scope"], table["batch"], strict=True)) == set(product(("block", "model"), ("one", "tokens")))
+    assert json.loads((out / "provenance.json").read_text())["config"]["model"]["attention_options"] == {"k": 5}
     first = (out / "macs.csv").read_bytes()
     scaling(attention="linformer", output_dir=out, tokens=[5, 17], **arguments)
     assert (out / "macs.csv").read_bytes() == first
@@ -227,8 +337,8 @@ def test_the_command_writes_exact_macs_apart_from_what_is_measured(tmp_path):
         ({"attention": "linformer", "option": ["k=60"], "tokens": [65, 17]}, r"tokens=17: attention.linformer.k=60"),
         ({"option": ["k=60"]}, "attention.standard.k"),
         ({"attention": "quadratic"}, "attention='quadratic'"),
-        ({"num_attention_heads": 5}, "num_heads=5"),
-        ({"batch_size": 0}, "batch_size=0"),
+        ({"num_attention_heads": 5}, "num_attention_heads=5"),
+        ({"tokens_per_batch": 0}, "tokens_per_batch=0"),
         ({"budget_s": -1.0}, "budget_s=-1.0"),
         ({"budget_s": float("nan")}, "budget_s=nan"),
         ({"memory_mib": 0}, "memory_mib=0"),

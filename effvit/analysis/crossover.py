@@ -2,6 +2,7 @@
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import stats
 
 
 def efficiency_length(tokens: ArrayLike, cost: ArrayLike, baseline: ArrayLike) -> float | None:
@@ -36,12 +37,18 @@ def efficiency_length(tokens: ArrayLike, cost: ArrayLike, baseline: ArrayLike) -
     return float(np.exp(np.interp(0.0, [after, before], np.log([n[i + 1], n[i]]))))
 
 
-def loglog_slope(tokens: ArrayLike, cost: ArrayLike) -> float:
-    """Exponent p of the least-squares fit `cost = a * tokens**p`: 1 is linear growth, 2 quadratic.
+def slope_interval(tokens: ArrayLike, cost: ArrayLike) -> tuple[float, float | None, float | None]:
+    """Exponent p of the least-squares fit `log cost = a + p log tokens`, and its 95 % interval by Student's t.
+
+    1 is linear growth, 2 quadratic. The interval is that of the points about the line: it covers the noise of
+    each point and the curvature between them alike.
 
     Args:
         tokens: `(n,)` increasing, positive token counts, at least two.
         cost: `(n,)` positive, finite costs.
+
+    Returns:
+        Slope and the ends of its interval; None for the ends where two points leave nothing to judge by.
 
     Raises:
         ValueError: fewer than two points, or vectors as `efficiency_length` refuses them.
@@ -49,7 +56,11 @@ def loglog_slope(tokens: ArrayLike, cost: ArrayLike) -> float:
     n, c = _checked(tokens, cost)
     if n.size < 2 or not np.isfinite(c).all():
         raise ValueError("a slope needs at least two finite points")
-    return float(np.polyfit(np.log(n), np.log(c), 1)[0])
+    fit = stats.linregress(np.log(n), np.log(c))
+    if n.size == 2:
+        return float(fit.slope), None, None
+    half = stats.t.ppf(0.975, n.size - 2) * np.nan_to_num(fit.stderr)  # not a number where the cost is constant
+    return float(fit.slope), float(fit.slope - half), float(fit.slope + half)
 
 
 def _checked(*vectors: ArrayLike) -> list[NDArray[np.float64]]:

@@ -42,8 +42,8 @@ def bench_data(
     from effvit.device import pick_device
     from effvit.errors import UserError, explain
     from effvit.files import staged_dir, write_csv
+    from effvit.measure.alone import measuring_alone
     from effvit.measure.compare import require_positive
-    from effvit.measure.latency import measuring_alone
     from effvit.provenance import write_provenance
     from effvit.throughput import measure_throughput, print_throughput
     from effvit.vit import ViTConfig

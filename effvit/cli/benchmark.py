@@ -18,8 +18,8 @@ def benchmark(
     num_hidden_layers: options.NumLayers = 4,
     num_attention_heads: options.NumHeads = 4,
     intermediate_size: options.IntermediateSize = 192,
-    hidden_dropout_prob: Annotated[float, typer.Option(help="Dropout of embeddings, projections, MLP.")] = 0.0,
-    attention_probs_dropout_prob: Annotated[float, typer.Option(help="Dropout of attention.")] = 0.0,
+    hidden_dropout_prob: options.HiddenDropout = 0.0,
+    attention_probs_dropout_prob: options.AttentionDropout = 0.0,
     batch_size: Annotated[int, typer.Option(help="Images of the benchmark batch.")] = 64,
     memory_mib: Annotated[float, typer.Option(help="MiB that the largest batch may take.")] = 256,
     budget_s: Annotated[float, typer.Option(help="Seconds of sampling each quantity.")] = 1.0,
@@ -35,10 +35,10 @@ def benchmark(
     from rich.progress import track
 
     from effvit.files import staged_dir, write_csv, write_json
+    from effvit.measure.alone import measuring_alone
     from effvit.measure.benchmark import COST_STEPS, measure_cost, model_size
     from effvit.measure.compare import measuring_device, require_positive
     from effvit.measure.display import print_rows
-    from effvit.measure.latency import measuring_alone
     from effvit.provenance import write_provenance
     from effvit.vit import ViTConfig
 

@@ -14,15 +14,21 @@ if TYPE_CHECKING:
 
 _PER_CLASS = 8  # images of a class on the sample sheet
 _KEY = {"dataset": str, "attention": str}
+_CASE = dict.fromkeys(("attention", "scope", "batch", "mode", "quantity"), str)
 _COLUMNS: dict[str, dict[str, Any]] = {
     "curves": _KEY | {"epoch": int} | dict.fromkeys(("train_loss", "val_loss", "val_accuracy"), float),
     "tradeoff": _KEY
     | {"batch_size": "Int64"}
     | dict.fromkeys(("top1", "top1_low", "top1_high", "gmacs", "train_memory_mib"), float)
+    | dict.fromkeys(("top1_images_low", "top1_images_high"), float)
     | dict.fromkeys(("latency_ratio", "latency_ratio_low", "latency_ratio_high"), float),
     "confusion": _KEY | {"actual": str, "predicted": str, "count": int},
-    "scaling": {"attention": str, "tokens": int, "mode": str, "quantity": str, "status": str}
+    "scaling": _CASE
+    | {"batch_size": int, "tokens": int, "status": str, "contended": bool}
     | dict.fromkeys(("median", "ratio_to_fused", "ratio_low", "ratio_high"), float),
+    "efficiency": _CASE
+    | dict.fromkeys(("length", "length_low", "length_high", "predicted_length"), float)
+    | {"measured_from": float, "measured_to": float, "contended": bool},
 }
 
 
@@ -46,8 +52,16 @@ def plot(
     maps = {d: _maps(metrics_dir / "cells" / d, attentions, seed, len(prepared[d].classes)) for d in datasets}
     rows = {(t, d): _select(data_dir, t, attentions, d) for t in ("curves", "tradeoff", "confusion") for d in datasets}
     scaling = _select(data_dir, "scaling", attentions)
+    studied = {
+        "scaling": figures.scaling(scaling),
+        "scaling_tokens": figures.scaling(scaling, batch="tokens"),
+        "scaling_model": figures.scaling(scaling, "model"),
+        "scaling_model_tokens": figures.scaling(scaling, "model", "tokens"),
+        "efficiency": figures.efficiency_lengths(_select(data_dir, "efficiency", attentions)),
+    }
     with staged_dir(output_dir, "scaling.png") as aside:
-        figures.save(figures.scaling(scaling), aside / "scaling.png")
+        for name, figure in studied.items():
+            figures.save(figure, aside / f"{name}.png")
         for dataset in datasets:
             pictures = {
                 "curves": figures.training_curves(rows["curves", dataset]),
@@ -58,7 +72,7 @@ def plot(
             }
             for name, figure in pictures.items():
                 figures.save(figure, aside / f"{dataset}-{name}.png")
-    typer.echo(f"{1 + len(datasets) * len(pictures)} figures in {output_dir}")
+    typer.echo(f"{len(studied) + len(datasets) * len(pictures)} figures in {output_dir}")
 
 
 def _select(data_dir: Path, table: str, attentions: list[str], dataset: str | None = None) -> "pd.DataFrame":

@@ -1,6 +1,6 @@
-"""``effvit scaling``: what one attention block costs as tokens grow, beside ``fused``."""
+"""``effvit scaling``: what one attention block and a whole model cost as tokens grow, beside ``fused``."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,9 +12,16 @@ def scaling(
     output_dir: options.OutputDir,
     tokens: Annotated[list[int], typer.Option(help="Token count 1 + n²: a class token and n x n patches; repeatable.")],
     option: options.AttentionOptions = None,
+    patch_size: options.PatchSize = 4,
     hidden_size: options.HiddenSize = 48,
+    num_hidden_layers: options.NumLayers = 4,
     num_attention_heads: options.NumHeads = 4,
-    batch_size: Annotated[int, typer.Option(help="Samples of a batch.")] = 1,
+    intermediate_size: options.IntermediateSize = 192,
+    hidden_dropout_prob: options.HiddenDropout = 0.0,
+    attention_probs_dropout_prob: options.AttentionDropout = 0.0,
+    tokens_per_batch: Annotated[
+        int, typer.Option(help="Tokens of the batches measured beside a single sample.")
+    ] = 4096,
     memory_mib: Annotated[float, typer.Option(help="MiB that a pass may take; larger ones are not tried.")] = 2048,
     budget_s: Annotated[
         float, typer.Option(help="Seconds of sampling each point; passes over 4 times that are not tried.")
@@ -22,45 +29,72 @@ def scaling(
     threads: options.Threads = None,
     device: options.Device = "auto",
 ) -> None:
-    """Measure time and peak memory of one block's forward and training pass against the number of tokens.
+    """Measure time and peak memory of a forward and a training pass against the number of tokens.
 
-    Writes macs.csv (always the same), scaling.csv (measured) and provenance.json. Points beyond the memory or time
-    budget are rows that say so.
+    Of one attention block and of the whole model, whose images grow while its patches keep their size; one sample at a
+    time, and in batches of a fixed number of tokens. Writes macs.csv (always the same), scaling.csv (measured) and
+    provenance.json. Points beyond the memory or time budget are rows that say so.
     """
     import pandas as pd
     import torch
     from rich.progress import track
 
     from effvit.files import staged_dir, write_csv
+    from effvit.measure.alone import measuring_alone
     from effvit.measure.compare import measuring_device, require_positive
     from effvit.measure.display import print_rows
-    from effvit.measure.latency import measuring_alone
-    from effvit.measure.scaling import Block, measure_scaling
+    from effvit.measure.scaling import measure_scaling
+    from effvit.measure.subject import Block, Model, Subject, square_grid
     from effvit.provenance import write_provenance
+    from effvit.vit import ViTConfig
 
-    require_positive(batch_size=batch_size, memory_mib=memory_mib, budget_s=budget_s, threads=threads)
+    settings: dict[str, Any] = {"tokens_per_batch": tokens_per_batch, "memory_mib": memory_mib, "budget_s": budget_s}
+    require_positive(**settings, threads=threads)
     where = measuring_device(device)
-    block = Block(attention, options.parse_options(option), hidden_size, num_attention_heads)
     counts = sorted(set(tokens))
-    for count in counts:
-        block.check(count)
+    config = ViTConfig.from_dict(
+        {
+            "image_size": patch_size * square_grid(counts[-1])[0],
+            "patch_size": patch_size,
+            "hidden_size": hidden_size,
+            "num_hidden_layers": num_hidden_layers,
+            "num_attention_heads": num_attention_heads,
+            "intermediate_size": intermediate_size,
+            "hidden_dropout_prob": hidden_dropout_prob,
+            "attention_probs_dropout_prob": attention_probs_dropout_prob,
+            "attention": attention,
+            "attention_options": options.parse_options(option),
+        }
+    )
+    subjects: list[Subject] = [
+        Block(attention, config.attention_options, hidden_size, num_attention_heads),
+        Model(config),
+    ]
+    for subject in subjects:
+        for count in counts:
+            subject.check(count)
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
     with staged_dir(output_dir, "macs.csv") as staged, measuring_alone():
-        macs = pd.DataFrame({"tokens": counts, "macs": [block.macs(count) for count in counts]})
-        write_csv(staged / "macs.csv", macs)
-        points = measure_scaling(
-            block, counts, batch_size=batch_size, memory_mib=memory_mib, budget_s=budget_s, device=where
-        )
-        rows = [row for rows in track(points, f"measuring {attention}", len(counts), transient=True) for row in rows]
+        macs = [
+            {"scope": s.scope, "tokens": n, "macs": s.macs(n), "fused_macs": s.baseline().macs(n)}
+            for s in subjects
+            for n in counts
+        ]
+        write_csv(staged / "macs.csv", pd.DataFrame(macs))
+        points = (rows for s in subjects for rows in measure_scaling(s, counts, **settings, device=where))
+        steps = track(points, f"measuring {attention}", len(subjects) * len(counts), transient=True)
+        rows = [row for rows in steps for row in rows]
         write_csv(staged / "scaling.csv", pd.DataFrame(rows).drop(columns="p90").astype({"n": "Int64"}))
-        settings: dict[str, object] = {
-            "attention": attention,
-            "options": block.options,
-            "tokens": counts,
-            "batch_size": batch_size,
-        }
-        settings |= {"hidden_size": hidden_size, "num_attention_heads": num_attention_heads, "memory_mib": memory_mib}
-        write_provenance(staged, settings | {"budget_s": budget_s, "device": str(where), "dtype": "float32"})
-    print_rows(f"one block of {attention}, width {hidden_size}", rows, ("tokens", "mode", "quantity"))
+        record = settings | {"tokens": counts, "device": str(where), "dtype": "float32", "model": config.model_dump()}
+        write_provenance(staged, record)
+    for scope in dict.fromkeys(row["scope"] for row in rows):
+        for batch, which in (
+            ("one", "one sample at a time"),
+            ("tokens", f"batches of up to {tokens_per_batch:,} tokens"),
+        ):
+            chosen = [row for row in rows if (row["scope"], row["batch"]) == (scope, batch)]
+            print_rows(
+                f"{scope} with {attention}, width {hidden_size}, {which}", chosen, ("tokens", "mode", "quantity")
+            )

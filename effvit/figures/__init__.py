@@ -2,9 +2,18 @@
 
 from effvit.figures.confusion import confusion
 from effvit.figures.curves import training_curves
+from effvit.figures.efficiency import efficiency_lengths
 from effvit.figures.maps import attention_maps
 from effvit.figures.scaling import scaling
 from effvit.figures.style import save
 from effvit.figures.tradeoff import accuracy_tradeoff
 
-__all__ = ["accuracy_tradeoff", "attention_maps", "confusion", "save", "scaling", "training_curves"]
+__all__ = [
+    "accuracy_tradeoff",
+    "attention_maps",
+    "confusion",
+    "efficiency_lengths",
+    "save",
+    "scaling",
+    "training_curves",
+]

@@ -1,5 +1,7 @@
 """Cost against sequence length."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -8,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator, StrMethodFormatter
 from matplotlib.transforms import blended_transform_factory
 
-from effvit.analysis.crossover import efficiency_length
+from effvit.analysis.efficiency import lengths
 from effvit.figures.style import WIDTH, by_mechanism, legend, look, styled
 
 _MIB = 2**20
@@ -16,29 +18,53 @@ _STOPPED = {"out of memory": "x", "over budget": "+"}
 
 
 @styled
-def scaling(table: pd.DataFrame) -> Figure:
-    """Time and peak memory of one attention block against sequence length, forward pass and training step.
+def scaling(table: pd.DataFrame, scope: str = "block", batch: str = "one") -> Figure:
+    """Time and peak memory of a block or a model against sequence length, forward pass and training step.
 
     A mechanism stands at its ratio to `fused`, timed in turns with it in one process, times what `fused` takes; the
     band is the ratio's 95 % interval. So lines cross where the ratio is 1, whatever disturbed single processes. A
-    cross at the upper edge stands at the first length at which a mechanism was stopped; a star where it becomes
-    cheaper than `fused` for good, with the token count in the corner.
+    hollow marker was measured beside other work. A cross at the upper edge stands at the first length at which a
+    mechanism was stopped; a star where it becomes cheaper than `fused` for good, with the token count in the corner.
     """
-    figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
+    table = table[(table["scope"] == scope) & (table["batch"] == batch)]
+    figure = Figure(figsize=(WIDTH, 5.6), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True)
-    names = {"time": "Time [ms]", "memory": "Peak memory [MiB]", "forward": "Forward pass", "train": "Training step"}
+    of = "sequence" if scope == "block" else "image"
+    names = {"time": f"Time [ms/{of}]", "memory": f"Peak memory [MiB/{of}]"}
+    modes = {"forward": "forward pass", "train": "forward and backward" if scope == "block" else "training step"}
+    what = {"block": "One attention block", "model": "Whole model"}[scope]
     for line, quantity in zip(panels, ("time", "memory"), strict=True):
         for axes, mode in zip(line, ("forward", "train"), strict=True):
             rows = table[(table["quantity"] == quantity) & (table["mode"] == mode)]
             _scaling_panel(axes, _beside_fused(rows, 1 / _MIB if quantity == "memory" else 1.0))
-            axes.set(ylabel=names[quantity], title=names[mode] if quantity == "time" else "")
+            axes.set(ylabel=names[quantity], title=f"{what}, {modes[mode]}" if quantity == "time" else "")
     for axes in panels[1]:
         axes.set_xlabel("Sequence length [tokens]")
         axes.xaxis.set(minor_locator=NullLocator(), major_formatter=StrMethodFormatter("{x:,.0f}"))
-        axes.set_xticks(pd.unique(table["tokens"]))
-    stopped = [Line2D([], [], color="0.4", marker=m, linestyle="", label=s) for s, m in _STOPPED.items()]
-    legend(figure, table, [handle for handle in stopped if handle.get_label() in set(table["status"])])
+        axes.set_xticks(_apart(table["tokens"]))
+    more = [Line2D([], [], color="0.4", marker=m, linestyle="", label=s) for s, m in _STOPPED.items()]
+    more = [handle for handle in more if handle.get_label() in set(table["status"])]
+    if table["contended"].any():
+        more.append(Line2D([], [], color="0.4", marker="o", markerfacecolor="white", ls="", label="beside other work"))
+    legend(figure, table, more)
+    if batch == "tokens":
+        figure.supxlabel(_batch_note(table), fontsize=7)
     return figure
+
+
+def _batch_note(table: pd.DataFrame) -> str:
+    sizes = table.drop_duplicates("tokens").sort_values("tokens")
+    listed = ", ".join(f"{n}×{t:,}" for n, t in zip(sizes["batch_size"], sizes["tokens"], strict=True))
+    return f"Batches of about as many tokens, costs divided by their samples: {listed}"
+
+
+def _apart(tokens: "pd.Series[int]") -> list[int]:
+    """Token counts of which no two are less than a factor of two and a half apart, the largest among them."""
+    ticks: list[int] = []
+    for count in sorted(set(tokens), reverse=True):
+        if not ticks or ticks[-1] >= 2.5 * count:
+            ticks.append(count)
+    return ticks
 
 
 def _beside_fused(rows: pd.DataFrame, unit: float) -> pd.DataFrame:
@@ -56,11 +82,14 @@ def _beside_fused(rows: pd.DataFrame, unit: float) -> pd.DataFrame:
 def _scaling_panel(axes: Axes, rows: pd.DataFrame) -> None:
     axes.set(xscale="log", yscale="log")
     upper_edge = blended_transform_factory(axes.transData, axes.transAxes)
-    lengths = []
+    found = []
     for i, (attention, mine) in enumerate(by_mechanism(rows)):
         label, colour, marker = look(attention)
         done, stopped = mine[mine["status"] == "ok"], mine[mine["status"] != "ok"]
         axes.plot(done["tokens"], done["cost"], color=colour, marker=marker)
+        beside = done[done["contended"]]
+        hollow: dict[str, Any] = {"markerfacecolor": "white", "markeredgecolor": colour, "linestyle": ""}
+        axes.plot(beside["tokens"], beside["cost"], marker=marker, **hollow)
         axes.fill_between(done["tokens"], done["low"], done["high"], color=colour, alpha=0.15, linewidth=0)
         if not stopped.empty:
             first = stopped.sort_values("tokens").iloc[0]
@@ -68,13 +97,13 @@ def _scaling_panel(axes: Axes, rows: pd.DataFrame) -> None:
                 first["tokens"], 0.97 - 0.05 * i, _STOPPED.get(first["status"], "x"), color=colour, transform=upper_edge
             )
         if attention != "fused":
-            length = _efficiency_length(mine, rows[rows["attention"] == "fused"])
+            length = lengths(mine, rows[rows["attention"] == "fused"])["length"]
             if length is not None:
                 cost = np.exp(np.interp(np.log(length), np.log(done["tokens"]), np.log(done["cost"])))
                 axes.plot(length, cost, "*", color=colour, markersize=10, markeredgecolor="white", zorder=3)
-            lengths.append((f"{label}: {_length_text(length, done['tokens'])}", colour))
+            found.append((f"{label}: {_length_text(length, done['tokens'])}", colour))
     _reference_slopes(axes, rows)
-    texts = [("Cheaper than Fused from [tokens]", "black"), *lengths] if lengths else []
+    texts = [("Cheaper than Fused from [tokens]", "black"), *found] if found else []
     for i, (text, colour) in enumerate(texts):
         axes.text(0.03, 0.97 - 0.065 * i, text, color=colour, transform=axes.transAxes, va="top", fontsize=6.5)
 
@@ -83,16 +112,6 @@ def _length_text(length: float | None, tokens: "pd.Series[int]") -> str:
     if length is None:
         return f"> {tokens.max():,}" if len(tokens) else "never"
     return f"{'≤ ' if length == tokens.min() else ''}{length:,.0f}"
-
-
-def _efficiency_length(mine: pd.DataFrame, fused: pd.DataFrame) -> float | None:
-    """Where the ratio to `fused` of one interleaved run stays below one; whichever was stopped alone is the dearer."""
-    fused_done = mine["tokens"].isin(fused.loc[fused["status"] == "ok", "tokens"])
-    ratio = mine["ratio_to_fused"].mask(mine["status"].ne("ok") & fused_done, np.inf)
-    baseline = pd.Series(1.0, mine.index).mask(mine["status"].eq("ok") & ratio.isna(), np.inf)
-    points = pd.DataFrame({"tokens": mine["tokens"], "cost": ratio.mask(np.isinf(baseline), 1.0), "baseline": baseline})
-    points = points.dropna().sort_values("tokens")
-    return efficiency_length(points["tokens"], points["cost"], points["baseline"]) if len(points) else None
 
 
 def _reference_slopes(axes: Axes, rows: pd.DataFrame) -> None:

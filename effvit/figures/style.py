@@ -78,4 +78,6 @@ def legend(figure: Figure, table: pd.DataFrame, more: Sequence[Line2D] = ()) -> 
     """One legend above the panels for the mechanisms of a table, and ``more`` handles after them."""
     looks = [look(str(attention)) for attention in pd.unique(table["attention"])]
     handles = [Line2D([], [], color=colour, marker=marker, label=label) for label, colour, marker in looks]
-    figure.legend(handles=[*handles, *more], loc="outside upper center", ncols=7, columnspacing=1.2, handlelength=1.6)
+    handles += more
+    columns = len(handles) if len(handles) <= 7 else -(-len(handles) // 2)
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns, columnspacing=1.2, handlelength=1.6)

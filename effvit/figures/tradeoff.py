@@ -1,5 +1,7 @@
 """Accuracy against what it costs."""
 
+from typing import Any
+
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -33,8 +35,12 @@ def accuracy_tradeoff(tradeoff: pd.DataFrame) -> Figure:
             continue
         front = known[pareto_front(known[column], known["top1"])].sort_values(column)
         axes.plot(front[column], front["top1"], color="0.82", linewidth=3, drawstyle="steps-post", zorder=1)
-        bars = {"fmt": "none", "ecolor": "0.6", "elinewidth": 0.8, "capsize": 2}
+        bars: dict[str, Any] = {"fmt": "none", "ecolor": "0.6", "elinewidth": 0.8, "capsize": 2}
+        thin = {"elinewidth": 0.7, "capsize": 0, "zorder": 1.5}
         axes.errorbar(known[column], known["top1"], _interval(known, "top1"), **bars)
+        by_image = axes.errorbar(known[column], known["top1"], _interval(known, "top1_images", "top1"), **bars | thin)
+        for line in by_image.lines[2]:
+            line.set_linestyle(":")
         if column == "latency_ratio":
             axes.errorbar(known[column], known["top1"], xerr=_interval(known, column), **bars)
         for attention, cost, top1 in zip(known["attention"], known[column], known["top1"], strict=True):
@@ -48,9 +54,15 @@ def accuracy_tradeoff(tradeoff: pd.DataFrame) -> Figure:
     panels[0].set_ylabel("Test accuracy (top-1)")
     panels[0].yaxis.set(major_locator=MaxNLocator(6), major_formatter=StrMethodFormatter("{x:.1%}"))
     legend(figure, tradeoff, [Line2D([], [], color="0.82", linewidth=3, label="Pareto front")])
+    if tradeoff["top1_images_low"].notna().any():
+        note = (
+            "One seed. Dotted: 95 % interval of each trained model over test images (Wilson); training varies besides"
+        )
+        figure.supxlabel(note, fontsize=7)
     return figure
 
 
-def _interval(table: pd.DataFrame, column: str) -> list["pd.Series[float]"]:
-    """Lengths of the error bars below and above a column."""
-    return [table[column] - table[f"{column}_low"], table[f"{column}_high"] - table[column]]
+def _interval(table: pd.DataFrame, name: str, column: str | None = None) -> list["pd.Series[float]"]:
+    """Lengths of the error bars below and above a column, from the ends of the interval called `name`."""
+    value = table[column or name]
+    return [value - table[f"{name}_low"], table[f"{name}_high"] - value]

@@ -10,8 +10,12 @@ from effvit.measure.memory import MIB
 
 
 def print_rows(title: str, rows: Sequence[Row], keys: Sequence[str]) -> None:
-    """Print ``keys`` of each row, then its median with quartiles, that of ``fused`` and their ratio, or its status."""
-    table = Table(title=title)
+    """Print ``keys`` of each row, then its median with quartiles, that of ``fused`` and their ratio, or its status.
+
+    Ratios of rows that say that they are ``contended`` have a star.
+    """
+    beside = "* beside other work on this machine" if any(row.get("contended") for row in rows) else None
+    table = Table(title=title, caption=beside)
     for key in keys:
         table.add_column(key.replace("_", " "), justify="right" if key in ("tokens", "batch_size") else "left")
     for name in ("median", "quartiles", "fused", "ratio", "unit"):
@@ -29,6 +33,7 @@ def _numbers(row: Row) -> tuple[str, ...]:
         _number(row[key], in_bytes and key != "ratio_to_fused")
         for key in ("median", "q25", "q75", "fused_median", "ratio_to_fused")
     )
+    ratio += "*" if row.get("contended") else ""
     return median, "" if row["n"] == 1 else f"{q25} – {q75}", fused, ratio, "MiB" if in_bytes else str(row["unit"])
 
 

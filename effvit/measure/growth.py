@@ -27,7 +27,10 @@ def foretell(points: list[tuple[int, float]], tokens: int) -> float:
 
 @dataclass
 class Budget:
-    """MiB of one call and seconds of sampling at a point, what smaller calls took, and what that has led to so far."""
+    """MiB of one call and seconds of sampling at a point, what smaller calls took, and what that has led to so far.
+
+    What calls took is kept for one sample of their batch: the batch has as many times that.
+    """
 
     memory_mib: float
     sampling_s: float
@@ -35,23 +38,23 @@ class Budget:
     peaks: list[tuple[int, float]] = field(default_factory=list)
     times: list[tuple[int, float]] = field(default_factory=list)
 
-    def foresee(self, tokens: int) -> str:
-        """Whether a call on so many tokens can be afforded; once one cannot, no larger one can.
+    def foresee(self, tokens: int, batch_size: int = 1) -> str:
+        """Whether a call on such a batch can be afforded; once one cannot, none of more tokens can.
 
         Memory is judged from one point on, as trying too much of it can end the process. Time is judged from two:
         a single short call is mostly overhead, and calling it quadratic would refuse what was never tried.
         """
         seconds = foretell(self.times, tokens) if len(self.times) > 1 else 0.0
-        self._judge(foretell(self.peaks, tokens), seconds)
+        self._judge(batch_size * foretell(self.peaks, tokens), batch_size * seconds)
         return self.status
 
-    def learn(self, tokens: int, peak: Samples | None, seconds: Samples | None) -> None:
+    def learn(self, tokens: int, batch_size: int, peak: Samples | None, seconds: Samples | None) -> None:
         """Take in what a call took, None where it was not measured."""
         if peak is not None:
-            self.peaks.append((tokens, float(peak[0])))
+            self.peaks.append((tokens, float(peak[0]) / batch_size))
             self._judge(float(peak[0]), 0.0)
         if seconds is not None:
-            self.times.append((tokens, float(np.median(seconds))))
+            self.times.append((tokens, float(np.median(seconds)) / batch_size))
 
     def stop(self, status: str) -> None:
         """Try nothing larger, for the reason ``status``."""

@@ -1,21 +1,15 @@
 """Time of several calls measured alternately, so that whatever disturbs the machine disturbs all of them alike."""
 
-import os
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
+from scipy import stats
 from scipy.special import bdtr
-from scipy.stats import quantile_test
 
 from effvit.measure.memory import no_garbage_collection
 
@@ -97,12 +91,19 @@ def paired_ratio(samples: NDArray[np.float64], baseline: NDArray[np.float64]) ->
 
 
 def paired_interval(samples: NDArray[np.float64], baseline: NDArray[np.float64]) -> tuple[float, float] | None:
-    """95 % interval of ``paired_ratio``; None for fewer than six rounds.
+    """95 % interval of ``paired_ratio``; None for a single round.
 
-    It lies between two order statistics, hence needs no assumption about how ratios are distributed.
+    From six rounds on it lies between two order statistics, hence needs no assumption about how ratios are distributed;
+    fewer have no such interval, and the one given is Student's t of their logarithms.
     """
-    interval: Any = quantile_test(samples / baseline, p=0.5).confidence_interval(0.95)
-    return (float(interval.low), float(interval.high)) if np.isfinite([interval.low, interval.high]).all() else None
+    ratios = samples / baseline
+    interval: Any = stats.quantile_test(ratios, p=0.5).confidence_interval(0.95)
+    if np.isfinite([interval.low, interval.high]).all():
+        return float(interval.low), float(interval.high)
+    if len(ratios) < 2:
+        return None
+    interval = stats.ttest_1samp(np.log(ratios), 0.0).confidence_interval(0.95)
+    return float(np.exp(interval.low)), float(np.exp(interval.high))
 
 
 def stopwatch_for(device: torch.device) -> Stopwatch:
@@ -122,22 +123,6 @@ def stopwatch_for(device: torch.device) -> Stopwatch:
             return start.elapsed_time(end) / 1e3
 
     return cuda_seconds
-
-
-@contextmanager
-def measuring_alone() -> Iterator[None]:
-    """Wait until no other process of this user on this machine measures, and keep others waiting meanwhile."""
-    user = os.getuid() if hasattr(os, "getuid") else "user"
-    lock = FileLock(Path(tempfile.gettempdir(), f"effvit-measure-{user}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print("waiting for another measurement on this machine to end", file=sys.stderr)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _cpu_seconds(call: Call, repeats: int) -> float:

@@ -1,107 +1,77 @@
-"""The cost of one attention block against the number of tokens, beside ``fused``, up to a memory and time budget."""
+"""Cost against the number of tokens, of a block or a model beside ``fused``, up to a memory and time budget."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import isqrt
-from typing import Any
 
 import torch
 
-from effvit.attention import BASELINE, Attention, build_attention, check_options
-from effvit.errors import UserError
+from effvit.measure.alone import Load
 from effvit.measure.compare import OK, OUT_OF_MEMORY, OVER_BUDGET, Comparison, Row, compare_peaks, compare_seconds
 from effvit.measure.growth import Budget
 from effvit.measure.latency import Call
-from effvit.measure.macs import count_macs
-from effvit.measure.workload import block_forward, block_training
+from effvit.measure.subject import MODES, Subject, fits
 
-MODES = {"forward": block_forward, "train": block_training}
-
-
-@dataclass(frozen=True)
-class Block:
-    """One attention block, but for the number of tokens."""
-
-    attention: str
-    options: dict[str, Any]
-    dim: int
-    num_heads: int
-
-    def build(self, tokens: int) -> Attention:
-        """Build the block for a square grid of ``tokens - 1`` patches; raises ``UserError`` where that cannot be."""
-        return build_attention(self.attention, self.dim, self.num_heads, square_grid(tokens), **self.options)
-
-    def check(self, tokens: int) -> None:
-        """Raise ``UserError`` for options that are wrong, naming the token count where they do not fit it."""
-        check_options(self.attention, self.options)
-        try:
-            check_options(self.attention, self.options, square_grid(tokens))
-        except UserError as error:
-            raise UserError(f"tokens={tokens}: {error}") from error
-
-    def fits(self, tokens: int) -> bool:
-        """Whether the mechanism's options fit this many tokens."""
-        try:
-            self.check(tokens)
-        except UserError:
-            return False
-        return True
-
-    def macs(self, tokens: int) -> int:
-        """Exact multiply-adds of one forward pass for one sample."""
-        return count_macs(self.build(tokens), torch.empty(1, tokens, self.dim))
+_MIN_ROUNDS = 3  # of the longest calls, which take most of the time
+ONE, TOKENS = BATCHES = "one", "tokens"
 
 
-def square_grid(tokens: int) -> tuple[int, int]:
-    """Return the grid of a class token and a square of patches.
-
-    Raises:
-        UserError: ``tokens`` is not 1 + n².
-    """
-    side = isqrt(max(0, tokens - 1))
-    if side < 1 or side**2 != tokens - 1:
-        side = max(1, side)
-        raise UserError(
-            f"tokens={tokens}: must be 1 + n², a class token and a square grid of patches, "
-            f"for example {1 + side**2} or {1 + (side + 1) ** 2}"
-        )
-    return side, side
+def batch_sizes(tokens: int, tokens_per_batch: int) -> dict[str, int]:
+    """Samples of each kind of batch: one sample, and about a fixed number of tokens."""
+    return {ONE: 1, TOKENS: max(1, tokens_per_batch // tokens)}
 
 
 def measure_scaling(
-    block: Block, tokens: Sequence[int], *, batch_size: int, memory_mib: float, budget_s: float, device: torch.device
+    subject: Subject,
+    tokens: Sequence[int],
+    *,
+    tokens_per_batch: int,
+    memory_mib: float,
+    budget_s: float,
+    device: torch.device,
 ) -> Iterator[list[Row]]:
-    """Measure time and peak memory of one block's forward and training pass, from few tokens to many.
+    """Measure time and peak memory of a forward and a training pass, from few tokens to many, one batch and another.
 
     A point is "out of memory" if it needs, or by the points before it would need, more than ``memory_mib`` above
     what is resident; it is "over budget" if a single call takes, or would take, ``LONGEST_CALL`` times
     ``budget_s``. Larger points are then not tried.
 
     Args:
-        block: the block.
+        subject: the block or model.
         tokens: token counts, each 1 + n².
-        batch_size: samples of a batch.
+        tokens_per_batch: tokens that the larger batch has at most, but for a sample that has more by itself.
         memory_mib: MiB that a pass may take.
         budget_s: seconds spent on sampling each point.
         device: cpu or cuda.
 
     Yields:
-        For each token count, two rows (time and memory) of each mode: ``tokens, mode, quantity, unit`` and the
-        columns of ``Comparison.row``.
+        For each token count, two rows (time and memory) of each mode and kind of batch: ``scope, batch, batch_size,
+        tokens, mode, quantity, unit``, the columns of ``Comparison.row``, and of times ``others``, the share of the
+        machine that other processes took meanwhile, and whether that makes the point ``contended``. Times and bytes
+        are those of one sample.
     """
-    fused = Block(BASELINE, {}, block.dim, block.num_heads)
-    subjects = {
-        mode: [_Subject(b, mode, batch_size, device, Budget(memory_mib, budget_s)) for b in (block, fused)]
+    sides = {
+        (batch, mode): tuple(
+            _Side(s, mode, device, Budget(memory_mib, budget_s)) for s in (subject, subject.baseline())
+        )
+        for batch in BATCHES
         for mode in MODES
     }
-    for count in with_probes(block, tokens):
-        rows = [row for mode in MODES for row in _point(count, *subjects[mode])]
+    for count in with_probes(subject, tokens):
+        sizes = batch_sizes(count, tokens_per_batch)
+        points: dict[tuple[int, str], list[Row]] = {}  # where both batches are the same, so is what they cost
+        rows: list[Row] = []
+        for batch, size in sizes.items():
+            for mode in MODES:
+                if (size, mode) not in points:
+                    points[size, mode] = _point(count, size, *sides[batch, mode])
+                rows += [{"scope": subject.scope, "batch": batch} | row for row in points[size, mode]]
         if count in tokens:
             yield rows
 
 
-def with_probes(block: Block, tokens: Sequence[int]) -> list[int]:
+def with_probes(subject: Subject, tokens: Sequence[int]) -> list[int]:
     """Add token counts so that none has more than four times the patches of the one before, from 65 tokens on.
 
     What is measured there foretells what the larger ones need, before they are tried.
@@ -110,7 +80,7 @@ def with_probes(block: Block, tokens: Sequence[int]) -> list[int]:
     for count in sorted(set(tokens)):
         side = isqrt(counts[-1] - 1) * 2 if counts else 8
         while 1 + side**2 < count:
-            if block.fits(1 + side**2):
+            if fits(subject, 1 + side**2):
                 counts.append(1 + side**2)
             side *= 2
         counts.append(count)
@@ -118,29 +88,31 @@ def with_probes(block: Block, tokens: Sequence[int]) -> list[int]:
 
 
 @dataclass(frozen=True)
-class _Subject:
-    block: Block
+class _Side:
+    subject: Subject
     mode: str
-    batch_size: int
     device: torch.device
     budget: Budget
 
-    def make(self, tokens: int) -> Call:
-        module = self.block.build(tokens).to(self.device)
-        return MODES[self.mode](module, torch.randn(self.batch_size, tokens, self.block.dim, device=self.device))
+    def make(self, tokens: int, batch_size: int) -> Call:
+        return self.subject.call(self.mode, tokens, batch_size, self.device)
 
 
-def _point(tokens: int, this: _Subject, fused: _Subject) -> list[Row]:
-    time = memory = Comparison(this.budget.foresee(tokens))
+def _point(tokens: int, size: int, this: _Side, fused: _Side) -> list[Row]:
+    time = memory = Comparison(this.budget.foresee(tokens, size))
+    load: Row = {"others": None, "contended": False}
     if time.status == OK:
-        make = partial(this.make, tokens)
-        make_fused = partial(fused.make, tokens) if fused.budget.foresee(tokens) == OK else None
+        make = partial(this.make, tokens, size)
+        make_fused = partial(fused.make, tokens, size) if fused.budget.foresee(tokens, size) == OK else None
         # Time before memory, so that nothing is left which only a first call allocates.
-        time = compare_seconds(make, make_fused, budget_s=this.budget.sampling_s, device=this.device)
+        meanwhile = Load()
+        budget = this.budget.sampling_s
+        time = compare_seconds(make, make_fused, budget_s=budget, device=this.device, min_rounds=_MIN_ROUNDS)
+        load = {"others": meanwhile.others(), "contended": meanwhile.contended()}
         if time.status != OUT_OF_MEMORY:
             memory = compare_peaks(make, make_fused, device=this.device)
-        this.budget.learn(tokens, memory.samples, time.samples)
-        fused.budget.learn(tokens, memory.fused, time.fused)
+        this.budget.learn(tokens, size, memory.samples, time.samples)
+        fused.budget.learn(tokens, size, memory.fused, time.fused)
         for status in (memory.status, time.status):
             this.budget.stop(status)
         if memory.fused is None:
@@ -149,9 +121,10 @@ def _point(tokens: int, this: _Subject, fused: _Subject) -> list[Row]:
             fused.budget.stop(OVER_BUDGET)
         if this.budget.status == OUT_OF_MEMORY:
             time = memory = Comparison(OUT_OF_MEMORY)
-    place = {"tokens": tokens, "mode": this.mode}
-    in_ms = time.map(lambda s: s * 1e3)
+    place = {"batch_size": size, "tokens": tokens, "mode": this.mode}
+    in_ms = time.map(lambda s: s * 1e3 / size).row()
+    in_bytes = memory.map(lambda b: b / size).row()
     return [
-        place | {"quantity": "time", "unit": "ms"} | in_ms.row(),
-        place | {"quantity": "memory", "unit": "bytes"} | memory.row(),
+        place | {"quantity": "time", "unit": "ms"} | in_ms | load,
+        place | {"quantity": "memory", "unit": "bytes"} | in_bytes | {"others": None, "contended": False},
     ]

@@ -21,8 +21,16 @@ def inference(model: ViT, batch_size: int, device: torch.device) -> Call:
 
 
 def adamw(model: ViT) -> torch.optim.AdamW:
-    """Return an optimiser whose learning rate is zero: it does all its work and leaves the weights where they are."""
-    return torch.optim.AdamW(model.parameters(), lr=0.0)
+    """Return an optimiser whose learning rate is zero: it does all its work and leaves the weights where they are.
+
+    Its moments are there already, so that the first step is like any other.
+    """
+    optimiser = torch.optim.AdamW(model.parameters(), lr=0.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimiser.step()
+    optimiser.zero_grad()
+    return optimiser
 
 
 def training_step(model: ViT, optimiser: torch.optim.Optimizer, batch_size: int, device: torch.device) -> Call:
