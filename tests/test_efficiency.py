@@ -36,7 +36,8 @@ FUSED = rows("fused", np.ones(5), macs=TOKENS**2)
 def test_the_interval_of_a_length_is_where_the_ends_of_the_ratios_interval_cross_one(spread):
     """A ratio of (500 / N)^½, times or over the spread, is one at 500 x spread^±2."""
     found = lengths(rows("linformer", (500 / TOKENS) ** 0.5, spread), FUSED)
-    assert found == pytest.approx({"length": 500, "length_low": 500 / spread**2, "length_high": 500 * spread**2})
+    expected = {"length": 500, "length_low": 500 / spread**2, "length_high": 500 * spread**2}
+    assert found == pytest.approx(expected | {"measured_from": 64, "measured_to": 16384})
 
 
 def test_a_length_beyond_the_last_point_is_open():
@@ -44,12 +45,14 @@ def test_a_length_beyond_the_last_point_is_open():
     assert found["length"] == pytest.approx(12000) and found["length_high"] is None
     found = lengths(rows("linformer", (20000 / TOKENS) ** 0.5, 1.3), FUSED)
     assert found["length"] is None and found["length_low"] == pytest.approx(20000 / 1.69)
-    assert lengths(rows("linformer", np.full(5, 2.0), 1.3), FUSED) == dict.fromkeys(found)
+    never = lengths(rows("linformer", np.full(5, 2.0), 1.3), FUSED)
+    assert [never[name] for name in ("length", "length_low", "length_high")] == [None] * 3
 
 
 def test_a_ratio_without_an_interval_is_its_own():
     table = rows("linformer", (500 / TOKENS) ** 0.5, 1.2).assign(ratio_low=np.nan, ratio_high=np.nan)
-    assert lengths(table, FUSED) == pytest.approx(dict.fromkeys(("length", "length_low", "length_high"), 500))
+    found = lengths(table, FUSED)
+    assert [found[name] for name in ("length", "length_low", "length_high")] == pytest.approx([500] * 3)
 
 
 def test_whichever_was_stopped_alone_is_the_dearer():
@@ -60,6 +63,18 @@ def test_whichever_was_stopped_alone_is_the_dearer():
     assert lengths(alone, fused)["length"] == TOKENS[-1]
     both = rows("linformer", [2, 0.5, 0.5, 0.5, np.nan])
     assert lengths(both, fused)["length"] == pytest.approx(128)
+
+
+@pytest.mark.parametrize(
+    ("reason", "length", "measured_to"), [("over budget", None, 4096), ("out of memory", 16384, 16384)]
+)
+def test_whichever_ran_out_of_time_may_have_needed_less_memory(reason, length, measured_to):
+    alone = rows("linformer", [2, 2, 2, 2, np.nan], status="ok", quantity="memory")
+    fused = FUSED.assign(status=["ok"] * 4 + [reason])
+    found = lengths(alone, fused)
+    assert (found["length"], found["measured_to"]) == (length, measured_to)
+    mine = rows("linformer", [2, 0.5, 0.5, 0.5, np.nan], quantity="memory").replace("out of memory", reason)
+    assert (lengths(mine, FUSED)["length"] is None) == (reason == "out of memory")
 
 
 def test_slope_and_prediction_of_power_laws_are_the_closed_forms():

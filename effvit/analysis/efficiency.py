@@ -30,34 +30,44 @@ def efficiency(scaling: pd.DataFrame) -> pd.DataFrame:
 
 
 def lengths(mine: pd.DataFrame, fused: pd.DataFrame) -> dict[str, float | None]:
-    """Efficiency length of one mechanism in one case, and its interval.
+    """Efficiency length of one mechanism in one case, its interval, and between which lengths it was looked for.
 
-    The ratio to `fused` of each interleaved run decides, and whichever was stopped alone is the dearer. The ends are
-    where the ends of the ratio's interval cross one, hence None where even the last point does not exclude a ratio of
-    one. All are None for `fused` itself.
+    The ratio to `fused` of each interleaved run decides. Whichever was stopped alone is the dearer; but in memory only
+    if it ran out of that. The ends are where the ends of the ratio's interval cross one, hence None where even the last
+    point does not exclude a ratio of one. All are None for `fused` itself.
 
     Args:
         mine: rows of the mechanism, one per token count.
         fused: rows of `fused` in the same case; empty where it is not of the comparison.
+
+    Returns:
+        `length`, `length_low`, `length_high`, `measured_from`, `measured_to`; the latter two are of points where the
+        mechanism ran and can be compared.
     """
-    if "fused" in set(mine["attention"]):
-        return dict.fromkeys(("length", "length_low", "length_high"))
     mine = mine.sort_values("tokens")
-    ends = {"length": "ratio_to_fused", "length_low": "ratio_low", "length_high": "ratio_high"}
-    ratios = {name: mine[column].fillna(mine["ratio_to_fused"]) for name, column in ends.items()}
-    return {name: _length(mine, ratio, fused) for name, ratio in ratios.items()}
-
-
-def _length(mine: pd.DataFrame, ratio: "pd.Series[float]", fused: pd.DataFrame) -> float | None:
-    fused_done = mine["tokens"].isin(fused.loc[fused["status"] == "ok", "tokens"])
     done = mine["status"].eq("ok")
-    fused_stopped = done & ratio.isna()
-    cost = ratio.mask(~done & fused_done, np.inf).mask(fused_stopped, 1.0)
+    if mine["attention"].eq("fused").all():
+        return dict.fromkeys(("length", "length_low", "length_high")) | _ends(mine["tokens"][done])
+    fused_status = mine["tokens"].map(fused.set_index("tokens")["status"])
+    fused_stopped = done & mine["ratio_to_fused"].isna()
+    stopped = ~done & fused_status.eq("ok")
+    if mine["quantity"].eq("memory").all():
+        fused_stopped &= fused_status.eq("out of memory")
+        stopped &= mine["status"].eq("out of memory")
     baseline = pd.Series(1.0, mine.index).mask(fused_stopped, np.inf)
-    known = cost.notna()
-    if not known.any():
-        return None
-    return efficiency_length(mine.loc[known, "tokens"], cost[known], baseline[known])
+    known = mine["ratio_to_fused"].notna() | fused_stopped | stopped
+    found: dict[str, float | None] = {}
+    ends = {"length": "ratio_to_fused", "length_low": "ratio_low", "length_high": "ratio_high"}
+    for name, column in ends.items():
+        cost = mine[column].fillna(mine["ratio_to_fused"]).mask(stopped, np.inf).mask(fused_stopped, 1.0)
+        points = mine["tokens"][known], cost[known], baseline[known]
+        found[name] = efficiency_length(*points) if known.any() else None
+    return found | _ends(mine["tokens"][done & known])
+
+
+def _ends(tokens: "pd.Series[int]") -> dict[str, float | None]:
+    first, last = (float(tokens.min()), float(tokens.max())) if len(tokens) else (None, None)
+    return {"measured_from": first, "measured_to": last}
 
 
 def _row(mine: pd.DataFrame, fused: pd.DataFrame) -> dict[str, Any]:
@@ -73,5 +83,4 @@ def _row(mine: pd.DataFrame, fused: pd.DataFrame) -> dict[str, Any]:
     if timed and not (mine["attention"] == "fused").all():
         known = mine.dropna(subset=["macs", "fused_macs"]).astype({"macs": float, "fused_macs": float})
         row["predicted_length"] = efficiency_length(known["tokens"], known["macs"], known["fused_macs"])
-    ends = {"measured_from": done["tokens"].min(), "measured_to": done["tokens"].max()}
-    return row | ends | {"contended": bool(done["contended"].any())}
+    return row | {"contended": bool(done["contended"].any())}

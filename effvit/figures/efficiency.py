@@ -52,7 +52,7 @@ def _panel(axes: Axes, table: pd.DataFrame, mechanisms: Sequence[str]) -> None:
     axes.set_yticks(range(len(mechanisms)), [look(name)[0] for name in mechanisms])
     axes.xaxis.set(major_locator=LogLocator(subs=(1, 3)), minor_locator=NullLocator())
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.margins(x=0.1)
+    axes.margins(x=0.14)
     for row in table.to_dict("records"):
         place = mechanisms.index(str(row["attention"]))
         _, colour, _ = look(str(row["attention"]))
@@ -78,7 +78,7 @@ def _length(axes: Axes, row: dict[Any, Any], y: float, colour: str) -> None:
         axes.annotate(f"> {last:,.0f}", (last, y), (-6, 0), ha="right", **note)
     elif np.isclose(length, first):
         axes.plot(length, y, marker="<", **fill)
-        axes.annotate(f"≤ {length:,.0f}", (length, y), (6, 0), ha="left", **note)
+        axes.annotate(f"≤ {length:,.0f}", (length, y), (-6, 0), ha="right", **note)
     else:
         axes.plot(length, y, marker=_CASES[str(row["quantity"])], **fill)
         if pd.isna(high):

@@ -97,21 +97,23 @@ def _scaling_panel(axes: Axes, rows: pd.DataFrame) -> None:
                 first["tokens"], 0.97 - 0.05 * i, _STOPPED.get(first["status"], "x"), color=colour, transform=upper_edge
             )
         if attention != "fused":
-            length = lengths(mine, rows[rows["attention"] == "fused"])["length"]
+            searched = lengths(mine, rows[rows["attention"] == "fused"])
+            length = searched["length"]
             if length is not None:
                 cost = np.exp(np.interp(np.log(length), np.log(done["tokens"]), np.log(done["cost"])))
                 axes.plot(length, cost, "*", color=colour, markersize=10, markeredgecolor="white", zorder=3)
-            found.append((f"{label}: {_length_text(length, done['tokens'])}", colour))
+            found.append((f"{label}: {_length_text(searched)}", colour))
     _reference_slopes(axes, rows)
     texts = [("Cheaper than Fused from [tokens]", "black"), *found] if found else []
     for i, (text, colour) in enumerate(texts):
         axes.text(0.03, 0.97 - 0.065 * i, text, color=colour, transform=axes.transAxes, va="top", fontsize=6.5)
 
 
-def _length_text(length: float | None, tokens: "pd.Series[int]") -> str:
+def _length_text(searched: dict[str, float | None]) -> str:
+    length, first, last = (searched[key] for key in ("length", "measured_from", "measured_to"))
     if length is None:
-        return f"> {tokens.max():,}" if len(tokens) else "never"
-    return f"{'≤ ' if length == tokens.min() else ''}{length:,.0f}"
+        return "never" if last is None else f"> {last:,.0f}"
+    return f"{'≤ ' if length == first else ''}{length:,.0f}"
 
 
 def _reference_slopes(axes: Axes, rows: pd.DataFrame) -> None:
