@@ -49,6 +49,7 @@ def draw_all(tables, maps, *attentions):
         figures.accuracy_tradeoff(of(tables.tradeoff, *attentions)),
         figures.scaling(of(tables.scaling, *attentions)),
         figures.confusion(of(tables.confusion, *attentions)),
+        figures.hardware(of(tables.hardware, *attentions)),
         figures.attention_maps({a: maps[a] for a in attentions}, [str(i) for i in range(10)]),
     ]
 
@@ -146,6 +147,20 @@ def test_latency_is_drawn_as_the_ratio_to_fused_with_its_batch(tables):
     assert axes.get_xlabel() == "Latency [× Fused, batch 64]"
     drawn = {line.get_xdata()[0] for line in axes.lines if line.get_marker() == look("hybrid")[2]}
     assert drawn == set(of(tables.tradeoff, "hybrid")["latency_ratio"])
+
+
+def test_hardware_says_where_a_mechanism_does_not_run_and_draws_the_rest(tables):
+    latency = figures.hardware(of(tables.hardware, "fused", "performer", "hybrid")).axes[0]
+    said = [(text.get_text(), round(text.get_position()[1])) for text in latency.texts]
+    names = ["onnxruntime", "onnxruntime, int8 weights"]
+    assert said == [(f"{names[0]}: not supported", 2), *((f"{names[1]}: not supported", row) for row in (1, 2))]
+    drawn = [line for line in latency.lines if np.isfinite(line.get_xdata()).all() and line.get_marker() in "oD^"]
+    assert len(drawn) == 3 * 3 - 3
+
+
+def test_hardware_draws_ratios_of_one_process_and_not_times_of_several(tables):
+    slower = tables.hardware.assign(latency_ms=tables.hardware["latency_ms"] * 10)
+    assert png(figures.hardware(slower)) == png(figures.hardware(tables.hardware))
 
 
 def test_a_stopped_mechanism_is_crossed_at_its_first_length_and_does_not_pay_off(tables):

@@ -16,6 +16,8 @@ COMMANDS = (
     "evaluate",
     "predict",
     "attention_map",
+    "export",
+    "hardware",
     "benchmark",
     "scaling",
     "bench_peers",

@@ -2,9 +2,10 @@
 
 from effvit.figures.confusion import confusion
 from effvit.figures.curves import training_curves
+from effvit.figures.hardware import hardware
 from effvit.figures.maps import attention_maps
 from effvit.figures.scaling import scaling
 from effvit.figures.style import save
 from effvit.figures.tradeoff import accuracy_tradeoff
 
-__all__ = ["accuracy_tradeoff", "attention_maps", "confusion", "save", "scaling", "training_curves"]
+__all__ = ["accuracy_tradeoff", "attention_maps", "confusion", "hardware", "save", "scaling", "training_curves"]
