@@ -24,6 +24,7 @@ COMMANDS = (
     "bench_data",
     "aggregate",
     "plot",
+    "ablation",
     "mechanisms",
 )
 

@@ -36,14 +36,15 @@ def hardware(table: pd.DataFrame) -> Figure:
         _points(latency, ratio, y, colours, marker)
         _points(size, table[f"{prefix}bytes" if prefix else "model_bytes"] / _KIB, y, colours, marker)
         _points(process, table[f"{prefix}peak_rss_bytes"] / _MIB, y, colours, marker)
-        if prefix:
-            for at, status in zip(y, table[f"{prefix}status"], strict=True):
-                if status != "ok":
-                    place = {"transform": latency.get_yaxis_transform(), "va": "center", "fontsize": 6}
-                    latency.text(0.02, at, f"{_RUNTIMES[prefix][0]}: not supported", color="0.4", **place)
     change = table["int8_top1"] - table["top1"]
     accuracy.axvline(0, color="0.6", linewidth=0.9)
     _points(accuracy, change, np.arange(len(table)), colours, _RUNTIMES["int8_"][1])
+    across = accuracy.get_yaxis_transform()
+    for at, (onnx, int8) in enumerate(zip(table["onnx_status"], table["int8_status"], strict=True)):
+        if int8 != "ok":  # as where onnxruntime does not run it at all
+            absent = _RUNTIMES["int8_" if onnx == "ok" else "onnx_"][0]
+            said = f"{absent}: not supported"
+            accuracy.text(0.5, at, said, color="0.4", va="center", ha="center", transform=across)
     accuracy.margins(x=0.15)
     accuracy.xaxis.set(major_locator=MaxNLocator(5), major_formatter=StrMethodFormatter("{x:+.1%}"))
     n, split = table["n_images"].iloc[0], table["split"].iloc[0]
