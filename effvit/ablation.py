@@ -26,6 +26,7 @@ from effvit.vit import ViT
 
 ATTENTION = "hybrid"
 _GATE_IMAGES = 512  # of the validation split, from its start
+_GATES = ["dataset", "branches", "layer", "branch", "share"]
 _MIB = 2**20
 
 
@@ -71,8 +72,8 @@ def collect(repository: Path) -> Ablation:
     parts = [
         part for branches, (fs, params) in sorted(found.items(), key=_order) for part in _read(branches, fs, params)
     ]
-    accuracy, cost, gates = (pd.DataFrame([row for part in parts for row in part[i]]) for i in range(3))
-    return Ablation(accuracy, cost, gates)
+    accuracy, cost, gates = ([row for part in parts for row in part[i]] for i in range(3))
+    return Ablation(pd.DataFrame(accuracy), pd.DataFrame(cost), pd.DataFrame(gates, columns=_GATES))
 
 
 def _order(item: tuple[str, Any]) -> tuple[int, str]:

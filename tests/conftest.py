@@ -80,14 +80,20 @@ def trained(tmp_path_factory, digits, tiny_config) -> Path:
 
 
 @pytest.fixture(scope="session")
-def digits12(tmp_path_factory):
-    """The digits at 12 x 12 pixels: with patches of 4 a grid of odd sides."""
+def digits12_dir(tmp_path_factory) -> Path:
+    """The digits at 12 x 12 pixels, prepared: with patches of 4 a grid of odd sides."""
     from effvit.data import prepare
-    from effvit.data.prepared import PreparedDataset
 
     directory = tmp_path_factory.mktemp("prepared12") / "digits"
     prepare("digits", None, 12, directory)
-    return PreparedDataset.load(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def digits12(digits12_dir):
+    from effvit.data.prepared import PreparedDataset
+
+    return PreparedDataset.load(digits12_dir)
 
 
 @pytest.fixture(scope="session")

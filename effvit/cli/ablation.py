@@ -28,6 +28,6 @@ def ablation(
         for name, table in vars(tables).items():
             write_csv(aside / f"{name}.csv", table)
         for dataset in pd.unique(tables.accuracy["dataset"]):
-            mine = [table[table["dataset"] == dataset] if len(table) else table for table in vars(tables).values()]
+            mine = [table[table["dataset"] == dataset] for table in vars(tables).values()]
             save(draw(*mine), aside / f"{dataset}.png")
     typer.echo(f"{len(tables.accuracy)} sets of branches in {output_dir}")

@@ -17,7 +17,8 @@ def ablation(accuracy: pd.DataFrame, cost: pd.DataFrame, gates: pd.DataFrame) ->
 
     Accuracy's interval is over seeds, or over test images where there is one seed.
     """
-    table = accuracy.merge(cost, on=["dataset", "branches"]).assign(mmacs=accuracy["gmacs"] * 1e3)
+    table = accuracy.merge(cost, on=["dataset", "branches"])
+    table = table.assign(mmacs=table["gmacs"] * 1e3)
     gated = [str(branches) for branches in table["branches"] if branches in set(gates["branches"])]
     figure = Figure(figsize=(WIDTH, 3.0 + (1.9 if gated else 0)), layout="constrained")
     upper, *lower = figure.subfigures(2 if gated else 1, 1, height_ratios=[3.0, 1.9] if gated else None, squeeze=False)[
