@@ -69,7 +69,7 @@ def test_a_runtime_that_is_not_supported_leaves_its_figures_empty(
     assert found["onnx_status"].startswith("not supported: performer: onnxruntime's logits differ from PyTorch's by ")
     assert found["int8_status"] == found["onnx_status"]
     empty = [key for key in found if key.startswith(("onnx_", "int8_")) and not key.endswith("status")]
-    assert len(empty) == 2 * 13 + 3 and all(found[key] is None for key in empty)
+    assert len(empty) == 2 * 12 + 3 and all(found[key] is None for key in empty)
     assert found["latency_ms"] > 0 and found["peak_rss_bytes"] == MIB
 
 

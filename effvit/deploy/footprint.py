@@ -41,10 +41,12 @@ def _run(model: Path) -> None:
         import torch
 
         from effvit.checkpoint import load_model
-        from effvit.measure.workload import inference
 
         torch.set_num_threads(1)
-        inference(load_model(model), 1, torch.device("cpu"))()
+        vit = load_model(model)
+        size = vit.config.image_size
+        with torch.inference_mode():
+            vit(torch.zeros(1, vit.config.num_channels, size, size))
     else:
         import numpy as np
 

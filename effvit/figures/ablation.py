@@ -31,7 +31,7 @@ def ablation(accuracy: pd.DataFrame, cost: pd.DataFrame, gates: pd.DataFrame) ->
     n_seeds, n_images = table["n_seeds"].iloc[0], table["n_images"].iloc[0]
     of = f"{n_seeds} seeds" if n_seeds > 1 else f"n = {n_images:,} images"
     columns = {
-        "top1": f"Test accuracy (top-1) [{of}]",
+        "top1": f"Test top-1 [{of}]",
         "mmacs": "Computation [MMACs/image]",
         "latency_ratio": f"Latency [× Fused, batch {batch}]",
     }

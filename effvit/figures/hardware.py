@@ -56,7 +56,7 @@ def hardware(table: pd.DataFrame) -> Figure:
     ):
         axes.set(xscale="log", xlabel=label)
         axes.margins(x=0.1)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axes.xaxis.set(minor_locator=NullLocator(), major_formatter=StrMethodFormatter("{x:,g}"))
     handles = [Line2D([], [], color="0.3", marker=m, linestyle="", label=name) for name, m in _RUNTIMES.values()]
     figure.legend(handles=handles, loc="outside upper center", ncols=3)
