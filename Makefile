@@ -1,6 +1,7 @@
 # Everything a person types. `make help` lists it.
 .DEFAULT_GOAL := help
-.PHONY: help env study params test lint clean
+BRANCHES := [regional],[dilated],[linear],[regional,dilated],[regional,linear],[dilated,linear],[regional,dilated,linear]
+.PHONY: help env study ablation params test lint clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -19,6 +20,10 @@ env: .venv/.made ## the environment in .venv, from requirements.lock alone
 
 study: env ## train, measure and plot all mechanisms on the embedded data set
 	. $(BIN)/activate && dvc repro
+
+ablation: env ## the hybrid with every set of its branches, an experiment each, and their picture
+	. $(BIN)/activate && dvc exp run --queue -S attention=hybrid -S 'attention.hybrid.branches=$(BRANCHES)' aggregate
+	. $(BIN)/activate && dvc exp run --run-all && effvit ablation --output-dir docs/ablation
 
 params: env ## compose params.yaml from conf/
 	$(BIN)/python -m stages.params

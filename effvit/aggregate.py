@@ -32,6 +32,7 @@ class Tables:
     scaling: pd.DataFrame
     efficiency: pd.DataFrame
     confusion: pd.DataFrame
+    hardware: pd.DataFrame
     provenance: pd.DataFrame
 
 
@@ -78,9 +79,14 @@ def collect(metrics_dir: Path, datasets: Sequence[str], attentions: Sequence[str
         scaling=scaling,
         efficiency=efficiency(scaling),
         confusion=pairs_seen.groupby(_CONFUSED, sort=False)["count"].sum().reset_index(),
+        hardware=pd.DataFrame([key | cells.hardware(cell / "hardware") for key, cell in pairs]),
         provenance=pd.DataFrame(
             [key | cells.provenance(run / stage, stage) for key, run in runs for stage in ("train", "evaluate")]
-            + [key | cells.provenance(cell / "benchmark", "benchmark") for key, cell in pairs]
+            + [
+                key | cells.provenance(cell / stage, stage)
+                for key, cell in pairs
+                for stage in ("benchmark", "hardware")
+            ]
             + [{"attention": a} | cells.provenance(metrics_dir / "scaling" / a, "scaling") for a in attentions]
         ).astype({"seed": "Int64"}),
     )

@@ -16,6 +16,19 @@ _RATIO = ["ratio_to_fused", "ratio_low", "ratio_high"]
 _MEASURED = {"quantity": str, "unit": str} | dict.fromkeys(["median", "q25", "q75", *_RATIO], float)
 _HISTORY = ["epoch", "train_loss", "val_loss", "train_accuracy", "val_accuracy"]
 _ENVIRONMENT = ["time", "git_revision", "python", "platform", "cpu", "cpu_count", "threads", "accelerator"]
+_RUNTIMES = ("", "onnx_", "int8_")  # PyTorch, onnxruntime, onnxruntime with int8 weights
+_TIMES = ["latency_ms", "latency_q25", "latency_q75", *_RATIO]
+_SPEEDUP = ["speedup", "speedup_low", "speedup_high"]
+_DEPLOYMENT = [
+    *("split", "n_images", "model_bytes", "onnx_bytes", "int8_bytes", "top1", "onnx_top1", "int8_top1"),
+    *("int8_lost", "int8_gained", "onnx_error", "onnx_status", "int8_status"),
+]
+_HARDWARE = [
+    *("fused_latency_ms", "n_rounds"),
+    *(runtime + column for runtime in _RUNTIMES for column in _TIMES),
+    *(runtime + column for runtime in _RUNTIMES[1:] for column in _SPEEDUP),
+    *("weight_bytes", "peak_memory_bytes", *(f"{runtime}peak_rss_bytes" for runtime in _RUNTIMES)),
+]
 _MAPS = {"images": 4, "labels": 1, "predictions": 1, "maps": 3}  # number of dimensions
 
 
@@ -67,6 +80,18 @@ def cost(directory: Path) -> pd.DataFrame:
     if missing := {"latency", "train_memory"} - set(table["quantity"]):
         raise UserError(f"{path}: no row for {', '.join(sorted(missing))}; `dvc repro -f benchmark` makes it anew")
     return table
+
+
+def hardware(directory: Path) -> dict[str, Any]:
+    """What runs where and what it costs: sizes, accuracies and statuses, then what was measured; None is unknown."""
+    figures: dict[str, Any] = {}
+    for file, keys in (("deployment.json", _DEPLOYMENT), ("hardware.json", _HARDWARE)):
+        content = _load_json(directory / file, "hardware")
+        if not isinstance(content, dict) or (missing := [key for key in keys if key not in content]):
+            told = ", ".join(missing) if isinstance(content, dict) else "a JSON object"
+            raise _malformed(directory / file, "hardware", f"expected {told}")
+        figures |= {key: content[key] for key in keys}
+    return figures
 
 
 def scaling(directory: Path) -> pd.DataFrame:

@@ -3,8 +3,6 @@
 import sys
 from pathlib import Path
 
-import torch
-
 _STATUS = Path("/proc/self/status")
 _WORDS = (
     "not enough memory",
@@ -17,6 +15,8 @@ _WORDS = (
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says that memory ran out, on any device."""
+    import torch  # not for the other functions here, whose process may do without
+
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _WORDS)

@@ -10,7 +10,7 @@ from typing import Any
 
 from effvit.files import write_json
 
-_PACKAGES = ("effvit", "torch", "torchvision", "numpy", "lightning-fabric", "ptflops", "dvc")
+_PACKAGES = ("effvit", "torch", "torchvision", "numpy", "lightning-fabric", "ptflops", "onnxruntime", "dvc")
 _CODE = ("effvit", "stages")
 
 

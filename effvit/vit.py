@@ -186,7 +186,7 @@ class ViT(nn.Module):
                 f"(batch, {config.num_channels}, {config.image_size}, {config.image_size})"
             )
         patches = self.patch_embed(images)  # (B, P, C)
-        x = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1)  # (B, N, C)
+        x = torch.cat([self.cls_token.expand(images.shape[0], -1, -1), patches], dim=1)  # (B, N, C)
         x = self.pos_drop(x + self.pos_embed)
         maps = []
         for block in self.blocks:

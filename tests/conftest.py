@@ -79,6 +79,50 @@ def trained(tmp_path_factory, digits, tiny_config) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def digits12_dir(tmp_path_factory) -> Path:
+    """The digits at 12 x 12 pixels, prepared: with patches of 4 a grid of odd sides."""
+    from effvit.data import prepare
+
+    directory = tmp_path_factory.mktemp("prepared12") / "digits"
+    prepare("digits", None, 12, directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def digits12(digits12_dir):
+    from effvit.data.prepared import PreparedDataset
+
+    return PreparedDataset.load(digits12_dir)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory, digits12) -> dict[str, Path]:
+    """By mechanism, a directory with a tiny model on 3 x 3 patches, its ``model.onnx`` and ``int8.onnx``."""
+    import torch
+    from mechanisms import FIRST
+
+    from effvit import ViT, ViTConfig
+    from effvit.checkpoint import save_model
+    from effvit.deploy.export import export_onnx
+    from effvit.deploy.int8 import quantize
+
+    directories = {}
+    for attention, options in FIRST:
+        torch.manual_seed(1)
+        size = {"image_size": 12, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        size |= {"intermediate_size": 16, "initializer_range": 0.5}
+        model = ViT(ViTConfig(**size, attention=attention, attention_options=options)).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():  # none that a graph could do without, as it could without zeros
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        directories[attention] = directory = tmp_path_factory.mktemp(attention)
+        save_model(model, directory)
+        export_onnx(model, directory / "model.onnx", digits12)
+        quantize(directory / "model.onnx", directory / "int8.onnx")
+    return directories
+
+
 @pytest.fixture
 def effvit(monkeypatch, capsys, tmp_path):
     """Call the console script's own entry point, in `tmp_path` and in this process: effvit("train", ...)."""

@@ -18,6 +18,7 @@ def write_study(metrics_dir, datasets=("digits",), attentions=ATTENTIONS, seeds=
             cell = Path(metrics_dir, "cells", dataset, attention)
             rng = np.random.default_rng([ATTENTIONS.index(attention) if attention in ATTENTIONS else 99])
             _benchmark(cell / "benchmark", attention)
+            _hardware(cell / "hardware", attention)
             for seed in seeds:
                 _train(cell / f"seed{seed}" / "train", rng, epochs)
                 _evaluate(cell / f"seed{seed}" / "evaluate", rng, classes, images)
@@ -121,6 +122,39 @@ def _benchmark(directory, attention):
         _row(3e8, 3e8, quantity="max_rss", batch_size=None, unit="bytes"),
     ]
     pd.DataFrame(rows).astype({"batch_size": "Int64"}).to_csv(directory / "cost.csv", index=False)
+
+
+def _hardware(directory, attention):
+    """The hybrid does not run under onnxruntime, and Performer not in int8."""
+    directory.mkdir(parents=True)
+    _provenance(directory)
+    ms, fused_ms = (40 * _cost_at(65, name)[0] for name in (attention, "fused"))
+    absent = {"hybrid": ("onnx", "int8"), "performer": ("int8",)}.get(attention, ())
+    deployment = {"split": "validation", "n_images": 144, "model_bytes": 480_000, "top1": 0.97}
+    hardware = {"fused_latency_ms": fused_ms, "n_rounds": 60, "weight_bytes": 470_000, "peak_memory_bytes": 90_000}
+    for runtime, prefix, speed, size, rss in (
+        ("eager", "", 1, None, 350),
+        ("onnx", "onnx_", 2.5, 520_000, 60),
+        ("int8", "int8_", 3.1, 180_000, 58),
+    ):
+        known = runtime not in absent
+        times = {"latency_ms": ms / speed, "latency_q25": 0.98 * ms / speed, "latency_q75": 1.03 * ms / speed}
+        ratio = {"ratio_to_fused": ms / speed / fused_ms, "speedup": speed}
+        ratio |= {
+            f"{name.removesuffix('_to_fused')}_{end}": x * f
+            for name, x in ratio.items()
+            for end, f in (("low", 0.97), ("high", 1.02))
+        }
+        figures = {prefix + key: x if known else None for key, x in (times | ratio).items()}
+        hardware |= {k: x for k, x in figures.items() if not k.startswith("speedup")}
+        hardware[f"{prefix}peak_rss_bytes"] = rss * 2**20 if known else None
+        if prefix:
+            deployment |= {f"{prefix}bytes": size if known else None, f"{prefix}top1": 0.96 if known else None}
+            deployment[f"{prefix}status"] = "ok" if known else f"not supported: {attention}: no such operator"
+    deployment |= {"onnx_error": 1e-6 if "onnx" not in absent else None}
+    deployment |= dict(zip(("int8_lost", "int8_gained"), (3, 1) if "int8" not in absent else (None, None), strict=True))
+    (directory / "deployment.json").write_text(json.dumps(deployment))
+    (directory / "hardware.json").write_text(json.dumps(hardware))
 
 
 def _scaling(directory, attention):

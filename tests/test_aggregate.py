@@ -13,7 +13,16 @@ from effvit.aggregate import aggregate, collect, summarise
 from effvit.cli.aggregate import aggregate as command
 from effvit.errors import UserError
 
-TABLES = {"curves.csv", "accuracy.csv", "cost.csv", "tradeoff.csv", "scaling.csv", "confusion.csv", "provenance.csv"}
+TABLES = {
+    "curves.csv",
+    "accuracy.csv",
+    "cost.csv",
+    "tradeoff.csv",
+    "scaling.csv",
+    "confusion.csv",
+    "hardware.csv",
+    "provenance.csv",
+}
 TABLES |= {"efficiency.csv", "paired.csv"}
 FEW = ("fused", "linformer")
 STAGE_OF = {
@@ -23,6 +32,8 @@ STAGE_OF = {
     "cells/digits/linformer/seed0/evaluate/predictions.csv": "evaluate",
     "cells/digits/linformer/benchmark/model.json": "benchmark",
     "cells/digits/linformer/benchmark/cost.csv": "benchmark",
+    "cells/digits/linformer/hardware/deployment.json": "hardware",
+    "cells/digits/linformer/hardware/hardware.json": "hardware",
     "scaling/linformer/scaling.csv": "scaling",
     "scaling/linformer/macs.csv": "scaling",
     "cells/digits/linformer/seed0/evaluate/provenance.json": "evaluate",
@@ -63,7 +74,7 @@ def test_interval_is_students_t_over_seeds(study):
 def test_every_result_has_its_provenance(study):
     table = collect(study, ["digits", "cifar10"], FEW, [0, 2]).provenance
     stages = table.groupby("stage").size().to_dict()
-    assert stages == {"train": 2 * 2 * 2, "evaluate": 2 * 2 * 2, "benchmark": 2 * 2, "scaling": 2}
+    assert stages == {"train": 2 * 2 * 2, "evaluate": 2 * 2 * 2, "benchmark": 2 * 2, "hardware": 2 * 2, "scaling": 2}
     record = json.loads((study / "cells/digits/linformer/seed2/train/provenance.json").read_text())
     row = table.query("dataset == 'digits' and attention == 'linformer' and seed == 2 and stage == 'train'")
     assert row[["time", "threads", "cpu"]].values.tolist() == [[record["time"], record["threads"], record["cpu"]]]
@@ -177,6 +188,14 @@ def test_scaling_keeps_stopped_points_and_adds_exact_macs(study):
     scaling = collect(study, ["digits"], ["standard"], [0]).scaling
     stopped = scaling[scaling["status"] == "out of memory"]
     assert len(stopped) and stopped["median"].isna().all() and stopped["macs"].notna().all()
+
+
+def test_what_a_runtime_does_not_support_stays_in_the_table(study):
+    table = collect(study, ["digits"], ATTENTIONS, [0]).hardware.set_index("attention")
+    assert table.loc["hybrid", "onnx_status"].startswith("not supported: ")
+    assert table.loc["hybrid", ["onnx_latency_ms", "onnx_bytes", "int8_top1"]].isna().all()
+    assert table.loc["performer", "int8_status"] != "ok" and table.loc["performer", "onnx_speedup"] == 2.5
+    assert (table["latency_ms"] > 0).all() and table.loc["fused", "int8_bytes"] == 180_000
 
 
 def test_files_are_the_same_bytes_at_each_run_and_the_summary_holds_numbers_only(study, tmp_path):

@@ -14,7 +14,7 @@ from effvit.cli.plot import plot
 from effvit.cli.prepare import prepare
 from effvit.errors import UserError
 
-KINDS = ("curves", "tradeoff", "confusion", "attention-maps", "samples")
+KINDS = ("curves", "tradeoff", "confusion", "hardware", "attention-maps", "samples")
 STUDIED = {"scaling", "scaling_tokens", "scaling_model", "scaling_model_tokens", "efficiency"}
 FEW = ["fused", "linformer"]
 
@@ -66,7 +66,7 @@ def test_every_data_set_and_only_the_named_mechanisms_are_drawn(study, monkeypat
         assert "Linformer" in titles and "Fused" not in titles
 
 
-@pytest.mark.parametrize("table", ["curves", "tradeoff", "scaling", "efficiency", "confusion"])
+@pytest.mark.parametrize("table", ["curves", "tradeoff", "scaling", "efficiency", "confusion", "hardware"])
 @pytest.mark.parametrize("content", [None, "", "attention,dataset\nfused,digits\n"])
 def test_a_missing_or_malformed_table_is_named_and_nothing_is_written(study, table, content):
     path = study["data_dir"] / f"{table}.csv"

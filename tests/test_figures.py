@@ -51,6 +51,7 @@ def draw_all(tables, maps, *attentions):
         figures.scaling(of(tables.scaling, *attentions), "model", "tokens"),
         figures.efficiency_lengths(of(tables.efficiency, *attentions)),
         figures.confusion(of(tables.confusion, *attentions)),
+        figures.hardware(of(tables.hardware, *attentions)),
         figures.attention_maps({a: maps[a] for a in attentions}, [str(i) for i in range(10)]),
     ]
 
@@ -217,6 +218,20 @@ def test_latency_is_drawn_as_the_ratio_to_fused_with_its_batch(tables):
     assert axes.get_xlabel() == "Latency [× Fused, batch 64]"
     drawn = {line.get_xdata()[0] for line in axes.lines if line.get_marker() == look("hybrid")[2]}
     assert drawn == set(of(tables.tradeoff, "hybrid")["latency_ratio"])
+
+
+def test_hardware_says_where_a_mechanism_does_not_run_and_draws_the_rest(tables):
+    figure = figures.hardware(of(tables.hardware, "fused", "performer", "hybrid"))
+    said = {text.get_position()[1]: text.get_text() for text in figure.axes[1].texts}
+    assert said == {1: "onnxruntime, int8 weights: not supported", 2: "onnxruntime: not supported"}
+    for axes in (figure.axes[0], *figure.axes[2:]):
+        markers = [line.get_marker() for line in axes.lines if np.isfinite(line.get_xdata().astype(float)).all()]
+        assert [markers.count(marker) for marker in "oD^"] == [3, 2, 1]
+
+
+def test_hardware_draws_ratios_of_one_process_and_not_times_of_several(tables):
+    slower = tables.hardware.assign(latency_ms=tables.hardware["latency_ms"] * 10)
+    assert png(figures.hardware(slower)) == png(figures.hardware(tables.hardware))
 
 
 def test_a_stopped_mechanism_is_crossed_at_its_first_length_and_does_not_pay_off(tables):

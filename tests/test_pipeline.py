@@ -25,12 +25,13 @@ DETERMINISTIC = (
     "metrics/cells/*/*/seed*/evaluate/per_class.csv",
     "metrics/cells/*/*/seed*/evaluate/predictions.csv",
     "metrics/cells/*/*/benchmark/model.json",
+    "metrics/cells/*/*/hardware/deployment.json",
     "metrics/scaling/*/macs.csv",
     "plots/data/curves.csv",
     "plots/data/accuracy.csv",
     "plots/data/paired.csv",
     "plots/data/confusion.csv",
-    "plots/figures/*-[!t]*.png",  # the trade-off shows times
+    "plots/figures/*-[!th]*.png",  # the trade-off and hardware show times
 )
 
 
@@ -136,7 +137,7 @@ def test_the_summary_has_every_cell_and_numbers_alone(repository: Repository) ->
 def test_deterministic_files_are_the_same_bytes_when_all_runs_again(repository: Repository) -> None:
     before = repository.hashes()
     assert len(before) > 40
-    assert len(stages_run(repository.run("dvc repro --force"))) == 1 + 3 * 4 + 2
+    assert len(stages_run(repository.run("dvc repro --force"))) == 1 + 3 * 5 + 2
     assert repository.hashes() == before
     repository.commit("again")
 
@@ -151,7 +152,8 @@ def test_one_mechanism_trains_alone_and_the_summary_names_no_other(repository: R
 
 def test_one_option_runs_its_mechanism_again_and_nothing_else(repository: Repository) -> None:
     ran = stages_run(repository.run("dvc exp run -S attention.linformer.k=16"))
-    own = {"train@digits-linformer-0", "evaluate@digits-linformer-0", "benchmark@digits-linformer", "scaling@linformer"}
+    own = {"train@digits-linformer-0", "evaluate@digits-linformer-0", "scaling@linformer"}
+    own |= {"benchmark@digits-linformer", "hardware@digits-linformer"}
     assert own <= ran <= own | {"aggregate", "plot"}
 
 

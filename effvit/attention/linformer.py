@@ -86,7 +86,7 @@ class LinformerAttention(Attention):
     @staticmethod
     def _project_tokens(projection: Tensor, x: Tensor) -> Tensor:
         # As a batch of products: one product over all samples would have to turn x around in memory first.
-        return torch.bmm(projection.expand(len(x), -1, -1), x)
+        return torch.bmm(projection.expand(x.shape[0], -1, -1), x)
 
     def _bias(self, bias: Tensor | None) -> Tensor | float:
         return 0.0 if bias is None else bias.view(self.num_heads, 1, self.head_dim)

@@ -90,7 +90,7 @@ class NystromformerAttention(Attention):
         # Sums over members as one product, which neither gathers the tokens nor, backward, scatters their gradients;
         # of ones and zeros, which every precision holds exactly.
         members = self.get_buffer("members").to(x.dtype)  # (m, N)
-        sums = torch.bmm(members.expand(len(x), -1, -1), x.transpose(1, 2).flatten(2))  # (B, m, C)
+        sums = torch.bmm(members.expand(x.shape[0], -1, -1), x.transpose(1, 2).flatten(2))  # (B, m, C)
         return self.split_heads(sums / members.sum(dim=-1, keepdim=True))
 
     def mixing_macs(self) -> int:

@@ -68,8 +68,8 @@ class PerformerAttention(Attention):
         if not context:
             omega = self.omega.to(dtype) * scale  # Ωx̂ = (d^-¼ Ω) x: m d numbers are scaled, not N d
         # Blocks are for what exceeds a cache, and a compiler joins the steps by itself.
-        small = q.device.type == "cpu" and q.numel() <= _BLOCK_NUMBERS
-        if not (small or self.dropout_p or torch.compiler.is_compiling()):
+        whole = torch.compiler.is_compiling() or self.dropout_p  # asked first: an exported batch has no size yet
+        if not (whole or (q.device.type == "cpu" and q.numel() <= _BLOCK_NUMBERS)):
             return BlockwiseAttention.apply(q, k, v, omega, scale, self.kernel, eps)
         with torch.autocast(q.device.type, enabled=False):  # φ, its sums over tokens and 1 / them overflow float16
             q, k = q.to(dtype), k.to(dtype)

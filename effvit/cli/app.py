@@ -16,12 +16,15 @@ COMMANDS = (
     "evaluate",
     "predict",
     "attention_map",
+    "export",
+    "hardware",
     "benchmark",
     "scaling",
     "bench_peers",
     "bench_data",
     "aggregate",
     "plot",
+    "ablation",
     "mechanisms",
 )
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _PER_CLASS = 8  # images of a class on the sample sheet
 _KEY = {"dataset": str, "attention": str}
 _CASE = dict.fromkeys(("attention", "scope", "batch", "mode", "quantity"), str)
+_OF_DATASET = ("curves", "tradeoff", "confusion", "hardware")
 _COLUMNS: dict[str, dict[str, Any]] = {
     "curves": _KEY | {"epoch": int} | dict.fromkeys(("train_loss", "val_loss", "val_accuracy"), float),
     "tradeoff": _KEY
@@ -23,6 +24,11 @@ _COLUMNS: dict[str, dict[str, Any]] = {
     | dict.fromkeys(("top1_images_low", "top1_images_high"), float)
     | dict.fromkeys(("latency_ratio", "latency_ratio_low", "latency_ratio_high"), float),
     "confusion": _KEY | {"actual": str, "predicted": str, "count": int},
+    "hardware": _KEY
+    | {"split": str, "n_images": int, "onnx_status": str, "int8_status": str}
+    | dict.fromkeys(("fused_latency_ms", "model_bytes", "onnx_bytes", "int8_bytes", "top1", "int8_top1"), float)
+    | {f"{r}ratio_{end}": float for r in ("", "onnx_", "int8_") for end in ("to_fused", "low", "high")}
+    | {f"{r}peak_rss_bytes": float for r in ("", "onnx_", "int8_")},
     "scaling": _CASE
     | {"batch_size": int, "tokens": int, "status": str, "contended": bool}
     | dict.fromkeys(("median", "ratio_to_fused", "ratio_low", "ratio_high"), float),
@@ -41,7 +47,7 @@ def plot(
     attentions: Attentions,
     seed: Annotated[int, typer.Option(help="The seed whose attention maps are drawn.")] = 0,
 ) -> None:
-    """Draw training curves, trade-offs, scaling, attention maps, confusion and sample images as PNG files."""
+    """Draw curves, trade-offs, scaling, constrained hardware, attention maps, confusion and samples as PNG files."""
     from effvit import figures
     from effvit.data.prepared import PreparedDataset
     from effvit.data.samples import sample_sheet
@@ -50,7 +56,7 @@ def plot(
     check_apart(output_dir, data_dir, metrics_dir, prepared_dir)
     prepared = {d: PreparedDataset.load(prepared_dir / d) for d in datasets}
     maps = {d: _maps(metrics_dir / "cells" / d, attentions, seed, len(prepared[d].classes)) for d in datasets}
-    rows = {(t, d): _select(data_dir, t, attentions, d) for t in ("curves", "tradeoff", "confusion") for d in datasets}
+    rows = {(t, d): _select(data_dir, t, attentions, d) for t in _OF_DATASET for d in datasets}
     scaling = _select(data_dir, "scaling", attentions)
     studied = {
         "scaling": figures.scaling(scaling),
@@ -67,6 +73,7 @@ def plot(
                 "curves": figures.training_curves(rows["curves", dataset]),
                 "tradeoff": figures.accuracy_tradeoff(rows["tradeoff", dataset]),
                 "confusion": figures.confusion(rows["confusion", dataset]),
+                "hardware": figures.hardware(rows["hardware", dataset]),
                 "attention-maps": figures.attention_maps(maps[dataset], prepared[dataset].classes),
                 "samples": sample_sheet(prepared[dataset], _PER_CLASS),
             }

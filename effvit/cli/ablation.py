@@ -1,0 +1,33 @@
+"""``effvit ablation``: what the hybrid's branches are worth, from a sweep of experiments."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from effvit.cli import options
+
+
+def ablation(
+    output_dir: options.OutputDir,
+    repository: Annotated[Path, typer.Option(help="DVC repository whose experiments to gather.")] = Path(),
+) -> None:
+    """Gather the experiments of `make ablation`: accuracy and cost by set of branches, gate shares by layer.
+
+    Writes accuracy.csv and gates.csv (always the same), cost.csv (measured) and a picture a data set.
+    """
+    import pandas as pd
+
+    from effvit.ablation import collect
+    from effvit.figures import ablation as draw
+    from effvit.figures import save
+    from effvit.files import staged_dir, write_csv
+
+    tables = collect(repository)
+    with staged_dir(output_dir, "accuracy.csv") as aside:
+        for name, table in vars(tables).items():
+            write_csv(aside / f"{name}.csv", table)
+        for dataset in pd.unique(tables.accuracy["dataset"]):
+            mine = [table[table["dataset"] == dataset] for table in vars(tables).values()]
+            save(draw(*mine), aside / f"{dataset}.png")
+    typer.echo(f"{len(tables.accuracy)} sets of branches in {output_dir}")
