@@ -33,7 +33,7 @@ def efficiency_lengths(table: pd.DataFrame) -> Figure:
     for line, (scope, what) in zip(panels, scopes.items(), strict=True):
         for axes, (mode, of) in zip(line, modes.items(), strict=True):
             _panel(axes, table[(table["scope"] == scope) & (table["mode"] == mode)], mechanisms)
-            axes.set_title(f"{what}, {of}")
+            axes.set_title(f"{what}, {'forward and backward' if (scope, mode) == ('block', 'train') else of}")
     for axes in panels[1]:
         axes.set_xlabel("Cheaper than Fused from [tokens]")
     if table.empty:

@@ -55,7 +55,7 @@ def scaling(table: pd.DataFrame, scope: str = "block", batch: str = "one") -> Fi
 def _batch_note(table: pd.DataFrame) -> str:
     sizes = table.drop_duplicates("tokens").sort_values("tokens")
     listed = ", ".join(f"{n}×{t:,}" for n, t in zip(sizes["batch_size"], sizes["tokens"], strict=True))
-    return f"Batches of about as many tokens, costs divided by their samples: {listed}"
+    return f"Batches of about a fixed number of tokens, costs by the sample: {listed}"
 
 
 def _apart(tokens: "pd.Series[int]") -> list[int]:
@@ -124,7 +124,7 @@ def _reference_slopes(axes: Axes, rows: pd.DataFrame) -> None:
     ends = np.array([done["tokens"].min(), done["tokens"].max()], dtype=float)
     start = done.loc[done["tokens"] == ends[0], "cost"].min() * 0.5
     top = done["cost"].max()
-    for power, text, place in ((1, "N", (-2, -12)), (2, "N²", (-11, -1))):  # on the sides where no line ends
+    for power, text, place in ((1, "N", (-2, -12)), (2, "N²", (9, -6))):  # on the sides where no line ends
         end = min(ends[1], ends[0] * (top / start) ** (1 / power))  # not beyond what was measured
         x = np.array([ends[0], end])
         axes.plot(x, start * (x / ends[0]) ** power, color="0.7", linestyle="--", linewidth=0.9, zorder=1)
