@@ -18,6 +18,8 @@ COMMANDS = (
     "attention_map",
     "benchmark",
     "scaling",
+    "fidelity",
+    "representations",
     "bench_peers",
     "bench_data",
     "aggregate",
