@@ -1,6 +1,6 @@
 """The study's tables and its summary, gathered from the cells that are asked for and from no others."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
@@ -15,6 +15,8 @@ from effvit.errors import UserError
 from effvit.files import staged_dir, write_csv, write_json
 
 _MIB = 2**20
+_MAY_LACK = (cells.replaced, cells.gates)
+_ANALYSES = ("fidelity", "representations")
 _CONFUSED = ["dataset", "attention", "actual", "predicted"]
 
 
@@ -28,6 +30,11 @@ class Tables:
     tradeoff: pd.DataFrame
     scaling: pd.DataFrame
     confusion: pd.DataFrame
+    fidelity: pd.DataFrame
+    replaced: pd.DataFrame
+    cka: pd.DataFrame
+    heads: pd.DataFrame
+    gates: pd.DataFrame
     provenance: pd.DataFrame
 
 
@@ -59,6 +66,7 @@ def collect(metrics_dir: Path, datasets: Sequence[str], attentions: Sequence[str
     models = pd.DataFrame([key | cells.model(cell / "benchmark") for key, cell in pairs])
     accuracy = _accuracy(evaluations, models)
     cost = _stack([(key, cells.cost(cell / "benchmark")) for key, cell in pairs])
+    analyses = [(d, metrics_dir / "analysis" / d) for d in datasets]
     pairs_seen = _stack([(key, cells.confusion(run / "evaluate")) for key, run in runs])
     return Tables(
         curves=_stack([(key, cells.history(run / "train")) for key, run in runs]),
@@ -67,9 +75,15 @@ def collect(metrics_dir: Path, datasets: Sequence[str], attentions: Sequence[str
         tradeoff=_tradeoff(accuracy, cost),
         scaling=_stack([({"attention": a}, cells.scaling(metrics_dir / "scaling" / a)) for a in attentions]),
         confusion=pairs_seen.groupby(_CONFUSED, sort=False)["count"].sum().reset_index(),
+        fidelity=_selected(analyses, "fidelity", cells.fidelity, attentions),
+        replaced=_selected(analyses, "fidelity", cells.replaced, attentions),
+        cka=_selected(analyses, "representations", cells.cka, attentions),
+        heads=_selected(analyses, "representations", cells.heads, attentions),
+        gates=_selected(analyses, "representations", cells.gates, attentions),
         provenance=pd.DataFrame(
             [key | cells.provenance(run / stage, stage) for key, run in runs for stage in ("train", "evaluate")]
             + [key | cells.provenance(cell / "benchmark", "benchmark") for key, cell in pairs]
+            + [{"dataset": d} | cells.provenance(place / s, s) for d, place in analyses for s in _ANALYSES]
             + [{"attention": a} | cells.provenance(metrics_dir / "scaling" / a, "scaling") for a in attentions]
         ).astype({"seed": "Int64"}),
     )
@@ -126,6 +140,27 @@ def _tradeoff(accuracy: pd.DataFrame, cost: pd.DataFrame) -> pd.DataFrame:
         latency_ratio_high=ratio["ratio_high"],
         train_memory_mib=memory["median"].to_numpy() / _MIB,
     )
+
+
+def _selected(
+    analyses: Sequence[tuple[str, Path]],
+    stage: str,
+    read: Callable[[Path], pd.DataFrame],
+    attentions: Sequence[str],
+) -> pd.DataFrame:
+    """What a stage found for each data set, of the named mechanisms alone; of each it must have found something.
+
+    Only a table that may have no rows at all may lack a mechanism.
+    """
+    tables = []
+    for dataset, place in analyses:
+        table = read(place / stage)
+        names = [column for column in table.columns if str(column).startswith("attention")]
+        table = table[table[names].isin(attentions).all(axis=1)]
+        if read not in _MAY_LACK and (absent := [a for a in attentions if a not in set(table[names[0]])]):
+            raise UserError(f"{place / stage}: nothing with {', '.join(absent)}; `dvc repro -f {stage}` makes it anew")
+        tables.append(({"dataset": dataset}, table))
+    return _stack(tables)
 
 
 def _stack(parts: Sequence[tuple[dict[str, Any], pd.DataFrame]]) -> pd.DataFrame:

@@ -25,6 +25,8 @@ DETERMINISTIC = (
     "metrics/cells/*/*/seed*/evaluate/per_class.csv",
     "metrics/cells/*/*/benchmark/model.json",
     "metrics/scaling/*/macs.csv",
+    "metrics/analysis/*/fidelity/*.csv",
+    "metrics/analysis/*/representations/[!p]*",
     "plots/data/curves.csv",
     "plots/data/accuracy.csv",
     "plots/data/confusion.csv",
@@ -134,7 +136,7 @@ def test_the_summary_has_every_cell_and_numbers_alone(repository: Repository) ->
 def test_deterministic_files_are_the_same_bytes_when_all_runs_again(repository: Repository) -> None:
     before = repository.hashes()
     assert len(before) > 40
-    assert len(stages_run(repository.run("dvc repro --force"))) == 1 + 3 * 4 + 2
+    assert len(stages_run(repository.run("dvc repro --force"))) == 1 + 3 * 4 + 2 + 2
     assert repository.hashes() == before
     repository.commit("again")
 
@@ -150,6 +152,7 @@ def test_one_mechanism_trains_alone_and_the_summary_names_no_other(repository: R
 def test_one_option_runs_its_mechanism_again_and_nothing_else(repository: Repository) -> None:
     ran = stages_run(repository.run("dvc exp run -S attention.linformer.k=16"))
     own = {"train@digits-linformer-0", "evaluate@digits-linformer-0", "benchmark@digits-linformer", "scaling@linformer"}
+    own |= {"fidelity@digits", "representations@digits"}
     assert own <= ran <= own | {"aggregate", "plot"}
 
 

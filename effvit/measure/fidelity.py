@@ -1,8 +1,8 @@
 """How near a mechanism comes to exact attention for the same q, k, v, against what it costs.
 
 Shapes: B images, H heads, N tokens, d = width of a head. What a mechanism would learn beside q, k, v is set by rule:
-Linformer's E = F are means over k runs of tokens (`pooling`), Nyströmformer has no convolution, the hybrid's gate gives
-equal shares, as where training starts.
+Linformer's E = F are means over k groups of tokens (`pooling`), Nyströmformer has no convolution, and the hybrid's
+gate gives equal shares, as where training starts.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,6 +20,7 @@ from effvit.attention import BASELINE, Attention, build_attention, check_options
 from effvit.attention.base import Grid
 from effvit.attention.hybrid import HybridAttention
 from effvit.attention.linformer import LinformerAttention
+from effvit.attention.nystromformer import block_order
 from effvit.pretrained import start_from
 from effvit.probe import recorded
 from effvit.vit import ViT, ViTConfig
@@ -88,13 +89,18 @@ def variants(attention: str, options: dict[str, Any], grid: Grid) -> list[Varian
     return [Variant(attention, options | {size.option: value}, size.option, value) for value in values]
 
 
-def pooling(rows: int, tokens: int) -> Tensor:
-    """Means over runs of tokens whose lengths differ by one at most, ``(rows, tokens)``: the identity if both agree.
+def pooling(rows: int, grid: Grid) -> Tensor:
+    """Means over compact groups of tokens whose sizes differ by one at most, ``(rows, N)``; a permutation if rows = N.
 
-    Wang et al. (arXiv 2006.04768, section 4, "General projections") name pooling beside learned projections.
+    Wang et al. (arXiv 2006.04768, section 4, "General projections") name pooling beside learned projections. Groups
+    are runs of the class token and then the patches in Nyströmformer's block order: docs/analysis.md has what other
+    orders and a fit to data give.
     """
-    run = torch.arange(tokens) * rows // tokens
-    members = F.one_hot(run, rows).T.float()
+    tokens = 1 + grid[0] * grid[1]
+    order = torch.cat([torch.zeros(1, dtype=torch.long), 1 + block_order(grid, rows)])
+    group = torch.empty(tokens, dtype=torch.long)
+    group[order] = torch.arange(tokens) * rows // tokens
+    members = F.one_hot(group, rows).T.float()
     return members / members.sum(dim=1, keepdim=True)
 
 
@@ -104,7 +110,7 @@ def set_untrained(model: nn.Module) -> None:
         for module in model.modules():
             if isinstance(module, LinformerAttention):
                 for projection in (module.E, module.F):
-                    projection.copy_(pooling(module.k, module.num_tokens))
+                    projection.copy_(pooling(module.k, module.grid_size))
 
 
 def mix(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
