@@ -25,7 +25,7 @@ from effvit.pretrained import start_from
 from effvit.probe import recorded
 from effvit.vit import ViT, ViTConfig
 
-DRAWS = 8  # of Performer's features
+DRAWS = 5  # of Performer's features
 QKV = tuple[Tensor, Tensor, Tensor]
 Row = dict[str, Any]
 
