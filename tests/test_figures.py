@@ -204,10 +204,18 @@ def test_fidelity_has_a_line_a_mechanism_and_marks_what_is_exact(tables):
     assert accuracy.lines[0].get_ydata()[0] == 0.9
 
 
+def test_fidelity_has_a_point_for_a_mechanism_without_a_size(tables):
+    alone = of(tables.fidelity, "fused").assign(attention="mean", error=0.3)
+    line = figures.fidelity(alone, tables.replaced).axes[0].lines[0]
+    assert line.get_ydata().tolist() == pytest.approx([0.3])
+
+
 def test_fidelity_without_a_trained_fused_model_says_so(tables):
     table = tables.fidelity[tables.fidelity["source"] == "random"]
     panels = figures.fidelity(table, tables.replaced.iloc[:0]).axes
     assert [axes.texts[0].get_text() for axes in panels[1:]] == ["no trained Fused model"] * 2
+    panels = figures.fidelity(of(tables.fidelity, "fused"), of(tables.replaced, "fused")).axes
+    assert [axes.texts[0].get_text() for axes in panels] == ["exact attention alone"] * 3
 
 
 def test_cka_is_drawn_block_by_block_in_the_order_of_the_table(tables):

@@ -21,6 +21,10 @@ def fidelity(errors: pd.DataFrame, replaced: pd.DataFrame) -> Figure:
     mechanism; trained errors are means over layers, bars 95 % intervals over draws of features. Marks on the lower axis
     stand for exact results, which have no logarithm.
     """
+    drawn = pd.unique(errors.loc[errors["error"] > _EXACT, "attention"])  # exact attention is the dotted line
+    why_empty = "exact attention alone" if "trained" in set(errors["source"]) else "no trained Fused model"
+    exact_macs = errors["fused_macs"].iloc[0]
+    errors, replaced = (table[table["attention"].isin(drawn)] for table in (errors, replaced))
     figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
     panels = figure.subplots(1, 3)
     floor = 0.6 * errors.loc[errors["error"] > _EXACT, "error"].min()
@@ -31,14 +35,16 @@ def fidelity(errors: pd.DataFrame, replaced: pd.DataFrame) -> Figure:
     _accuracy_panel(panels[2], replaced.merge(costs, on=_VARIANT, how="left"))
     panels[0].set_ylabel("Relative error of the output")
     for axes in panels:
+        if not axes.lines:
+            axes.text(0.5, 0.5, why_empty, transform=axes.transAxes, ha="center", color="0.4")
         axes.set(xscale="log", xlabel="Mixing [MMACs a block]")
         axes.xaxis.set(major_formatter=StrMethodFormatter("{x:g}"), minor_formatter=NullFormatter())
-        axes.axvline(errors["fused_macs"].iloc[0] / 1e6, color="0.3", linestyle=":", linewidth=1, zorder=1)
+        axes.axvline(exact_macs / 1e6, color="0.3", linestyle=":", linewidth=1, zorder=1)
     figure.supxlabel(
         "Marks on the axis are exact, but for rounding; E, F, gates and features are untrained", fontsize=7
     )
     exact = Line2D([], [], color="0.3", linestyle=":", linewidth=1, label="cost of exact")
-    legend(figure, errors[errors["option"].notna()], [exact])
+    legend(figure, errors, [exact])
     return figure
 
 
@@ -48,12 +54,9 @@ def _error_panel(axes: Axes, rows: pd.DataFrame, floor: float) -> None:
         major_locator=LogLocator(subs=(1, 2, 5)), major_formatter=StrMethodFormatter("{x:g}"),
         minor_formatter=NullFormatter(),
     )  # fmt: skip
-    if rows.empty:
-        _say_absent(axes)
-        return
-    for attention, of_all in by_mechanism(rows[rows["option"].notna()]):
+    for attention, of_all in by_mechanism(rows):
         _, colour, marker = look(attention)
-        mean = of_all.groupby("value")[["mixing_macs", "error", "error_low", "error_high"]].mean()
+        mean = of_all.groupby("value", dropna=False)[["mixing_macs", "error", "error_low", "error_high"]].mean()
         near = mean[mean["error"] > _EXACT].sort_values("mixing_macs")
         bars = [near["error"] - near["error_low"], near["error_high"] - near["error"]]
         axes.errorbar(
@@ -70,17 +73,12 @@ def _accuracy_panel(axes: Axes, rows: pd.DataFrame) -> None:
     axes.set_ylabel("Validation accuracy")
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.0%}"))
     if rows.empty:
-        _say_absent(axes)
         return
     axes.axhline(rows["top1_fused"].iloc[0], color="black", linewidth=0.9, zorder=1)
-    for attention, mine in by_mechanism(rows[rows["option"].notna()]):
+    for attention, mine in by_mechanism(rows):
         _, colour, marker = look(attention)
         mine = mine.sort_values("mixing_macs")
         axes.plot(mine["mixing_macs"] / 1e6, mine["top1"], color=colour, marker=marker)
     low = rows["top1_fused"].iloc[0] - 0.02
     axes.text(0.99, low, "Fused, as trained", transform=axes.get_yaxis_transform(), fontsize=7, ha="right", va="top")
     axes.set_ylim(0, 1.03)
-
-
-def _say_absent(axes: Axes) -> None:
-    axes.text(0.5, 0.5, "no trained Fused model", transform=axes.transAxes, ha="center", color="0.4")
