@@ -1,6 +1,6 @@
 """The study's tables and its summary, gathered from the cells that are asked for and from no others."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
@@ -17,6 +17,8 @@ from effvit.files import staged_dir, write_csv, write_json
 from effvit.paired import compare_to_fused
 
 _MIB = 2**20
+_MAY_LACK = (cells.replaced, cells.gates)
+_ANALYSES = ("fidelity", "representations")
 _CONFUSED = ["dataset", "attention", "actual", "predicted"]
 
 
@@ -33,6 +35,11 @@ class Tables:
     efficiency: pd.DataFrame
     confusion: pd.DataFrame
     hardware: pd.DataFrame
+    fidelity: pd.DataFrame
+    replaced: pd.DataFrame
+    cka: pd.DataFrame
+    heads: pd.DataFrame
+    gates: pd.DataFrame
     provenance: pd.DataFrame
 
 
@@ -69,6 +76,7 @@ def collect(metrics_dir: Path, datasets: Sequence[str], attentions: Sequence[str
     accuracy = _accuracy(evaluations, models)
     cost = _stack([(key, cells.cost(cell / "benchmark")) for key, cell in pairs])
     scaling = _stack([({"attention": a}, cells.scaling(metrics_dir / "scaling" / a)) for a in attentions])
+    analyses = [(d, metrics_dir / "analysis" / d) for d in datasets]
     pairs_seen = _stack([(key, cells.confusion(run / "evaluate")) for key, run in runs])
     return Tables(
         curves=_stack([(key, cells.history(run / "train")) for key, run in runs]),
@@ -80,6 +88,11 @@ def collect(metrics_dir: Path, datasets: Sequence[str], attentions: Sequence[str
         efficiency=efficiency(scaling),
         confusion=pairs_seen.groupby(_CONFUSED, sort=False)["count"].sum().reset_index(),
         hardware=pd.DataFrame([key | cells.hardware(cell / "hardware") for key, cell in pairs]),
+        fidelity=_selected(analyses, "fidelity", cells.fidelity, attentions),
+        replaced=_selected(analyses, "fidelity", cells.replaced, attentions),
+        cka=_selected(analyses, "representations", cells.cka, attentions),
+        heads=_selected(analyses, "representations", cells.heads, attentions),
+        gates=_selected(analyses, "representations", cells.gates, attentions),
         provenance=pd.DataFrame(
             [key | cells.provenance(run / stage, stage) for key, run in runs for stage in ("train", "evaluate")]
             + [
@@ -87,6 +100,7 @@ def collect(metrics_dir: Path, datasets: Sequence[str], attentions: Sequence[str
                 for key, cell in pairs
                 for stage in ("benchmark", "hardware")
             ]
+            + [{"dataset": d} | cells.provenance(place / s, s) for d, place in analyses for s in _ANALYSES]
             + [{"attention": a} | cells.provenance(metrics_dir / "scaling" / a, "scaling") for a in attentions]
         ).astype({"seed": "Int64"}),
     )
@@ -158,6 +172,27 @@ def _wilson(top1: float, n_images: int, n_seeds: int) -> tuple[float, float]:
         return float("nan"), float("nan")
     interval = stats.binomtest(round(top1 * n_images), int(n_images)).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def _selected(
+    analyses: Sequence[tuple[str, Path]],
+    stage: str,
+    read: Callable[[Path], pd.DataFrame],
+    attentions: Sequence[str],
+) -> pd.DataFrame:
+    """What a stage found for each data set, of the named mechanisms alone; of each it must have found something.
+
+    Only a table that may have no rows at all may lack a mechanism.
+    """
+    tables = []
+    for dataset, place in analyses:
+        table = read(place / stage)
+        names = [column for column in table.columns if str(column).startswith("attention")]
+        table = table[table[names].isin(attentions).all(axis=1)]
+        if read not in _MAY_LACK and (absent := [a for a in attentions if a not in set(table[names[0]])]):
+            raise UserError(f"{place / stage}: nothing with {', '.join(absent)}; `dvc repro -f {stage}` makes it anew")
+        tables.append(({"dataset": dataset}, table))
+    return _stack(tables)
 
 
 def _stack(parts: Sequence[tuple[dict[str, Any], pd.DataFrame]]) -> pd.DataFrame:

@@ -29,6 +29,11 @@ _HARDWARE = [
     *(runtime + column for runtime in _RUNTIMES[1:] for column in _SPEEDUP),
     *("weight_bytes", "peak_memory_bytes", *(f"{runtime}peak_rss_bytes" for runtime in _RUNTIMES)),
 ]
+_FIDELITY = {"attention": str, "source": str, "option": str, "value": "Int64", "layer": "Int64"}
+_REPLACED = {"attention": str, "option": str, "value": "Int64", "top1": float, "top1_fused": float, "n_images": int}
+_CKA = {"attention_a": str, "layer_a": int, "attention_b": str, "layer_b": int, "cka": float, "n_images": int}
+_HEADS = {"attention": str, "layer": int, "head": int, "distance_px": float, "entropy_nats": float}
+_GATES = {"attention": str, "layer": int, "branch": str, "share": float}
 _MAPS = {"images": 4, "labels": 1, "predictions": 1, "maps": 3}  # number of dimensions
 
 
@@ -50,12 +55,7 @@ def predictions(directory: Path) -> pd.DataFrame:
 def attention_maps(directory: Path) -> dict[str, np.ndarray]:
     """`images` (n, H, W, 3) uint8, `labels` and `predictions` (n,) int64, `maps` (n, gh, gw) float32."""
     path = directory / "attention_maps.safetensors"
-    try:
-        arrays = load_file(path)
-    except FileNotFoundError as error:
-        raise _missing(path, "evaluate") from error
-    except SafetensorError as error:
-        raise _malformed(path, "evaluate", "not a whole safetensors file") from error
+    arrays = _load_arrays(path, "evaluate")
     shapes = {name: arrays[name].ndim for name in _MAPS if name in arrays}
     if shapes != _MAPS or len({len(arrays[name]) for name in _MAPS}) != 1 or not len(arrays["images"]):
         raise _malformed(path, "evaluate", f"expected {', '.join(_MAPS)} of the same images")
@@ -105,6 +105,44 @@ def scaling(directory: Path) -> pd.DataFrame:
     return table.merge(macs.astype({"macs": "Int64", "fused_macs": "Int64"}), on=["scope", "tokens"], how="left")
 
 
+def fidelity(directory: Path) -> pd.DataFrame:
+    """Errors to exact attention, one row per mechanism, size, source of q, k, v and layer, with the cost."""
+    numbers = dict.fromkeys(["error", "error_low", "error_high"], float) | {"mixing_macs": int, "fused_macs": int}
+    return read_csv(directory / "fidelity.csv", "fidelity", _FIDELITY | numbers)
+
+
+def replaced(directory: Path) -> pd.DataFrame:
+    """Accuracy of the trained `fused` model with another attention; no rows where there was no such model."""
+    return read_csv(directory / "replaced.csv", "fidelity", _REPLACED, may_be_empty=True)
+
+
+def cka(directory: Path) -> pd.DataFrame:
+    """Similarity of layers, one row per ordered pair."""
+    return read_csv(directory / "cka.csv", "representations", _CKA)
+
+
+def heads(directory: Path) -> pd.DataFrame:
+    """Attention distance and entropy, one row per head."""
+    return read_csv(directory / "heads.csv", "representations", _HEADS | {"n_images": int, "implied": bool})
+
+
+def gates(directory: Path) -> pd.DataFrame:
+    """Mean share of each branch by layer, for mechanisms with a gate; no rows where there is none."""
+    return read_csv(directory / "gates.csv", "representations", _GATES, may_be_empty=True)
+
+
+def class_maps(directory: Path, attentions: Sequence[str]) -> dict[str, np.ndarray]:
+    """`images` (n, H, W, 3), `labels` (n,), and of each mechanism `<name>.predictions`, `.rollout`, `.class_token`."""
+    path = directory / "maps.safetensors"
+    arrays = _load_arrays(path, "representations")
+    of_each = {"predictions": 1, "rollout": 3, "class_token": 3}
+    wanted = {"images": 4, "labels": 1} | {f"{a}.{name}": n for a in attentions for name, n in of_each.items()}
+    shapes = {name: arrays[name].ndim for name in wanted if name in arrays}
+    if shapes != wanted or len({len(arrays[name]) for name in wanted}) != 1 or not len(arrays["images"]):
+        raise _malformed(path, "representations", f"expected {', '.join(wanted)} of the same images")
+    return {name: arrays[name] for name in wanted}
+
+
 def provenance(directory: Path, stage: str) -> dict[str, Any]:
     """Code, versions and hardware of one result, by the stage that made it."""
     record = _load_json(directory / "provenance.json", stage)
@@ -132,7 +170,16 @@ def _load_json(path: Path, stage: str) -> Any:
         raise _malformed(path, stage, "not a whole JSON file") from error
 
 
-def read_csv(path: Path, stage: str, columns: dict[str, Any]) -> pd.DataFrame:
+def _load_arrays(path: Path, stage: str) -> dict[str, np.ndarray]:
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise _missing(path, stage) from error
+    except SafetensorError as error:
+        raise _malformed(path, stage, "not a whole safetensors file") from error
+
+
+def read_csv(path: Path, stage: str, columns: dict[str, Any], *, may_be_empty: bool = False) -> pd.DataFrame:
     """The named columns of a CSV in these types; `stage` is told as the one that writes it if anything is wrong."""
     try:
         # a class may well be called "nan" or "null"; an empty field alone is a missing value
@@ -148,7 +195,7 @@ def read_csv(path: Path, stage: str, columns: dict[str, Any]) -> pd.DataFrame:
         raise _missing(path, stage) from error
     except ValueError as error:
         raise _malformed(path, stage, f"expected a CSV with the columns {', '.join(columns)}") from error
-    if frame.empty:
+    if frame.empty and not may_be_empty:
         raise _malformed(path, stage, "no rows")
     return frame[list(columns)]
 

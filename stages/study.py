@@ -15,7 +15,7 @@ def load() -> tuple[Study, list[str]]:
     return Study.load("params.yaml"), sys.argv[1:]
 
 
-def model_dir(dataset: str, attention: str, seed: str) -> Path:
+def model_dir(dataset: str, attention: str, seed: str | int) -> Path:
     """Weights of one cell."""
     return Path("models", dataset, attention, f"seed{seed}")
 

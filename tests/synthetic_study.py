@@ -22,6 +22,7 @@ def write_study(metrics_dir, datasets=("digits",), attentions=ATTENTIONS, seeds=
             for seed in seeds:
                 _train(cell / f"seed{seed}" / "train", rng, epochs)
                 _evaluate(cell / f"seed{seed}" / "evaluate", rng, classes, images)
+        _analysis(Path(metrics_dir, "analysis", dataset), attentions, images)
     for attention in attentions:
         _scaling(Path(metrics_dir, "scaling", attention), attention)
     return Path(metrics_dir)
@@ -192,3 +193,48 @@ def _point(attention, place, mode, factor):
         status = "out of memory" if stopped else "ok"
         beside = quantity == "time" and attention == "hybrid" and tokens == 577  # other work, at one point
         yield place | row | {"status": status, "others": 0.3 if beside else 0.0, "contended": beside}
+
+
+def _analysis(directory, attentions, images):
+    for stage in ("fidelity", "representations"):
+        (directory / stage).mkdir(parents=True)
+        _provenance(directory / stage)
+    sizes = {"linformer": "k", "performer": "num_features", "nystromformer": "num_landmarks", "hybrid": "window_size"}
+    errors, replaced, heads = [], [], []
+    rng = np.random.default_rng(0)
+    for attention in attentions:
+        option = sizes.get(attention, "")
+        for value in (4, 16, 64) if option else (None,):
+            macs = {"mixing_macs": 48 * 65 * 4 * value if value else 405_600, "fused_macs": 405_600}
+            error = value**-0.5 if value else 0.0
+            low, high = (0.9 * error, 1.1 * error) if attention == "performer" else (None, None)
+            key = {"attention": attention, "option": option, "value": value}
+            of = {"error": error, "error_low": low, "error_high": high} | macs
+            errors.append(key | {"source": "random", "layer": None} | of)
+            errors += [key | {"source": "trained", "layer": layer} | of for layer in (1, 2)]
+            if "fused" in attentions:
+                replaced.append(key | {"top1": 0.9 - error, "top1_fused": 0.9, "n_images": 145})
+        for layer, head in ((1, 1), (1, 2), (2, 1), (2, 2)):
+            looks = {"distance_px": rng.uniform(4, 16), "entropy_nats": rng.uniform(1, 4), "n_images": 145}
+            exact = attention in ("standard", "fused")
+            heads.append({"attention": attention, "layer": layer, "head": head} | looks | {"implied": not exact})
+    names = ["attention", "option", "value", "top1", "top1_fused", "n_images"]
+    whole = {"value": "Int64", "layer": "Int64"}
+    pd.DataFrame(errors).astype(whole).to_csv(directory / "fidelity/fidelity.csv", index=False)
+    table = pd.DataFrame(replaced, columns=names).astype({"value": "Int64"})
+    table.to_csv(directory / "fidelity/replaced.csv", index=False)
+    pd.DataFrame(heads).to_csv(directory / "representations/heads.csv", index=False)
+    layers = [(attention, layer) for attention in attentions for layer in (1, 2)]
+    cka = [(*a, *b, 1.0 if a == b else 0.5, 145) for a in layers for b in layers]
+    names = ["attention_a", "layer_a", "attention_b", "layer_b", "cka", "n_images"]
+    pd.DataFrame(cka, columns=names).to_csv(directory / "representations/cka.csv", index=False)
+    branches = {"window r=1": 0.5, "window r=2": 0.3, "linear": 0.2}
+    gates = [("hybrid", n, b, share) for n in (1, 2) for b, share in branches.items() if "hybrid" in attentions]
+    table = pd.DataFrame(gates, columns=["attention", "layer", "branch", "share"])
+    table.to_csv(directory / "representations/gates.csv", index=False)
+    arrays = {"images": np.zeros((images, 32, 32, 3), np.uint8), "labels": np.arange(images, dtype=np.int64) % 2}
+    for attention in attentions:
+        arrays[f"{attention}.predictions"] = np.zeros(images, np.int64)
+        for name in ("rollout", "class_token"):
+            arrays[f"{attention}.{name}"] = rng.random((images, 8, 8)).astype(np.float32)
+    save_file(arrays, directory / "representations/maps.safetensors")

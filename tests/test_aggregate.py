@@ -13,17 +13,9 @@ from effvit.aggregate import aggregate, collect, summarise
 from effvit.cli.aggregate import aggregate as command
 from effvit.errors import UserError
 
-TABLES = {
-    "curves.csv",
-    "accuracy.csv",
-    "cost.csv",
-    "tradeoff.csv",
-    "scaling.csv",
-    "confusion.csv",
-    "hardware.csv",
-    "provenance.csv",
-}
-TABLES |= {"efficiency.csv", "paired.csv"}
+TABLES = {"curves.csv", "accuracy.csv", "cost.csv", "tradeoff.csv", "scaling.csv", "confusion.csv", "provenance.csv"}
+TABLES |= {"efficiency.csv", "paired.csv", "hardware.csv"}
+TABLES |= {"fidelity.csv", "replaced.csv", "cka.csv", "heads.csv", "gates.csv"}
 FEW = ("fused", "linformer")
 STAGE_OF = {
     "cells/digits/linformer/seed0/train/history.csv": "train",
@@ -38,7 +30,14 @@ STAGE_OF = {
     "scaling/linformer/macs.csv": "scaling",
     "cells/digits/linformer/seed0/evaluate/provenance.json": "evaluate",
     "scaling/linformer/provenance.json": "scaling",
+    "analysis/digits/fidelity/fidelity.csv": "fidelity",
+    "analysis/digits/fidelity/replaced.csv": "fidelity",
+    "analysis/digits/representations/cka.csv": "representations",
+    "analysis/digits/representations/heads.csv": "representations",
+    "analysis/digits/representations/gates.csv": "representations",
+    "analysis/digits/representations/provenance.json": "representations",
 }
+MAY_BE_EMPTY = ("analysis/digits/fidelity/replaced.csv", "analysis/digits/representations/gates.csv")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +73,16 @@ def test_interval_is_students_t_over_seeds(study):
 def test_every_result_has_its_provenance(study):
     table = collect(study, ["digits", "cifar10"], FEW, [0, 2]).provenance
     stages = table.groupby("stage").size().to_dict()
-    assert stages == {"train": 2 * 2 * 2, "evaluate": 2 * 2 * 2, "benchmark": 2 * 2, "hardware": 2 * 2, "scaling": 2}
+    assert stages == {
+        "train": 2 * 2 * 2,
+        "evaluate": 2 * 2 * 2,
+        "benchmark": 2 * 2,
+        "hardware": 2 * 2,
+        "scaling": 2,
+    } | {
+        "fidelity": 2,
+        "representations": 2,
+    }
     record = json.loads((study / "cells/digits/linformer/seed2/train/provenance.json").read_text())
     row = table.query("dataset == 'digits' and attention == 'linformer' and seed == 2 and stage == 'train'")
     assert row[["time", "threads", "cpu"]].values.tolist() == [[record["time"], record["threads"], record["cpu"]]]
@@ -109,9 +117,10 @@ def test_one_seed_has_the_interval_of_its_test_images_and_several_have_that_of_s
 def test_only_selected_cells_enter_whatever_else_is_on_disk(study, tmp_path):
     tables = collect(study, ["cifar10"], ["linformer"], [2])
     assert tables.paired.empty
-    for table in (table for name, table in vars(tables).items() if name != "paired"):
-        assert set(table["attention"]) == {"linformer"}
-        assert "dataset" not in table or set(table["dataset"].dropna()) == {"cifar10"}
+    for table in vars(tables).values():
+        for column in table.columns[table.columns.str.startswith("attention")]:
+            assert set(table[column].dropna()) <= {"linformer"}
+        assert "dataset" not in table or set(table["dataset"].dropna()) <= {"cifar10"}
     assert set(tables.curves["seed"]) == {2}
     assert list(summarise(tables)["cifar10"]) == ["linformer"]
 
@@ -232,13 +241,29 @@ def test_a_malformed_file_is_named_with_the_stage_that_makes_it(small, tmp_path,
     assert not (tmp_path / "data").exists() and not (small / "summary.json").exists()
 
 
-@pytest.mark.parametrize("file", [file for file in STAGE_OF if file.endswith(".csv")])
+@pytest.mark.parametrize("file", [f for f in STAGE_OF if f.endswith(".csv") and f not in MAY_BE_EMPTY])
 def test_a_table_without_rows_or_with_words_for_numbers_is_malformed(small, file):
     lines = (small / file).read_text().splitlines()
     for rows in ([], [re.sub(r"\d+(\.\d+)?", "many", line) for line in lines[1:]]):
         (small / file).write_text("\n".join([lines[0], *rows]) + "\n")
         with pytest.raises(UserError, match=re.escape(f"{small / file}: ")):
             collect(small, ["digits"], FEW, [0])
+
+
+def test_an_analysis_of_other_mechanisms_than_the_selected_is_told(small):
+    for stage, file in (("fidelity", "fidelity.csv"), ("representations", "heads.csv")):
+        path = small / "analysis/digits" / stage / file
+        whole = path.read_text()
+        path.write_text("".join(line for line in whole.splitlines(keepends=True) if "linformer" not in line))
+        with pytest.raises(UserError, match=f"{stage}: nothing with linformer; `dvc repro -f {stage}`"):
+            collect(small, ["digits"], FEW, [0])
+        path.write_text(whole)
+
+
+def test_without_fused_or_a_gate_there_are_no_rows_about_them(tmp_path):
+    write_study(tmp_path, attentions=["linformer"])
+    tables = collect(tmp_path, ["digits"], ["linformer"], [0])
+    assert tables.replaced.empty and tables.gates.empty and len(tables.fidelity)
 
 
 @pytest.mark.parametrize("quantity", ["latency", "train_memory"])

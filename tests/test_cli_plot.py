@@ -14,7 +14,8 @@ from effvit.cli.plot import plot
 from effvit.cli.prepare import prepare
 from effvit.errors import UserError
 
-KINDS = ("curves", "tradeoff", "confusion", "hardware", "attention-maps", "samples")
+KINDS = ("curves", "tradeoff", "confusion", "hardware", "attention-maps", "samples", "fidelity", "cka", "heads")
+KINDS += ("class-token-maps",)
 STUDIED = {"scaling", "scaling_tokens", "scaling_model", "scaling_model_tokens", "efficiency"}
 FEW = ["fused", "linformer"]
 
@@ -66,7 +67,11 @@ def test_every_data_set_and_only_the_named_mechanisms_are_drawn(study, monkeypat
         assert "Linformer" in titles and "Fused" not in titles
 
 
-@pytest.mark.parametrize("table", ["curves", "tradeoff", "scaling", "efficiency", "confusion", "hardware"])
+TABLES = ["curves", "tradeoff", "scaling", "efficiency", "confusion", "hardware"]
+TABLES += ["fidelity", "replaced", "cka", "heads", "gates"]
+
+
+@pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("content", [None, "", "attention,dataset\nfused,digits\n"])
 def test_a_missing_or_malformed_table_is_named_and_nothing_is_written(study, table, content):
     path = study["data_dir"] / f"{table}.csv"
@@ -76,7 +81,13 @@ def test_a_missing_or_malformed_table_is_named_and_nothing_is_written(study, tab
     assert not study["output_dir"].exists()
 
 
-@pytest.mark.parametrize(("table", "what"), [("scaling", "nothing with"), ("curves", "nothing of digits with")])
+@pytest.mark.parametrize(
+    ("table", "what"),
+    [
+        ("scaling", "nothing with"),
+        *((table, "nothing of digits with") for table in ("curves", "fidelity", "cka", "heads")),
+    ],
+)
 def test_a_mechanism_that_a_table_lacks_is_named(study, table, what):
     path = study["data_dir"] / f"{table}.csv"
     path.write_text("".join(line for line in path.read_text().splitlines(keepends=True) if "linformer" not in line))
@@ -96,6 +107,30 @@ def test_missing_or_broken_attention_maps_are_named(study, content):
     with pytest.raises(UserError, match=re.escape(f"{path}: ") + ".*`dvc repro.* evaluate`"):
         plot(**study)
     assert not study["output_dir"].exists()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\x08\0\0\0\0\0\0\0{}"])
+def test_missing_or_broken_class_token_maps_are_named(study, content):
+    path = study["metrics_dir"] / "analysis/digits/representations/maps.safetensors"
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(f"{path}: ") + ".*`dvc repro.* representations`"):
+        plot(**study)
+
+
+def test_class_token_maps_of_other_classes_are_refused(study):
+    path = study["metrics_dir"] / "analysis/digits/representations/maps.safetensors"
+    save_file(load_file(path) | {"fused.predictions": np.array([10])}, path)
+    with pytest.raises(UserError, match="other classes"):
+        plot(**study)
+
+
+def test_gates_are_drawn_where_a_mechanism_has_one(study, prepared_dir, tmp_path, monkeypatch):
+    write_study(tmp_path / "m", attentions=["hybrid"], images=1)
+    aggregate(tmp_path / "m", tmp_path / "d", ["digits"], ["hybrid"], [0])
+    drawn = {}
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.update({path.stem: figure}))
+    plot(**study | {"data_dir": tmp_path / "d", "metrics_dir": tmp_path / "m", "attentions": ["hybrid"]})
+    assert "digits-gates" in drawn
 
 
 @pytest.mark.parametrize(

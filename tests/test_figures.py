@@ -53,6 +53,9 @@ def draw_all(tables, maps, *attentions):
         figures.confusion(of(tables.confusion, *attentions)),
         figures.hardware(of(tables.hardware, *attentions)),
         figures.attention_maps({a: maps[a] for a in attentions}, [str(i) for i in range(10)]),
+        figures.fidelity(of(tables.fidelity, *attentions), of(tables.replaced, *attentions)),
+        figures.cka(tables.cka[tables.cka[["attention_a", "attention_b"]].isin(attentions).all(axis=1)]),
+        figures.heads(of(tables.heads, *attentions)),
     ]
 
 
@@ -270,6 +273,57 @@ def test_classes_may_be_called_like_formulas(maps, tables):
     confusion = of(tables.confusion, "fused").replace({"actual": {"0": "$x"}, "predicted": {"0": "$x"}})
     png(figures.confusion(confusion))
     png(figures.attention_maps({"fused": maps["fused"]}, ["$x$ $", *"123456789"]))
+
+
+def test_fidelity_has_a_line_a_mechanism_and_marks_what_is_exact(tables):
+    exact = tables.fidelity["attention"].eq("nystromformer") & tables.fidelity["value"].eq(64).fillna(False)
+    table = tables.fidelity.assign(error=tables.fidelity["error"].mask(exact.astype(bool), 0.0))
+    random, _, accuracy = figures.fidelity(table, tables.replaced).axes
+    lines = {line.get_marker(): line for line in random.lines if line.get_linestyle() == "-"}
+    for attention in ("linformer", "performer", "nystromformer", "hybrid"):
+        rows = table.query("attention == @attention and source == 'random' and error > 0")
+        line = lines[look(attention)[2]]
+        assert line.get_ydata().tolist() == pytest.approx(rows["error"].tolist())
+        assert line.get_xdata().tolist() == pytest.approx((rows["mixing_macs"] / 1e6).tolist())
+    points = [line for line in random.lines if line.get_marker() == "v" and line.get_linestyle() == "None"]
+    assert [x for line in points for x in line.get_xdata()] == [pytest.approx(48 * 65 * 4 * 64 / 1e6)]
+    assert accuracy.lines[0].get_ydata()[0] == 0.9
+
+
+def test_fidelity_has_a_point_for_a_mechanism_without_a_size(tables):
+    alone = of(tables.fidelity, "fused").assign(attention="mean", error=0.3)
+    line = figures.fidelity(alone, tables.replaced).axes[0].lines[0]
+    assert line.get_ydata().tolist() == pytest.approx([0.3])
+
+
+def test_fidelity_without_a_trained_fused_model_says_so(tables):
+    table = tables.fidelity[tables.fidelity["source"] == "random"]
+    panels = figures.fidelity(table, tables.replaced.iloc[:0]).axes
+    assert [axes.texts[0].get_text() for axes in panels[1:]] == ["no trained Fused model"] * 2
+    panels = figures.fidelity(of(tables.fidelity, "fused"), of(tables.replaced, "fused")).axes
+    assert [axes.texts[0].get_text() for axes in panels] == ["exact attention alone"] * 3
+
+
+def test_cka_is_drawn_block_by_block_in_the_order_of_the_table(tables):
+    figure = figures.cka(tables.cka.assign(cka=np.arange(len(tables.cka)) / len(tables.cka)))
+    axes = figure.axes[0]
+    drawn = np.asarray(axes.images[0].get_array())
+    np.testing.assert_allclose(drawn.ravel(), np.arange(144) / 144)
+    labels = [label.get_text() for child in axes.child_axes for label in child.get_xticklabels() if label.get_text()]
+    assert labels[: len(ATTENTIONS)] == [look(a)[0] for a in ATTENTIONS]
+
+
+def test_heads_tell_which_matrices_are_implied(tables):
+    note = figures.heads(of(tables.heads, "fused", "performer"))._supxlabel.get_text()
+    assert "Performer" in note and "Fused" not in note
+    assert figures.heads(of(tables.heads, "fused", "standard"))._supxlabel is None
+
+
+def test_gates_are_stacked_to_one(tables):
+    axes = figures.gates(tables.gates).axes[0]
+    tops = [bar.get_y() + bar.get_height() for bar in axes.containers[-1]]
+    np.testing.assert_allclose(tops, 1)
+    assert [container.get_label() for container in axes.containers] == ["window r=1", "window r=2", "linear"]
 
 
 def test_wrong_predictions_stand_out(maps):

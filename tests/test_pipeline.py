@@ -27,6 +27,8 @@ DETERMINISTIC = (
     "metrics/cells/*/*/benchmark/model.json",
     "metrics/cells/*/*/hardware/deployment.json",
     "metrics/scaling/*/macs.csv",
+    "metrics/analysis/*/fidelity/*.csv",
+    "metrics/analysis/*/representations/[!p]*",
     "plots/data/curves.csv",
     "plots/data/accuracy.csv",
     "plots/data/paired.csv",
@@ -137,7 +139,7 @@ def test_the_summary_has_every_cell_and_numbers_alone(repository: Repository) ->
 def test_deterministic_files_are_the_same_bytes_when_all_runs_again(repository: Repository) -> None:
     before = repository.hashes()
     assert len(before) > 40
-    assert len(stages_run(repository.run("dvc repro --force"))) == 1 + 3 * 5 + 2
+    assert len(stages_run(repository.run("dvc repro --force"))) == 1 + 3 * 5 + 2 + 2
     assert repository.hashes() == before
     repository.commit("again")
 
@@ -154,6 +156,7 @@ def test_one_option_runs_its_mechanism_again_and_nothing_else(repository: Reposi
     ran = stages_run(repository.run("dvc exp run -S attention.linformer.k=16"))
     own = {"train@digits-linformer-0", "evaluate@digits-linformer-0", "scaling@linformer"}
     own |= {"benchmark@digits-linformer", "hardware@digits-linformer"}
+    own |= {"fidelity@digits", "representations@digits"}
     assert own <= ran <= own | {"aggregate", "plot"}
 
 

@@ -20,6 +20,8 @@ COMMANDS = (
     "hardware",
     "benchmark",
     "scaling",
+    "fidelity",
+    "representations",
     "bench_peers",
     "bench_data",
     "aggregate",

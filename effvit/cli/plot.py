@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 _PER_CLASS = 8  # images of a class on the sample sheet
 _KEY = {"dataset": str, "attention": str}
 _CASE = dict.fromkeys(("attention", "scope", "batch", "mode", "quantity"), str)
-_OF_DATASET = ("curves", "tradeoff", "confusion", "hardware")
+_OF_STUDY = ("scaling", "efficiency")
+_MAY_BE_EMPTY = ("replaced", "gates")  # without `fused`, without a mechanism with a gate
 _COLUMNS: dict[str, dict[str, Any]] = {
     "curves": _KEY | {"epoch": int} | dict.fromkeys(("train_loss", "val_loss", "val_accuracy"), float),
     "tradeoff": _KEY
@@ -29,6 +30,14 @@ _COLUMNS: dict[str, dict[str, Any]] = {
     | dict.fromkeys(("fused_latency_ms", "model_bytes", "onnx_bytes", "int8_bytes", "top1", "int8_top1"), float)
     | {f"{r}ratio_{end}": float for r in ("", "onnx_", "int8_") for end in ("to_fused", "low", "high")}
     | {f"{r}peak_rss_bytes": float for r in ("", "onnx_", "int8_")},
+    "fidelity": _KEY
+    | {"source": str, "option": str, "value": "Int64", "mixing_macs": int, "fused_macs": int}
+    | dict.fromkeys(("error", "error_low", "error_high"), float),
+    "replaced": _KEY | {"option": str, "value": "Int64", "top1": float, "top1_fused": float},
+    "cka": {"dataset": str, "attention_a": str, "layer_a": int, "attention_b": str, "layer_b": int}
+    | {"cka": float, "n_images": int},
+    "heads": _KEY | {"layer": int, "distance_px": float, "entropy_nats": float, "implied": bool},
+    "gates": _KEY | {"layer": int, "branch": str, "share": float},
     "scaling": _CASE
     | {"batch_size": int, "tokens": int, "status": str, "contended": bool}
     | dict.fromkeys(("median", "ratio_to_fused", "ratio_low", "ratio_high"), float),
@@ -47,7 +56,7 @@ def plot(
     attentions: Attentions,
     seed: Annotated[int, typer.Option(help="The seed whose attention maps are drawn.")] = 0,
 ) -> None:
-    """Draw curves, trade-offs, scaling, constrained hardware, attention maps, confusion and samples as PNG files."""
+    """Draw the figures of a comparison."""
     from effvit import figures
     from effvit.data.prepared import PreparedDataset
     from effvit.data.samples import sample_sheet
@@ -56,7 +65,9 @@ def plot(
     check_apart(output_dir, data_dir, metrics_dir, prepared_dir)
     prepared = {d: PreparedDataset.load(prepared_dir / d) for d in datasets}
     maps = {d: _maps(metrics_dir / "cells" / d, attentions, seed, len(prepared[d].classes)) for d in datasets}
-    rows = {(t, d): _select(data_dir, t, attentions, d) for t in _OF_DATASET for d in datasets}
+    analyses = {d: metrics_dir / "analysis" / d / "representations" for d in datasets}
+    looks = {d: _class_maps(analyses[d], attentions, len(prepared[d].classes)) for d in datasets}
+    rows = {(t, d): _select(data_dir, t, attentions, d) for t in _COLUMNS if t not in _OF_STUDY for d in datasets}
     scaling = _select(data_dir, "scaling", attentions)
     studied = {
         "scaling": figures.scaling(scaling),
@@ -74,24 +85,36 @@ def plot(
                 "tradeoff": figures.accuracy_tradeoff(rows["tradeoff", dataset]),
                 "confusion": figures.confusion(rows["confusion", dataset]),
                 "hardware": figures.hardware(rows["hardware", dataset]),
+                "fidelity": figures.fidelity(rows["fidelity", dataset], rows["replaced", dataset]),
+                "cka": figures.cka(rows["cka", dataset]),
+                "heads": figures.heads(rows["heads", dataset]),
+                "class-token-maps": figures.class_token_maps(looks[dataset], attentions, prepared[dataset].classes),
                 "attention-maps": figures.attention_maps(maps[dataset], prepared[dataset].classes),
                 "samples": sample_sheet(prepared[dataset], _PER_CLASS),
             }
+            if not rows["gates", dataset].empty:
+                pictures["gates"] = figures.gates(rows["gates", dataset])
             for name, figure in pictures.items():
                 figures.save(figure, aside / f"{dataset}-{name}.png")
-    typer.echo(f"{len(studied) + len(datasets) * len(pictures)} figures in {output_dir}")
+        count = len(list(aside.iterdir()))
+    typer.echo(f"{count} figures in {output_dir}")
 
 
 def _select(data_dir: Path, table: str, attentions: list[str], dataset: str | None = None) -> "pd.DataFrame":
-    """Rows of the named data set and mechanisms, in the table's order; it must have some of each mechanism."""
+    """Rows of the named data set and mechanisms, in the table's order.
+
+    It must have some of each mechanism, unless it is a table that may have no rows at all.
+    """
     from effvit.cells import read_csv
 
     path = data_dir / f"{table}.csv"
-    rows = read_csv(path, "aggregate", _COLUMNS[table])
-    rows = rows[rows["attention"].isin(attentions)]
+    rows = read_csv(path, "aggregate", _COLUMNS[table], may_be_empty=table in _MAY_BE_EMPTY)
+    names = [column for column in _COLUMNS[table] if column.startswith("attention")]
+    rows = rows[rows[names].isin(attentions).all(axis=1)]
     if dataset is not None:
         rows = rows[rows["dataset"] == dataset]
-    if absent := [attention for attention in attentions if attention not in set(rows["attention"])]:
+    absent = [attention for attention in attentions if attention not in set(rows[names[0]])]
+    if absent and table not in _MAY_BE_EMPTY:
         of = f" of {dataset}" if dataset else ""
         raise UserError(f"{path}: nothing{of} with {', '.join(absent)}; `dvc repro aggregate` makes it")
     return rows
@@ -111,3 +134,13 @@ def _maps(cells_dir: Path, attentions: list[str], seed: int, classes: int) -> di
         if not all(((arrays[key] >= 0) & (arrays[key] < classes)).all() for key in ("labels", "predictions")):
             raise UserError(f"{directory}: maps of other classes than the data set's; `dvc repro -f evaluate`")
     return maps
+
+
+def _class_maps(directory: Path, attentions: list[str], classes: int) -> dict[str, "np.ndarray"]:
+    from effvit.cells import class_maps
+
+    arrays = class_maps(directory, attentions)
+    labels = [arrays["labels"], *(arrays[f"{attention}.predictions"] for attention in attentions)]
+    if not all(((each >= 0) & (each < classes)).all() for each in labels):
+        raise UserError(f"{directory}: maps of other classes than the data set's; `dvc repro -f representations`")
+    return arrays

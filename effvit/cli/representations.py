@@ -1,0 +1,52 @@
+"""``effvit representations``: what models that differ in attention have in common, and where they look."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from effvit.cli import options
+
+_LOOKED_AT, _SHOWN = 1000, 3  # validation images at most, and of how many a picture is made
+
+
+def representations(
+    model_dirs: Annotated[
+        list[Path], typer.Option("--model-dir", help="Directory that `effvit train` wrote; one of each mechanism.")
+    ],
+    dataset_dir: options.DatasetDir,
+    output_dir: options.OutputDir,
+    batch_size: Annotated[int, typer.Option(min=1, max=2**31 - 1, help="Images a forward pass.")] = 64,
+    device: options.Device = "auto",
+) -> None:
+    """Compare layers and heads of trained models on the same validation images.
+
+    Writes cka.csv (similarity of all pairs of layers), heads.csv (attention distance and entropy of each head),
+    gates.csv (shares of a hybrid's branches) and maps.safetensors (rollout and class-token maps of a few images).
+    """
+    import numpy as np
+    from safetensors.numpy import save
+
+    from effvit.analysis.survey import picture_maps, survey
+    from effvit.data.prepared import PreparedDataset
+    from effvit.device import pick_device
+    from effvit.files import staged_dir, write_csv
+    from effvit.probe import few_classes, load_models, validation_images
+    from effvit.provenance import write_provenance
+
+    options.check_apart(output_dir, dataset_dir, *model_dirs)
+    dataset = PreparedDataset.load(dataset_dir)
+    models, places = load_models(model_dirs, dataset, pick_device(device))
+    images, labels = validation_images(dataset, _LOOKED_AT)
+    with staged_dir(output_dir, "cka.csv") as directory:
+        result = survey(models, images, dataset, batch_size)
+        for name, table in vars(result).items():
+            write_csv(directory / f"{name}.csv", table)
+        shown = few_classes(labels, _SHOWN)
+        arrays = {"images": np.ascontiguousarray(images[shown]), "labels": labels[shown]}
+        (directory / "maps.safetensors").write_bytes(save(arrays | picture_maps(models, images[shown], dataset)))
+        write_provenance(directory, {"dataset": dataset.name, "models": {a: str(p) for a, p in places.items()}})
+    typer.echo(
+        f"{len(models)} models on {len(images):,} validation images of {dataset.name}: "
+        f"similarity of {len(result.cka):,} pairs of layers, {len(result.heads):,} heads"
+    )

@@ -1,0 +1,51 @@
+"""Which layers of which mechanisms compute alike."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from effvit.figures.style import WIDTH, look, styled
+
+
+@styled
+def cka(table: pd.DataFrame) -> Figure:
+    """Linear CKA of one data set between all layers of all mechanisms, each mechanism a block of rows and columns."""
+    names = [str(name) for name in pd.unique(table["attention_a"])]
+    order = [(a, int(n)) for a in names for n in sorted(set(table.loc[table["attention_a"] == a, "layer_a"]))]
+    pairs = table.set_index(["attention_a", "layer_a", "attention_b", "layer_b"])["cka"]
+    values = np.array([[pairs.get((*a, *b), np.nan) for b in order] for a in order])
+    side = 0.72 * WIDTH
+    figure = Figure(figsize=(side + 0.7, side), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(values, vmin=0, vmax=1, cmap="cividis", interpolation="nearest")
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    edges = [i - 0.5 for i in range(1, len(order)) if order[i][0] != order[i - 1][0]]
+    for edge in edges:
+        axes.axhline(edge, color="white", linewidth=1.5)
+        axes.axvline(edge, color="white", linewidth=1.5)
+    blocks = [[i for i, (a, _) in enumerate(order) if a == name] for name in names]
+    layers = [str(layer) for _, layer in order]
+    axes.set_xticks(range(len(order)), layers, fontsize=6)
+    axes.set_yticks(range(len(order)), layers, fontsize=6)
+    axes.tick_params(length=0)
+    for name, rows in zip(names, blocks, strict=True):
+        label, colour, _ = look(name)
+        centre = (rows[0] + rows[-1]) / 2
+        across = axes.secondary_xaxis(-0.045)
+        across.set_xticks([centre], [label])
+        upright = axes.secondary_yaxis(-0.045)
+        upright.set_yticks([centre], [label], rotation=90, va="center")
+        for axis in (across, upright):
+            axis.tick_params(length=0, labelcolor=colour, labelsize=7)
+            axis.spines[:].set_visible(False)
+    if len(order) <= 24:
+        for (i, j), value in np.ndenumerate(values):
+            if np.isfinite(value):
+                shade = "black" if value > 0.55 else "white"
+                axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=5, color=shade)
+    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
+    bar.outline.set_visible(False)
+    bar.set_label(f"Linear CKA, % in cells ({table['n_images'].max():,} validation images)" if len(order) <= 24 else
+                  f"Linear CKA ({table['n_images'].max():,} validation images)")  # fmt: skip
+    return figure
