@@ -11,8 +11,10 @@ from effvit.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
+    from matplotlib.figure import Figure
 
 _PER_CLASS = 8  # images of a class on the sample sheet
+_PIXELS = ("-attention-maps", "-samples")  # photographs, which lines do not make sharper
 _KEY = {"dataset": str, "attention": str}
 _COLUMNS: dict[str, dict[str, Any]] = {
     "curves": _KEY | {"epoch": int} | dict.fromkeys(("train_loss", "val_loss", "val_accuracy"), float),
@@ -31,23 +33,34 @@ def plot(
     metrics_dir: MetricsDir,
     prepared_dir: Annotated[Path, typer.Option(help="Directory that holds a prepared data set of each name.")],
     output_dir: OutputDir,
+    vector_dir: Annotated[Path, typer.Option(help="Directory to write the charts to as SVG; replaced as a whole.")],
     datasets: Datasets,
     attentions: Attentions,
     seed: Annotated[int, typer.Option(help="The seed whose attention maps are drawn.")] = 0,
 ) -> None:
-    """Draw training curves, trade-offs, scaling, attention maps, confusion and sample images as PNG files."""
+    """Draw training curves, trade-offs, scaling, attention maps, confusion and sample images.
+
+    All are PNG files in OUTPUT_DIR; those that are not made of pixels are SVG files in VECTOR_DIR as well.
+    """
     from effvit import figures
     from effvit.data.prepared import PreparedDataset
     from effvit.data.samples import sample_sheet
     from effvit.files import staged_dir
 
-    check_apart(output_dir, data_dir, metrics_dir, prepared_dir)
+    check_apart(output_dir, data_dir, metrics_dir, prepared_dir, vector_dir)
+    check_apart(vector_dir, data_dir, metrics_dir, prepared_dir, output_dir)
     prepared = {d: PreparedDataset.load(prepared_dir / d) for d in datasets}
     maps = {d: _maps(metrics_dir / "cells" / d, attentions, seed, len(prepared[d].classes)) for d in datasets}
     rows = {(t, d): _select(data_dir, t, attentions, d) for t in ("curves", "tradeoff", "confusion") for d in datasets}
     scaling = _select(data_dir, "scaling", attentions)
-    with staged_dir(output_dir, "scaling.png") as aside:
-        figures.save(figures.scaling(scaling), aside / "scaling.png")
+    with staged_dir(vector_dir, "scaling.svg") as vectors, staged_dir(output_dir, "scaling.png") as aside:
+
+        def save(figure: "Figure", name: str) -> None:
+            figures.save(figure, aside / f"{name}.png")
+            if not name.endswith(_PIXELS):
+                figures.save(figure, vectors / f"{name}.svg")
+
+        save(figures.scaling(scaling), "scaling")
         for dataset in datasets:
             pictures = {
                 "curves": figures.training_curves(rows["curves", dataset]),
@@ -57,7 +70,7 @@ def plot(
                 "samples": sample_sheet(prepared[dataset], _PER_CLASS),
             }
             for name, figure in pictures.items():
-                figures.save(figure, aside / f"{dataset}-{name}.png")
+                save(figure, f"{dataset}-{name}")
     typer.echo(f"{1 + len(datasets) * len(pictures)} figures in {output_dir}")
 
 
