@@ -22,6 +22,7 @@ COMMANDS = (
     "bench_data",
     "aggregate",
     "plot",
+    "report",
     "mechanisms",
 )
 
