@@ -108,6 +108,12 @@ def test_paired_differences_decide_over_overlapping_intervals(one_seed):
     assert "More accurate than Fused: Linformer" not in text(answers.tradeoff(study, "digits"))
     said = text(answers.tradeoff(replace(study, paired=paired), "digits"))
     assert "More accurate than Fused: Linformer (+1.0 points, +0.5 to +1.5)." in said
+    tested = with_accuracy(one_seed, seeds=1, **SAME)
+    models = replace(tested, paired=paired.assign(verdict="one seed", n_seeds=1, p_holm=0.01))
+    said = text(answers.tradeoff(with_latency(models, **QUIET, **SLOW), "digits"))
+    assert "Linformer (+1.0 points) differs from Fused beyond chance" in said and "More accurate" not in said
+    chance = replace(models, paired=models.paired.assign(p_holm=0.2))
+    assert "none of them differs from Fused beyond chance" in text(answers.tradeoff(chance, "digits"))
     worse = paired.assign(difference=-0.01, difference_low=-0.015, difference_high=-0.005, verdict="worse")
     assert "Less accurate than Fused: Linformer" in text(answers.tradeoff(replace(study, paired=worse), "digits"))
 
@@ -197,14 +203,14 @@ def test_hybrid_says_what_it_adds_and_where_its_gate_goes(full):
 
 def test_hardware_tells_losses_in_images_and_what_is_not_exported(full):
     said = text(constrained_hardware(full, "digits"))
-    assert "the most lost is 5 test images of 360 (Hybrid)" in said
+    assert "Hybrid loses most, 5 of 360 validation images" in said
     assert "leave 0.50× of the file's size" in said
     assert "1.0 MiB (Standard) to 6.0 MiB (Hybrid)" in said
     table = full.hardware.copy()
     table.loc[table["attention"] == "performer", "onnx_error"] = np.nan
     table["int8_top1"] = table["top1"]
     said = text(constrained_hardware(replace(full, hardware=table), "digits"))
-    assert "Not exported to ONNX: Performer." in said and "none gets fewer of 360 test images right" in said
+    assert "Not exported to ONNX: Performer." in said and "none gets fewer of 360 validation images right" in said
     ratios = table.assign(
         ratio_to_fused=[2, 1, 0.5, 2, 2, 2], ratio_low=[2, 1, 0.4, 2, 2, 2], ratio_high=[2, 1, 0.6, 2, 2, 2]
     )

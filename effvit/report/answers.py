@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import isfinite
 
 import pandas as pd
 
@@ -11,6 +12,8 @@ from effvit.report.hardware import constrained_hardware
 from effvit.report.representations import representations
 from effvit.report.resolution import resolution
 from effvit.report.tables import Study, by_attention, records
+
+_LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -123,12 +126,19 @@ def _accuracy_verdicts(beside: list[Accuracy]) -> Iterator[str]:
     for verdict, text in (("better", "More accurate than Fused"), ("worse", "Less accurate than Fused")):
         if found := [b for b in beside if b.verdict == verdict]:
             yield f"{text}: {w.several(f'{w.name(b.attention)} ({_points(b)})' for b in found)}."
+    if tested := [b for b in beside if b.verdict == "one seed" and isfinite(b.p)]:
+        differ = [f"{w.name(b.attention)} ({w.points(b.difference)} points)" for b in tested if b.p < _LEVEL]
+        says = f"{w.several(differ)} differs" if differ else "none of them differs"
+        yield (
+            f"Image by image, as the trained models that they are, {says} from Fused beyond chance "
+            "(McNemar's exact test, corrected for their number); that says nothing of other trainings."
+        )
     if found := [b for b in beside if b.verdict == "no difference shown"]:
         yield f"No difference in accuracy to Fused is shown for {w.names([b.attention for b in found])}."
 
 
 def _points(beside: Accuracy) -> str:
-    interval = f", {w.points(beside.low)} to {w.points(beside.high)}" if beside.low == beside.low else ""
+    interval = f", {w.points(beside.low)} to {w.points(beside.high)}" if isfinite(beside.low) else ""
     return f"{w.points(beside.difference)} points{interval}"
 
 
@@ -177,7 +187,7 @@ def hybrid(study: Study, dataset: str) -> Iterator[str]:
     if found:
         yield _hybrid_accuracy(found[0], study.test_images(dataset))
         latency = by_attention(at_largest_batch(study.of("cost", dataset), "latency"))["hybrid"]
-        if latency["ratio_to_fused"] == latency["ratio_to_fused"]:
+        if isfinite(latency["ratio_to_fused"]):
             yield f"It takes {w.beside_fused(latency)} the latency of Fused at batch {latency['batch_size']:.0f}."
     else:
         yield "There is nothing to hold it against: Fused is not among the mechanisms selected."

@@ -15,7 +15,8 @@ _EQUAL = 0.01  # exact costs (MACs, bytes) that differ by less are as good as th
 class Accuracy:
     """A mechanism's top-1 minus `fused`'s, as fractions.
 
-    `verdict` is better, worse, no difference shown, or one seed.
+    `verdict` is better, worse, no difference shown, or one seed. `p` is that of no difference, corrected for the
+    number of mechanisms: over seeds, or with one seed between the trained models, image by image.
     """
 
     attention: str
@@ -23,6 +24,7 @@ class Accuracy:
     low: float
     high: float
     verdict: str
+    p: float = nan
 
 
 def accuracies(study: Study, dataset: str) -> list[Accuracy]:
@@ -36,7 +38,7 @@ def accuracies(study: Study, dataset: str) -> list[Accuracy]:
     for attention, row in rows.items():
         if pair := paired.get(attention):
             numbers = (pair["difference"], pair["difference_low"], pair["difference_high"])
-            found.append(Accuracy(attention, *numbers, pair["verdict"]))
+            found.append(Accuracy(attention, *numbers, pair["verdict"], pair.get("p_holm", nan)))
         else:
             found.append(Accuracy(attention, row["top1"] - fused["top1"], nan, nan, _by_intervals(row, fused)))
     return found

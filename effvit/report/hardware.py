@@ -55,10 +55,7 @@ def _latency(rows: pd.DataFrame) -> str:
         return f"One thread, one image at a time: {_judge(rows.dropna(subset=['ratio_to_fused']))}"
     if "latency_ms" in rows and len(known := rows.dropna(subset=["latency_ms"]).sort_values("latency_ms")):
         listed = w.several(f"{w.name(row['attention'])} {w.milliseconds(row['latency_ms'])}" for row in records(known))
-        return (
-            f"All of them run. One thread, one image at a time: {listed}; "
-            "they were timed apart, so only large differences mean something."
-        )
+        return f"One thread, one image at a time: {listed}; timed apart, so only large differences mean something."
     return "How fast they are on one thread was not measured."
 
 
@@ -88,11 +85,11 @@ def _int8(rows: pd.DataFrame) -> Iterator[str]:
         yield "Eight-bit weights were not measured."
         return
     smaller = (known["int8_bytes"] / known["model_bytes"]).mean()
-    lost = ((known["top1"] - known["int8_top1"]) * known["n_images"]).round()
-    worst = max(records(known.assign(lost=lost)), key=lambda row: row["lost"])
-    if worst["lost"] > 0:
-        images = f"{w.count(worst['lost'], 'test image')} of {int(worst['n_images']):,}"
-        text = f"the most lost is {images} ({w.name(worst['attention'])})"
+    fewer = ((known["top1"] - known["int8_top1"]) * known["n_images"]).round()
+    worst = max(records(known.assign(fewer=fewer)), key=lambda row: row["fewer"])
+    images = f"{worst.get('split', 'test')} images".replace("val ", "validation ")
+    if worst["fewer"] > 0:
+        text = f"{w.name(worst['attention'])} loses most, {worst['fewer']:.0f} of {int(worst['n_images']):,} {images}"
     else:
-        text = f"none gets fewer of {int(worst['n_images']):,} test images right"
-    yield f"Eight-bit linear layers leave {w.times(smaller)} of the file's size; {text}."
+        text = f"none gets fewer of {int(worst['n_images']):,} {images} right"
+    yield f"Eight-bit weights leave {w.times(smaller)} of the file's size; {text}."

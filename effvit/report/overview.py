@@ -34,9 +34,13 @@ class Table:
     numeric: list[bool] = field(init=False)
 
     def __post_init__(self) -> None:
-        """A column is numeric where no entry is sorted as text."""
+        """A column is numeric where something is sorted, and nothing as text."""
         keys = [[row[i].key for row in self.rows] for i in range(len(self.columns))]
-        object.__setattr__(self, "numeric", [all(k == "" or not isinstance(k, str) for k in column) for column in keys])
+        object.__setattr__(
+            self,
+            "numeric",
+            [all(not isinstance(k, str) for k in column if k != "") and set(column) != {""} for column in keys],
+        )
 
 
 def text(value: Any) -> Cell:
@@ -100,25 +104,39 @@ def _top1(row: dict[str, Any]) -> Cell:
 
 
 def efficiency(study: Study) -> Table:
-    """From which length each mechanism takes less than `fused`."""
+    """From which length each mechanism takes less than `fused`, with the slope of its forward time."""
+    costs = [(quantity, mode) for quantity in QUANTITIES for mode in PASSES]
     rows = []
-    for r in records(study.efficiency[study.efficiency["attention"] != "fused"]):
-        never = Cell(f"never up to {r['measured_to']:,.0f}", float("1e18"))
-        length = number(r["length"], partial(_length, row=r))
-        rows.append(
-            [
-                mechanism(r["attention"]),
-                text(f"{r['scope']}, {'one sample' if r['batch'] == 'one' else 'a batch of equal tokens'}"),
-                text(f"{QUANTITIES.get(r['quantity'], r['quantity'])}, {PASSES.get(r['mode'], r['mode'])}"),
-                never if pd.isna(r["length"]) else length,
-                number(r.get("predicted_length"), w.about),
-                number(r["slope"], lambda x: f"{x:.2f}"),
-                number(r.get("macs_slope"), lambda x: f"{x:.2f}"),
-            ]
-        )
-    columns = ["Mechanism", "What", "Cost", "Less than Fused from [tokens]", "MACs predict", "Slope", "Slope of MACs"]
-    note = "Slope: the power of the length with which the cost grows; 1 is linear, 2 quadratic."
+    for key, group in study.efficiency.groupby(["scope", "batch", "attention"], sort=False):
+        scope, batch, attention = map(str, key)
+        found = {(row["quantity"], row["mode"]): row for row in records(group)}
+        forward = found.get(costs[0], {})
+        if attention != "fused":
+            rows.append(
+                [
+                    mechanism(attention),
+                    text(f"{scope}, {'one sample' if batch == 'one' else 'equal tokens'}"),
+                    *(_pays_off(found.get(cost)) for cost in costs),
+                    number(forward.get("predicted_length", nan), w.about),
+                    number(forward.get("slope", nan), lambda x: f"{x:.2f}"),
+                    number(forward.get("macs_slope", nan), lambda x: f"{x:.2f}"),
+                ]
+            )
+    what = [f"{QUANTITIES[quantity].capitalize()}, {PASSES[mode].split(' ', 1)[1]}" for quantity, mode in costs]
+    columns = ["Mechanism", "Of", *what, "Time, as MACs predict", "Slope of time", "Slope of MACs"]
+    note = (
+        "Tokens from which a mechanism takes less than Fused, with the 95"
+        f"{w.SPACE}% interval. Slope: the power of the length with which the forward pass grows."
+    )
     return Table("Efficiency lengths", columns, rows, note)
+
+
+def _pays_off(row: dict[str, Any] | None) -> Cell:
+    if row is None:
+        return Cell("–")
+    if pd.isna(row["length"]):
+        return Cell(f"> {row['measured_to']:,.0f}", 1e18)  # never so far: after every length that is one
+    return number(row["length"], partial(_length, row=row))
 
 
 def _length(length: float, row: dict[str, Any]) -> str:
@@ -129,16 +147,17 @@ def _length(length: float, row: dict[str, Any]) -> str:
 def fidelity(study: Study, dataset: str) -> Table:
     """Error to exact attention by size, and accuracy in the place of `fused`."""
     keys = ["attention", "option", "value"]
-    table = study.of("fidelity", dataset)
-    errors = table.groupby([*keys, "source"], sort=False, dropna=False)["error"].mean().to_dict()
-    replaced = study.of("replaced", dataset).groupby(keys, sort=False, dropna=False)["top1"].mean().to_dict()
+    # exact mechanisms have no size, and what is missing never equals itself
+    table, kept = (study.of(name, dataset).fillna({"option": "", "value": -1}) for name in ("fidelity", "replaced"))
+    errors = table.groupby([*keys, "source"], sort=False)["error"].mean().to_dict()
+    replaced = kept.groupby(keys, sort=False)["top1"].mean().to_dict()
     rows = []
     for row in records(table.drop_duplicates(keys)):
         key = attention, option, value = tuple(row[k] for k in keys)
         rows.append(
             [
                 mechanism(attention),
-                Cell("–") if pd.isna(option) or pd.isna(value) else text(f"{option} = {value:,.0f}"),
+                text(f"{option} = {value:,.0f}" if option and value >= 0 else None),
                 *(number(errors.get((*key, source)), w.percent) for source in ("random", "trained")),
                 number(row["mixing_macs"] / 1e6, lambda x: f"{x:.3g}"),
                 number(replaced.get(key), w.percent),
@@ -172,7 +191,9 @@ _HARDWARE: dict[str, tuple[str, Callable[[float], str]]] = {
     "latency_ms": ("Latency", w.milliseconds),
     "ratio_to_fused": ("× Fused", w.times),
     "onnx_latency_ms": ("Latency, ONNX", w.milliseconds),
+    "onnx_ratio_to_fused": ("ONNX × Fused", w.times),
     "int8_latency_ms": ("Latency, int8", w.milliseconds),
+    "int8_ratio_to_fused": ("int8 × Fused", w.times),
     "model_bytes": ("Weights", w.size),
     "int8_bytes": ("Weights, int8", w.size),
     "onnx_bytes": ("ONNX file", w.size),
@@ -193,7 +214,9 @@ def hardware(study: Study, dataset: str) -> Table:
         for r in records(table)
     ]
     columns = ["Mechanism", *(label for label, _ in present.values())]
-    return Table("Constrained hardware", columns, rows, "One thread, one image at a time.")
+    return Table(
+        "Constrained hardware", columns, rows, "One thread, one image at a time; × Fused is beside PyTorch's Fused."
+    )
 
 
 def origin(study: Study) -> Table:
