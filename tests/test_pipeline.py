@@ -29,6 +29,7 @@ DETERMINISTIC = (
     "plots/data/accuracy.csv",
     "plots/data/confusion.csv",
     "plots/figures/*-[!t]*.png",  # the trade-off shows times
+    "plots/vector/*-[!t]*.svg",
 )
 
 
@@ -90,7 +91,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
         check=True,
     ).stdout.decode()
     for name in filter(None, listed.split("\0")):
-        if name.startswith(("metrics/", "plots/", "dvc.lock")) or not (ROOT / name).is_file():
+        if name.startswith(("metrics/", "plots/", "report/", "dvc.lock")) or not (ROOT / name).is_file():
             continue
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, path / name)
@@ -150,7 +151,7 @@ def test_one_mechanism_trains_alone_and_the_summary_names_no_other(repository: R
 def test_one_option_runs_its_mechanism_again_and_nothing_else(repository: Repository) -> None:
     ran = stages_run(repository.run("dvc exp run -S attention.linformer.k=16"))
     own = {"train@digits-linformer-0", "evaluate@digits-linformer-0", "benchmark@digits-linformer", "scaling@linformer"}
-    assert own <= ran <= own | {"aggregate", "plot"}
+    assert own <= ran <= own | {"aggregate", "plot", "report"}
 
 
 def test_going_back_to_the_defaults_retrains_nothing(repository: Repository) -> None:
@@ -184,7 +185,7 @@ def test_only_the_code_that_changed_runs(repository: Repository) -> None:
         path.write_text(text)
         return ran
 
-    assert after_change("effvit/figures/style.py") == {"plot"}
+    assert after_change("effvit/figures/style.py") == {"plot", "report"}
     of_linformer = after_change("effvit/attention/linformer.py")
     assert {stage for stage in of_linformer if stage.startswith("train")} == {"train@digits-linformer-0"}
     assert not [stage for stage in of_linformer if "performer" in stage or "fused" in stage]
