@@ -87,7 +87,7 @@ def _int8(rows: pd.DataFrame) -> Iterator[str]:
     smaller = (known["int8_bytes"] / known["model_bytes"]).mean()
     fewer = ((known["top1"] - known["int8_top1"]) * known["n_images"]).round()
     worst = max(records(known.assign(fewer=fewer)), key=lambda row: row["fewer"])
-    images = f"{worst.get('split', 'test')} images".replace("val ", "validation ")
+    images = f"{worst.get('split', 'test')} images"
     if worst["fewer"] > 0:
         text = f"{w.name(worst['attention'])} loses most, {worst['fewer']:.0f} of {int(worst['n_images']):,} {images}"
     else:
