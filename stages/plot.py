@@ -11,6 +11,7 @@ with one_line_errors():
         metrics_dir=study.METRICS,
         prepared_dir=study.PREPARED,
         output_dir=study.PLOTS / "figures",
+        vector_dir=study.PLOTS / "vector",
         datasets=list(params.dataset),
         attentions=list(params.attention),
         seed=params.seeds[0],

@@ -8,6 +8,7 @@ from effvit.config import Study
 PREPARED = Path("data/prepared")
 METRICS = Path("metrics")
 PLOTS = Path("plots")
+REPORT = Path("report")
 
 
 def load() -> tuple[Study, list[str]]:

@@ -35,7 +35,8 @@ def study(tmp_path, prepared_dir):
     write_study(tmp_path / "metrics", datasets=datasets, attentions=FEW, images=1)
     aggregate(tmp_path / "metrics", tmp_path / "plots" / "data", datasets, FEW, [0])
     paths = {"data_dir": tmp_path / "plots" / "data", "metrics_dir": tmp_path / "metrics", "prepared_dir": prepared_dir}
-    return paths | {"output_dir": tmp_path / "plots" / "figures", "datasets": ["digits"], "attentions": FEW}
+    paths |= {"output_dir": tmp_path / "plots" / "figures", "vector_dir": tmp_path / "plots" / "vector"}
+    return paths | {"datasets": ["digits"], "attentions": FEW}
 
 
 def test_command_draws_every_figure_and_no_picture_of_an_earlier_selection_stays(study):
@@ -44,11 +45,15 @@ def test_command_draws_every_figure_and_no_picture_of_an_earlier_selection_stays
         (study["output_dir"] / earlier).touch()
     app = typer.Typer()
     app.command()(plot)
-    folders = [x for key in ("data", "metrics", "prepared", "output") for x in (f"--{key}-dir", study[f"{key}_dir"])]
+    folders = [
+        x for key in ("data", "metrics", "prepared", "output", "vector") for x in (f"--{key}-dir", study[f"{key}_dir"])
+    ]
     mechanisms = [x for attention in FEW for x in ("--attention", attention)]
     result = CliRunner().invoke(app, ["--dataset", "digits", *map(str, folders), *mechanisms])
     assert result.exit_code == 0, result.output
     assert {file.stem for file in study["output_dir"].iterdir()} == {*STUDIED, *(f"digits-{kind}" for kind in KINDS)}
+    charts = {*STUDIED, *(f"digits-{kind}" for kind in KINDS if not kind.endswith(("maps", "samples")))}
+    assert {file.name for file in study["vector_dir"].iterdir()} == {f"{chart}.svg" for chart in charts}
     for file in study["output_dir"].iterdir():
         with Image.open(file) as image:
             image.verify()

@@ -1,6 +1,7 @@
 import json
 from io import BytesIO
 from pathlib import Path
+from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
@@ -14,6 +15,7 @@ from effvit import figures
 from effvit.aggregate import collect
 from effvit.figures.style import look
 
+SVG = "{http://www.w3.org/2000/svg}"
 TEMPLATES = sorted((Path(__file__).parents[1] / ".dvc" / "plots").glob("*.json"))
 
 
@@ -67,6 +69,18 @@ def test_the_same_bytes_whatever_style_the_user_has_and_no_date_in_them(tables, 
         assert dict(matplotlib.rcParams) == before
     assert first == second
     assert not any(word in data for data in first for word in (b"tEXt", b"iTXt", b"tIME"))
+
+
+def test_vector_figures_are_the_same_bytes_without_a_date_and_their_text_is_text(tables, maps, tmp_path):
+    for i, figures_again in enumerate(draw_all(tables, maps, "fused", "linformer")[:4] for _ in range(2)):
+        for j, figure in enumerate(figures_again):
+            figures.save(figure, tmp_path / f"{i}-{j}.svg")
+    for j in range(4):
+        first = (tmp_path / f"0-{j}.svg").read_text(encoding="utf-8")
+        assert first == (tmp_path / f"1-{j}.svg").read_text(encoding="utf-8")
+        assert "<dc:date>" not in first and "Matplotlib v" not in first
+        words = " ".join("".join(element.itertext()) for element in ElementTree.fromstring(first).iter(f"{SVG}text"))
+        assert "Fused" in words and "Linformer" in words
 
 
 @pytest.mark.parametrize("attention", ["fused", "standard"])

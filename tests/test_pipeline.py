@@ -34,6 +34,7 @@ DETERMINISTIC = (
     "plots/data/paired.csv",
     "plots/data/confusion.csv",
     "plots/figures/*-[!th]*.png",  # the trade-off and hardware show times
+    "plots/vector/*-[!th]*.svg",
 )
 
 
@@ -95,7 +96,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
         check=True,
     ).stdout.decode()
     for name in filter(None, listed.split("\0")):
-        if name.startswith(("metrics/", "plots/", "dvc.lock")) or not (ROOT / name).is_file():
+        if name.startswith(("metrics/", "plots/", "report/", "dvc.lock")) or not (ROOT / name).is_file():
             continue
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, path / name)
@@ -157,7 +158,7 @@ def test_one_option_runs_its_mechanism_again_and_nothing_else(repository: Reposi
     own = {"train@digits-linformer-0", "evaluate@digits-linformer-0", "scaling@linformer"}
     own |= {"benchmark@digits-linformer", "hardware@digits-linformer"}
     own |= {"fidelity@digits", "representations@digits"}
-    assert own <= ran <= own | {"aggregate", "plot"}
+    assert own <= ran <= own | {"aggregate", "plot", "report"}
 
 
 def test_going_back_to_the_defaults_retrains_nothing(repository: Repository) -> None:
@@ -191,7 +192,7 @@ def test_only_the_code_that_changed_runs(repository: Repository) -> None:
         path.write_text(text)
         return ran
 
-    assert after_change("effvit/figures/style.py") == {"plot"}
+    assert after_change("effvit/figures/style.py") == {"plot", "report"}
     of_linformer = after_change("effvit/attention/linformer.py")
     assert {stage for stage in of_linformer if stage.startswith("train")} == {"train@digits-linformer-0"}
     assert not [stage for stage in of_linformer if "performer" in stage or "fused" in stage]

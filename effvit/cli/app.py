@@ -27,6 +27,7 @@ COMMANDS = (
     "aggregate",
     "plot",
     "ablation",
+    "report",
     "mechanisms",
 )
 

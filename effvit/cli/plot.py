@@ -11,8 +11,10 @@ from effvit.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
+    from matplotlib.figure import Figure
 
 _PER_CLASS = 8  # images of a class on the sample sheet
+_PIXELS = ("-attention-maps", "-class-token-maps", "-samples")  # photographs, which lines do not make sharper
 _KEY = {"dataset": str, "attention": str}
 _CASE = dict.fromkeys(("attention", "scope", "batch", "mode", "quantity"), str)
 _OF_STUDY = ("scaling", "efficiency")
@@ -52,17 +54,22 @@ def plot(
     metrics_dir: MetricsDir,
     prepared_dir: Annotated[Path, typer.Option(help="Directory that holds a prepared data set of each name.")],
     output_dir: OutputDir,
+    vector_dir: Annotated[Path, typer.Option(help="Directory to write the charts to as SVG; replaced as a whole.")],
     datasets: Datasets,
     attentions: Attentions,
     seed: Annotated[int, typer.Option(help="The seed whose attention maps are drawn.")] = 0,
 ) -> None:
-    """Draw the figures of a comparison."""
+    """Draw the figures of a comparison.
+
+    All are PNG files in OUTPUT_DIR; those that are not made of pixels are SVG files in VECTOR_DIR as well.
+    """
     from effvit import figures
     from effvit.data.prepared import PreparedDataset
     from effvit.data.samples import sample_sheet
     from effvit.files import staged_dir
 
-    check_apart(output_dir, data_dir, metrics_dir, prepared_dir)
+    check_apart(output_dir, data_dir, metrics_dir, prepared_dir, vector_dir)
+    check_apart(vector_dir, data_dir, metrics_dir, prepared_dir, output_dir)
     prepared = {d: PreparedDataset.load(prepared_dir / d) for d in datasets}
     maps = {d: _maps(metrics_dir / "cells" / d, attentions, seed, len(prepared[d].classes)) for d in datasets}
     analyses = {d: metrics_dir / "analysis" / d / "representations" for d in datasets}
@@ -76,9 +83,15 @@ def plot(
         "scaling_model_tokens": figures.scaling(scaling, "model", "tokens"),
         "efficiency": figures.efficiency_lengths(_select(data_dir, "efficiency", attentions)),
     }
-    with staged_dir(output_dir, "scaling.png") as aside:
-        for name, figure in studied.items():
+    with staged_dir(vector_dir, "scaling.svg") as vectors, staged_dir(output_dir, "scaling.png") as aside:
+
+        def save(figure: "Figure", name: str) -> None:
             figures.save(figure, aside / f"{name}.png")
+            if not name.endswith(_PIXELS):
+                figures.save(figure, vectors / f"{name}.svg")
+
+        for name, figure in studied.items():
+            save(figure, name)
         for dataset in datasets:
             pictures = {
                 "curves": figures.training_curves(rows["curves", dataset]),
@@ -95,7 +108,7 @@ def plot(
             if not rows["gates", dataset].empty:
                 pictures["gates"] = figures.gates(rows["gates", dataset])
             for name, figure in pictures.items():
-                figures.save(figure, aside / f"{dataset}-{name}.png")
+                save(figure, f"{dataset}-{name}")
         count = len(list(aside.iterdir()))
     typer.echo(f"{count} figures in {output_dir}")
 

@@ -51,10 +51,15 @@ def look(attention: str) -> tuple[str, str, str]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a PNG whose bytes depend on the figure alone: no date, no version, no user's style."""
+    """Write a PNG, or where the suffix says so an SVG, whose bytes depend on the figure alone.
+
+    No date, no version and no user's style are in it. Text in an SVG is text, in DejaVu Sans or what there is instead.
+    """
     crop = None if figure.get_layout_engine() else "tight"  # a figure that lays itself out has its margins already
-    with matplotlib.style.context("default"):
-        figure.savefig(path, format="png", dpi=200, bbox_inches=crop, metadata={"Software": None})
+    vector = str(path).endswith(".svg")
+    metadata = dict.fromkeys(["Creator", "Date", "Format", "Type"] if vector else ["Software"])
+    with matplotlib.style.context(["default", {"svg.fonttype": "none", "svg.hashsalt": "effvit"}]):
+        figure.savefig(path, format="svg" if vector else "png", dpi=200, bbox_inches=crop, metadata=metadata)
 
 
 def styled(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:

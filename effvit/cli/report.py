@@ -1,0 +1,29 @@
+"""``effvit report``: the answers, tables, charts and figures of a comparison as one page."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from effvit.cli.options import OutputDir, check_apart
+
+
+def report(
+    data_dir: Annotated[Path, typer.Option(help="Directory of the tables that `effvit aggregate` wrote.")],
+    figures_dir: Annotated[Path, typer.Option(help="Directory of the figures that `effvit plot` wrote.")],
+    output_dir: OutputDir,
+    vector_dir: Annotated[Path | None, typer.Option(help="Directory of the same figures as SVG, if any.")] = None,
+) -> None:
+    """Answer the research questions from the tables and write index.html, which needs no network, and report.md."""
+    from effvit.files import staged_dir
+    from effvit.report import page, tables
+
+    check_apart(output_dir, data_dir, figures_dir, *([vector_dir] if vector_dir else []))
+    study = tables.read(data_dir)
+    figures = page.pictures(figures_dir, vector_dir, study.datasets)
+    with staged_dir(output_dir, "index.html") as aside:
+        (aside / "index.html").write_text(page.html(study, figures), encoding="utf-8", newline="\n")
+        (aside / "report.md").write_text(page.markdown(study, figures, output_dir), encoding="utf-8", newline="\n")
+    typer.echo(
+        f"{output_dir / 'index.html'} and report.md: {len(study.attentions)} mechanisms on {', '.join(study.datasets)}"
+    )

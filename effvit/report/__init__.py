@@ -1,0 +1,1 @@
+"""The study's report: tables read back, research questions answered from them, one page that shows both."""

@@ -1,0 +1,214 @@
+"""The five research questions, answered in sentences from the tables; what the tables do not support is not said."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import isfinite
+
+import pandas as pd
+
+from effvit.report import wording as w
+from effvit.report.compare import Accuracy, accuracies, at_largest_batch, cost_verdicts
+from effvit.report.hardware import constrained_hardware
+from effvit.report.representations import representations
+from effvit.report.resolution import resolution
+from effvit.report.tables import Study, by_attention, records
+
+_LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question; the first sentence of each finding is the answer, the others are what it rests on."""
+
+    question: str
+    findings: list["Finding"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one data set says to a question; `dataset` is empty where the question is not about one."""
+
+    dataset: str
+    sentences: list[str]
+
+
+def answers(study: Study) -> list[Answer]:
+    """All five, in the order in which they were asked."""
+    return [
+        _per_dataset(study, "Which mechanism offers the best trade-off of accuracy and efficiency?", tradeoff),
+        Answer("How do the gains change with resolution?", [Finding("", list(resolution(study)))]),
+        _per_dataset(study, "Do efficient mechanisms learn other representations?", representations),
+        _per_dataset(study, "What does the hybrid add?", hybrid),
+        _per_dataset(study, "Which mechanisms are viable on constrained hardware?", constrained_hardware),
+    ]
+
+
+def _per_dataset(study: Study, question: str, say: Callable[[Study, str], Iterator[str]]) -> Answer:
+    return Answer(question, [Finding(dataset, list(say(study, dataset))) for dataset in study.datasets])
+
+
+def tradeoff(study: Study, dataset: str) -> Iterator[str]:
+    """Accuracy beside latency, computation and memory, all against `fused`."""
+    latency = at_largest_batch(study.of("cost", dataset), "latency")
+    beside = accuracies(study, dataset)
+    if not beside:
+        yield "There is no comparison: this needs Fused and at least one other mechanism among those selected."
+        yield from _accuracy_range(study, dataset)
+        return
+    yield _best(beside, latency)
+    yield from _accuracy_range(study, dataset)
+    yield from _accuracy_verdicts(beside)
+    batch = latency["batch_size"].dropna()
+    ratios = latency[latency["attention"] != "fused"].dropna(subset=["ratio_to_fused"])
+    if len(ratios):
+        listed = w.several(f"{w.name(row['attention'])} {w.beside_fused(row)}" for row in records(ratios))
+        yield f"Latency at batch {batch.iloc[0]:.0f}, timed in turns with Fused: {listed}.{_noise(latency)}"
+    yield from _exact_costs(study, dataset)
+
+
+def _best(beside: list[Accuracy], latency: pd.DataFrame) -> str:
+    verdicts = cost_verdicts(latency)
+    rows = by_attention(latency)
+    ratios = {attention: row["ratio_to_fused"] for attention, row in rows.items()}
+    cheaper = [b for b in beside if verdicts.get(b.attention) == "cheaper"]
+    faster = sorted(cheaper, key=lambda b: ratios[b.attention])
+    kept = [b for b in faster if b.verdict in {"better", "no difference shown"}]
+    unknown = [b for b in faster if b.verdict == "one seed"]
+    better = [b for b in beside if b.verdict == "better" and b not in faster]
+    if kept:
+        accuracy = "more accurate as well" if kept[0].verdict == "better" else "with no difference in accuracy shown"
+        more = f"; {w.names([b.attention for b in kept[1:]])} can be said the same of" if kept[1:] else ""
+        ratio = w.beside_fused(rows[kept[0].attention])
+        return f"{w.name(kept[0].attention)}: {ratio} the latency of Fused, {accuracy}{more}."
+    if unknown:
+        listed = w.several(f"{w.name(b.attention)} ({w.times(ratios[b.attention])})" for b in unknown)
+        return f"Faster than Fused: {listed}. What that costs in accuracy, one seed cannot say."
+    if better:
+        listed = w.several(f"{w.name(b.attention)} ({w.times(ratios[b.attention])} its latency)" for b in better)
+        return f"None is both faster and as accurate as Fused; more accurate, for more time, is {listed}."
+    faster_text = (
+        f"{w.names([b.attention for b in faster])} saves time and loses accuracy"
+        if faster
+        else "none is faster beyond the noise of the timing"
+        if verdicts
+        else "no latency was measured"
+    )
+    seeds = (
+        "one seed ranks no two mechanisms by accuracy"
+        if all(b.verdict == "one seed" for b in beside)
+        else "none is shown to be more accurate"
+    )
+    return f"None is shown to beat Fused here: {faster_text}, and {seeds}."
+
+
+def _accuracy_range(study: Study, dataset: str) -> Iterator[str]:
+    rows = study.of("accuracy", dataset).sort_values("top1", kind="stable")
+    n, seeds = study.test_images(dataset), int(rows["n_seeds"].iloc[0])
+    low, *_, high = [*records(rows), *records(rows)] if len(rows) == 1 else records(rows)
+    if len(rows) == 1:
+        yield f"{w.name(low['attention'])} classifies {w.percent(low['top1'])} of {w.count(n, 'test image')} correctly."
+        return
+    text = (
+        f"Top-1 accuracy on {w.count(n, 'test image')} lies between {w.percent(low['top1'])} "
+        f"({w.name(low['attention'])}) and {w.percent(high['top1'])} ({w.name(high['attention'])})"
+    )
+    apart = (high["top1"] - low["top1"]) * n
+    if seeds == 1:
+        yield (
+            f"{text}: {w.count(apart, 'image')} apart, from one seed each. Another seed may well turn that round, so "
+            "these accuracies rank nothing."
+        )
+    else:
+        yield f"{text}, means over {seeds} seeds: {w.count(apart, 'image')} apart."
+
+
+def _accuracy_verdicts(beside: list[Accuracy]) -> Iterator[str]:
+    for verdict, text in (("better", "More accurate than Fused"), ("worse", "Less accurate than Fused")):
+        if found := [b for b in beside if b.verdict == verdict]:
+            yield f"{text}: {w.several(f'{w.name(b.attention)} ({_points(b)})' for b in found)}."
+    if tested := [b for b in beside if b.verdict == "one seed" and isfinite(b.p)]:
+        differ = [f"{w.name(b.attention)} ({w.points(b.difference)} points)" for b in tested if b.p < _LEVEL]
+        says = f"{w.several(differ)} differs" if differ else "none of them differs"
+        yield (
+            f"Image by image, as the trained models that they are, {says} from Fused beyond chance "
+            "(McNemar's exact test, corrected for their number); that says nothing of other trainings."
+        )
+    if found := [b for b in beside if b.verdict == "no difference shown"]:
+        yield f"No difference in accuracy to Fused is shown for {w.names([b.attention for b in found])}."
+
+
+def _points(beside: Accuracy) -> str:
+    interval = f", {w.points(beside.low)} to {w.points(beside.high)}" if isfinite(beside.low) else ""
+    return f"{w.points(beside.difference)} points{interval}"
+
+
+def _noise(latency: pd.DataFrame) -> str:
+    own = latency[latency["attention"] == "fused"].dropna(subset=["ratio_low", "ratio_high"])
+    if own.empty:
+        return ""
+    (row,) = records(own)
+    return (
+        f" Fused beside itself gives {w.ratio(row['ratio_low'])} to {w.ratio(row['ratio_high'])}: "
+        "a ratio whose interval overlaps that is not called a difference."
+    )
+
+
+def _exact_costs(study: Study, dataset: str) -> Iterator[str]:
+    accuracy = study.of("accuracy", dataset).set_index("attention")
+    macs = accuracy["gmacs"] / accuracy["gmacs"]["fused"]
+    yield f"Multiply-adds of the whole model, exact: {_less_and_more(macs)}."
+    memory = at_largest_batch(study.of("cost", dataset), "train_memory").set_index("attention")["ratio_to_fused"]
+    if len(known := memory.dropna()):
+        yield f"Peak memory of a training step: {_less_and_more(known)}."
+
+
+def _less_and_more(ratios: "pd.Series[float]") -> str:
+    ratios = ratios.drop("fused", errors="ignore").sort_values(kind="stable")
+    groups = {
+        "less than Fused": ratios[ratios <= 0.99],
+        "the same within 1" + w.SPACE + "%": ratios[(ratios > 0.99) & (ratios < 1.01)],
+        "more": ratios[ratios >= 1.01],
+    }
+    parts = []
+    for text, group in groups.items():
+        if len(group):
+            exact = text.startswith("the same")
+            listed = (w.name(str(a)) if exact else f"{w.name(str(a))} ({w.times(r)})" for a, r in group.items())
+            parts.append(f"{text} {w.several(listed)}")
+    return "; ".join(parts)
+
+
+def hybrid(study: Study, dataset: str) -> Iterator[str]:
+    """What windows beside linear attention are worth: accuracy, cost, and which branch the gate prefers."""
+    if "hybrid" not in study.attentions:
+        yield "Not asked: the hybrid is not among the mechanisms selected."
+        return
+    found = [b for b in accuracies(study, dataset) if b.attention == "hybrid"]
+    if found:
+        yield _hybrid_accuracy(found[0], study.test_images(dataset))
+        latency = by_attention(at_largest_batch(study.of("cost", dataset), "latency"))["hybrid"]
+        if isfinite(latency["ratio_to_fused"]):
+            yield f"It takes {w.beside_fused(latency)} the latency of Fused at batch {latency['batch_size']:.0f}."
+    else:
+        yield "There is nothing to hold it against: Fused is not among the mechanisms selected."
+    gates = study.of("gates", dataset)
+    if gates.empty:
+        yield "How its gate divides the tokens between its branches was not measured."
+        return
+    for text, layer in (("first", gates["layer"].min()), ("last", gates["layer"].max())):
+        rows = gates[(gates["layer"] == layer) & (gates["attention"] == "hybrid")]
+        if len(rows):
+            shares = w.several(f"{w.percent(row['share'])} to {row['branch']}" for row in records(rows))
+            yield f"In the {text} block its gate gives {shares}."
+
+
+def _hybrid_accuracy(beside: Accuracy, n: int) -> str:
+    if beside.verdict == "one seed":
+        images = abs(beside.difference) * n
+        way = "more" if beside.difference > 0 else "fewer"
+        differ = f"{w.count(images, 'image')} of {n:,} {way} right than" if round(images) else "as many images right as"
+        return f"Not shown to add accuracy: with one seed it gets {differ} Fused, which says nothing."
+    adds = {"better": "It adds accuracy", "worse": "It costs accuracy"}.get(
+        beside.verdict, "No difference in accuracy to Fused is shown"
+    )
+    return f"{adds}: {_points(beside)}."

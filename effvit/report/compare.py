@@ -1,0 +1,90 @@
+"""When a difference may be called one: an accuracy by its interval over seeds, a time by the noise of the baseline."""
+
+from dataclasses import dataclass
+from math import isfinite, nan
+from typing import Any
+
+import pandas as pd
+
+from effvit.report.tables import Study, by_attention
+
+_EQUAL = 0.01  # exact costs (MACs, bytes) that differ by less are as good as the same
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A mechanism's top-1 minus `fused`'s, as fractions.
+
+    `verdict` is better, worse, no difference shown, or one seed. `p` is that of no difference, corrected for the
+    number of mechanisms: over seeds, or with one seed between the trained models, image by image.
+    """
+
+    attention: str
+    difference: float
+    low: float
+    high: float
+    verdict: str
+    p: float = nan
+
+
+def accuracies(study: Study, dataset: str) -> list[Accuracy]:
+    """Every mechanism but `fused` beside it; paired over seeds where that is known, by disjoint intervals otherwise."""
+    rows = by_attention(study.of("accuracy", dataset))
+    fused = rows.pop("fused", None)
+    if fused is None:
+        return []
+    paired = by_attention(study.of("paired", dataset))
+    found = []
+    for attention, row in rows.items():
+        if pair := paired.get(attention):
+            numbers = (pair["difference"], pair["difference_low"], pair["difference_high"])
+            found.append(Accuracy(attention, *numbers, pair["verdict"], pair.get("p_holm", nan)))
+        else:
+            found.append(Accuracy(attention, row["top1"] - fused["top1"], nan, nan, _by_intervals(row, fused)))
+    return found
+
+
+def _by_intervals(row: dict[str, Any], fused: dict[str, Any]) -> str:
+    if not all(isfinite(x) for x in (row["top1_low"], row["top1_high"], fused["top1_low"], fused["top1_high"])):
+        return "one seed"
+    if row["top1_low"] > fused["top1_high"]:
+        return "better"
+    return "worse" if row["top1_high"] < fused["top1_low"] else "no difference shown"
+
+
+def cost_verdicts(rows: pd.DataFrame) -> dict[str, str]:
+    """``cheaper``, ``dearer`` or ``no difference shown`` by mechanism, `fused` and what was not measured left out.
+
+    A measured ratio counts where its interval neither holds 1 nor overlaps that of `fused` timed against itself; an
+    exact one (without an interval) where it is 1 % away from 1.
+
+    Args:
+        rows: one a mechanism, with the ratio to `fused` and its interval.
+    """
+    table = by_attention(rows)
+    own = table.pop("fused", {})
+    floor, ceiling = _bounds(own, 0.0) if own else (1.0, 1.0)
+    floor, ceiling = min(1.0, floor), max(1.0, ceiling)
+    verdicts = {}
+    for attention, row in table.items():
+        if not isfinite(row["ratio_to_fused"]):
+            continue
+        measured = isfinite(row["ratio_low"])
+        low, high = _bounds(row, _EQUAL)
+        cheaper, dearer = high < (floor if measured else 1.0), low > (ceiling if measured else 1.0)
+        verdicts[attention] = "cheaper" if cheaper else "dearer" if dearer else "no difference shown"
+    return verdicts
+
+
+def _bounds(row: dict[str, Any], margin: float) -> tuple[float, float]:
+    if isfinite(row["ratio_low"]) and isfinite(row["ratio_high"]):
+        return row["ratio_low"], row["ratio_high"]
+    ratio = row["ratio_to_fused"] if isfinite(row["ratio_to_fused"]) else 1.0
+    return ratio * (1 - margin), ratio * (1 + margin)
+
+
+def at_largest_batch(rows: pd.DataFrame, quantity: str) -> pd.DataFrame:
+    """One row a mechanism: the quantity at the largest batch that it was measured at."""
+    found = rows[rows["quantity"] == quantity].sort_values("batch_size", kind="stable")
+    order = pd.unique(rows["attention"])
+    return found.drop_duplicates("attention", keep="last").set_index("attention").reindex(order).reset_index()

@@ -1,0 +1,230 @@
+"""The tables of the report: text for the eye, a key for sorting, and what a column means."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from math import isfinite, nan
+from typing import Any
+
+import pandas as pd
+
+from effvit.report import wording as w
+from effvit.report.compare import at_largest_batch
+from effvit.report.representations import similarity_to_fused
+from effvit.report.resolution import PASSES, QUANTITIES
+from effvit.report.tables import Study, by_attention, records
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry; `key` is what it is sorted by, empty where unknown."""
+
+    text: str
+    key: float | str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that can be sorted; without rows it says so instead."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[Cell]]
+    note: str = ""
+    numeric: list[bool] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """A column is numeric where something is sorted, and nothing as text."""
+        keys = [[row[i].key for row in self.rows] for i in range(len(self.columns))]
+        object.__setattr__(
+            self,
+            "numeric",
+            [all(not isinstance(k, str) for k in column if k != "") and set(column) != {""} for column in keys],
+        )
+
+
+def text(value: Any) -> Cell:
+    """A word, or a dash where there is none."""
+    return Cell("–") if pd.isna(value) else Cell(str(value), str(value))
+
+
+def number(value: Any, show: Callable[[float], str] = lambda x: f"{x:,.0f}") -> Cell:
+    """A number as `show` writes it, sorted by its value; a dash where it is unknown."""
+    return Cell("–") if pd.isna(value) or not isfinite(value) else Cell(show(float(value)), float(value))
+
+
+def mechanism(attention: str) -> Cell:
+    """The label of a mechanism."""
+    return Cell(w.name(attention), w.name(attention))
+
+
+def accuracy_and_cost(study: Study, dataset: str) -> Table:
+    """Every mechanism of one data set: what it gets right, and what that takes."""
+    cost = study.of("cost", dataset)
+    latency, step, memory = (by_attention(at_largest_batch(cost, q)) for q in ("latency", "train_step", "train_memory"))
+    single = by_attention(cost[(cost["quantity"] == "latency") & (cost["batch_size"] == 1)])
+    batch = "".join(f", batch {row['batch_size']:.0f}" for row in list(latency.values())[:1] if row["batch_size"] > 0)
+    accuracy = by_attention(study.of("accuracy", dataset))
+    fused = accuracy.get("fused", {}).get("parameters")
+    rows = [
+        [
+            mechanism(attention),
+            _top1(row),
+            number(row["parameters"], partial(_marked, fused=fused)),
+            number(row["gmacs"] * 1e3, lambda x: f"{x:,.2f}" if x < 100 else f"{x:,.0f}"),
+            number(single.get(attention, {}).get("median"), w.milliseconds),
+            _ratio(latency[attention]),
+            _ratio(step[attention]),
+            number(memory[attention]["median"], w.size),
+            number(memory[attention]["ratio_to_fused"], w.times),
+        ]
+        for attention, row in accuracy.items()
+    ]
+    columns = ["Mechanism", "Top-1", "Parameters", "MACs [M]", "Latency, one image", f"Latency × Fused{batch}"]
+    columns += [f"Training step × Fused{batch}", f"Training memory{batch}", "Memory × Fused"]
+    note = "Ratios were timed in turns with Fused in one process; in brackets their 95 % interval."
+    return Table("Accuracy and cost", columns, rows, note)
+
+
+def _marked(parameters: float, fused: float | None) -> str:
+    """A count that differs by more than a tenth from `fused`'s says by how much."""
+    differs = fused and abs(parameters / fused - 1) > 0.1
+    return f"{parameters:,.0f}" + (f" ({parameters / fused - 1:+.0%})" if differs and fused else "")
+
+
+def _ratio(row: dict[str, Any]) -> Cell:
+    return number(row["ratio_to_fused"], lambda _: w.beside_fused(row))
+
+
+def _top1(row: dict[str, Any]) -> Cell:
+    half = (row["top1_high"] - row["top1_low"]) / 2
+    return Cell(
+        f"{100 * row['top1']:.1f}" + (f" ± {100 * half:.1f}" if isfinite(half) else "") + f"{w.SPACE}%", row["top1"]
+    )
+
+
+def efficiency(study: Study) -> Table:
+    """From which length each mechanism takes less than `fused`, with the slope of its forward time."""
+    costs = [(quantity, mode) for quantity in QUANTITIES for mode in PASSES]
+    rows = []
+    for key, group in study.efficiency.groupby(["scope", "batch", "attention"], sort=False):
+        scope, batch, attention = map(str, key)
+        found = {(row["quantity"], row["mode"]): row for row in records(group)}
+        forward = found.get(costs[0], {})
+        if attention != "fused":
+            rows.append(
+                [
+                    mechanism(attention),
+                    text(f"{scope}, {'one sample' if batch == 'one' else 'equal tokens'}"),
+                    *(_pays_off(found.get(cost)) for cost in costs),
+                    number(forward.get("predicted_length", nan), w.about),
+                    number(forward.get("slope", nan), lambda x: f"{x:.2f}"),
+                    number(forward.get("macs_slope", nan), lambda x: f"{x:.2f}"),
+                ]
+            )
+    what = [f"{QUANTITIES[quantity].capitalize()}, {PASSES[mode].split(' ', 1)[1]}" for quantity, mode in costs]
+    columns = ["Mechanism", "Of", *what, "Time, as MACs predict", "Slope of time", "Slope of MACs"]
+    note = (
+        "Tokens from which a mechanism takes less than Fused, with the 95"
+        f"{w.SPACE}% interval. Slope: the power of the length with which the forward pass grows."
+    )
+    return Table("Efficiency lengths", columns, rows, note)
+
+
+def _pays_off(row: dict[str, Any] | None) -> Cell:
+    if row is None:
+        return Cell("–")
+    if pd.isna(row["length"]):
+        return Cell(f"> {row['measured_to']:,.0f}", 1e18)  # never so far: after every length that is one
+    return number(row["length"], partial(_length, row=row))
+
+
+def _length(length: float, row: dict[str, Any]) -> str:
+    low, high = row.get("length_low", nan), row.get("length_high", nan)
+    return w.about(length) + (f" ({w.about(low)} to {w.about(high)})" if isfinite(low) and isfinite(high) else "")
+
+
+def fidelity(study: Study, dataset: str) -> Table:
+    """Error to exact attention by size, and accuracy in the place of `fused`."""
+    keys = ["attention", "option", "value"]
+    # exact mechanisms have no size, and what is missing never equals itself
+    table, kept = (study.of(name, dataset).fillna({"option": "", "value": -1}) for name in ("fidelity", "replaced"))
+    errors = table.groupby([*keys, "source"], sort=False)["error"].mean().to_dict()
+    replaced = kept.groupby(keys, sort=False)["top1"].mean().to_dict()
+    rows = []
+    for row in records(table.drop_duplicates(keys)):
+        key = attention, option, value = tuple(row[k] for k in keys)
+        rows.append(
+            [
+                mechanism(attention),
+                text(f"{option} = {value:,.0f}" if option and value >= 0 else None),
+                *(number(errors.get((*key, source)), w.percent) for source in ("random", "trained")),
+                number(row["mixing_macs"] / 1e6, lambda x: f"{x:.3g}"),
+                number(replaced.get(key), w.percent),
+            ]
+        )
+    columns = ["Mechanism", "Size", "Error, random q, k, v", "Error, trained q, k, v", "MACs of mixing [M]"]
+    columns.append("Top-1 in the place of Fused")
+    return Table("Fidelity to exact attention", columns, rows, "Relative Frobenius error, mean over images and heads.")
+
+
+def layers(study: Study, dataset: str) -> Table:
+    """Similarity to `fused`, attention distance and entropy, means over layers and heads."""
+    cka = similarity_to_fused(study.of("cka", dataset))
+    heads = study.of("heads", dataset).groupby("attention", sort=False)[["distance_px", "entropy_nats"]].mean()
+    known = [a for a in study.attentions if a in cka.index or a in heads.index]
+    distance, entropy = heads["distance_px"].to_dict(), heads["entropy_nats"].to_dict()
+    rows = [
+        [
+            mechanism(a),
+            number(cka.get(a), lambda x: f"{x:.2f}"),
+            number(distance.get(a), lambda x: f"{x:.1f}"),
+            number(entropy.get(a), lambda x: f"{x:.2f}"),
+        ]
+        for a in known
+    ]
+    columns = ["Mechanism", "Linear CKA with Fused, same layer", "Attention distance [px]", "Attention entropy [nats]"]
+    return Table("Representations", columns, rows, "Means over layers and heads.")
+
+
+_HARDWARE: dict[str, tuple[str, Callable[[float], str]]] = {
+    "latency_ms": ("Latency", w.milliseconds),
+    "ratio_to_fused": ("× Fused", w.times),
+    "onnx_latency_ms": ("Latency, ONNX", w.milliseconds),
+    "onnx_ratio_to_fused": ("ONNX × Fused", w.times),
+    "int8_latency_ms": ("Latency, int8", w.milliseconds),
+    "int8_ratio_to_fused": ("int8 × Fused", w.times),
+    "model_bytes": ("Weights", w.size),
+    "int8_bytes": ("Weights, int8", w.size),
+    "onnx_bytes": ("ONNX file", w.size),
+    "top1": ("Top-1", w.percent),
+    "int8_top1": ("Top-1, int8", w.percent),
+    "onnx_error": ("Error of ONNX", lambda x: f"{x:.0e}"),
+    "peak_memory_bytes": ("Peak memory", w.size),
+    "peak_rss_bytes": ("Peak resident memory", w.size),
+}
+
+
+def hardware(study: Study, dataset: str) -> Table:
+    """What there is of one thread, one image, ONNX and eight bits."""
+    table = study.of("hardware", dataset)
+    present = {column: how for column, how in _HARDWARE.items() if column in table}
+    rows = [
+        [mechanism(r["attention"]), *(number(r[column], show) for column, (_, show) in present.items())]
+        for r in records(table)
+    ]
+    columns = ["Mechanism", *(label for label, _ in present.values())]
+    return Table(
+        "Constrained hardware", columns, rows, "One thread, one image at a time; × Fused is beside PyTorch's Fused."
+    )
+
+
+def origin(study: Study) -> Table:
+    """Which code, versions and machine made the results, a row for each that differ."""
+    keys = ["git_revision", "effvit", "torch", "python", "platform", "cpu", "threads", "accelerator"]
+    rows = []
+    for key, group in study.provenance.groupby(keys, sort=False, dropna=False):
+        stages = ", ".join(dict.fromkeys(group["stage"]))
+        rows.append([text(stages), *(text(value) for value in key)])
+    columns = ["Stages", "Revision", "effvit", "PyTorch", "Python", "Platform", "Processor", "Threads", "Accelerator"]
+    return Table("Origin of the results", columns, rows)

@@ -1,0 +1,147 @@
+"""The report as one page that needs no network, and as Markdown."""
+
+import json
+from base64 import b64encode
+from dataclasses import dataclass
+from functools import cache
+from os.path import relpath
+from pathlib import Path
+from typing import Any
+
+import vl_convert
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from effvit.figures.style import look
+from effvit.report import charts, overview
+from effvit.report import wording as w
+from effvit.report.answers import answers
+from effvit.report.tables import Study
+
+_CAPTIONS = {
+    "curves": "Loss and validation accuracy while training",
+    "tradeoff": "Test accuracy against computation, latency and training memory, with the Pareto front",
+    "confusion": "Share of each actual class by predicted class",
+    "attention-maps": "Attention rollout from the class token, the same images for all mechanisms",
+    "samples": "Images of each class as the models see them",
+    "scaling": "Time and peak memory of one attention block against sequence length",
+}
+_TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure of the study, whole, as it stands in the page; `path` is where its file is."""
+
+    path: Path
+    caption: str
+
+    @property
+    def uri(self) -> str:
+        """The picture itself as a data URI."""
+        return f"data:{_TYPES[self.path.suffix]};base64,{b64encode(self.path.read_bytes()).decode()}"
+
+
+def pictures(figures_dir: Path, vector_dir: Path | None, datasets: list[str]) -> dict[str, list[Picture]]:
+    """Figures by data set, the others under the empty name; drawn lines in place of pixels where there are some."""
+    found: dict[str, list[Picture]] = {name: [] for name in ["", *datasets]}
+    for path in sorted(figures_dir.glob("*.png")):
+        # of "a" and "a-b" the longer name is meant by "a-b-curves"
+        dataset = max((d for d in datasets if path.stem.startswith(f"{d}-")), key=len, default="")
+        kind = path.stem.removeprefix(f"{dataset}-") if dataset else path.stem
+        vector = vector_dir / f"{path.stem}.svg" if vector_dir else None
+        caption = _CAPTIONS.get(kind, kind.replace("-", " ").capitalize())
+        found[dataset].append(Picture(vector if vector and vector.exists() else path, caption))
+    return {name: sorted(group, key=_order) for name, group in found.items()}
+
+
+def _order(picture: Picture) -> tuple[int, str]:
+    captions = list(_CAPTIONS.values())
+    return (captions.index(picture.caption) if picture.caption in captions else len(captions)), picture.path.stem
+
+
+def html(study: Study, figures: dict[str, list[Picture]]) -> str:
+    """The page: text, tables, figures, charts and the library that draws them."""
+    content = _content(study, figures)
+    specs = {chart.id: list(chart.specs.values()) for chart in _all_charts(content)}
+    safe = json.dumps(specs, ensure_ascii=False, allow_nan=False, sort_keys=True).replace("<", "\\u003c")
+    return (
+        _environment(autoescape=True)
+        .get_template("report.html.jinja")
+        .render(**content, specs=Markup(safe), library=Markup(_library()), assets=_assets())
+    )
+
+
+def markdown(study: Study, figures: dict[str, list[Picture]], beside: Path) -> str:
+    """The same without charts; figures are links from the directory `beside`."""
+    return (
+        _environment(autoescape=False)
+        .get_template("report.md.jinja")
+        .render(**_content(study, figures), link=lambda picture: Path(relpath(picture.path, beside)).as_posix())
+    )
+
+
+def _content(study: Study, figures: dict[str, list[Picture]]) -> dict[str, Any]:
+    sections = []
+    for dataset in study.datasets:
+        makers = (overview.accuracy_and_cost, overview.fidelity, overview.layers, overview.hardware)
+        cost, *others = (make(study, dataset) for make in makers)
+        sections.append(
+            {
+                "name": dataset,
+                "facts": _facts(study, dataset),
+                "chart": charts.tradeoff(study, dataset),
+                "cost": cost,
+                "tables": others,
+                "figures": figures[dataset],
+            }
+        )
+    return {
+        "answers": answers(study),
+        "mechanisms": [
+            (a, label, colour, charts.SHAPES[marker]) for a in study.attentions for label, colour, marker in [look(a)]
+        ],
+        "scaling": charts.scaling(study),
+        "efficiency": overview.efficiency(study),
+        "origin": overview.origin(study),
+        "figures": figures[""],
+        "sections": sections,
+    }
+
+
+def _facts(study: Study, dataset: str) -> str:
+    rows = study.of("accuracy", dataset)
+    epochs = int(study.of("curves", dataset)["epoch"].max())
+    classes = study.of("confusion", dataset)["actual"].nunique()
+    seeds, mechanisms = int(rows["n_seeds"].max()), len(rows)
+    return (
+        f"{w.count(mechanisms, 'mechanism')}, {w.count(seeds, 'seed')} of each, {w.count(epochs, 'epoch')}; "
+        f"{w.count(study.test_images(dataset), 'test image')} of {classes:,} classes."
+    )
+
+
+def _all_charts(content: dict[str, Any]) -> list[charts.Chart]:
+    return [content["scaling"], *(section["chart"] for section in content["sections"])]
+
+
+@cache
+def _library() -> str:
+    """Vega, Vega-Lite and Vega-Embed in one script; takes some seconds to put together."""
+    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=charts.VEGA_LITE)
+    return bundle.replace("</script", "<\\/script")
+
+
+def _assets() -> dict[str, Markup]:
+    directory = Path(__file__).parent / "templates"
+    return {suffix: Markup((directory / f"report.{suffix}").read_text(encoding="utf-8")) for suffix in ("css", "js")}
+
+
+def _environment(autoescape: bool) -> Environment:
+    return Environment(
+        loader=PackageLoader("effvit.report"),
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )

@@ -1,0 +1,76 @@
+"""Made-up tables that `aggregate` writes beside those of `synthetic_study`: every column, no truth."""
+
+import numpy as np
+import pandas as pd
+from synthetic_study import ATTENTIONS
+
+APPROXIMATE = {"linformer": "k", "performer": "num_features", "nystromformer": "num_landmarks"}
+
+
+def optional_tables(dataset="digits", attentions=ATTENTIONS, layers=2):
+    """Frames by name; the numbers follow from a mechanism's place in `ATTENTIONS`."""
+    place = {a: ATTENTIONS.index(a) for a in attentions}
+    fidelity, replaced = [], []
+    for a in attentions:
+        option, values = (APPROXIMATE[a], [8, 32]) if a in APPROXIMATE else (None, [None])
+        for value in values:
+            key = {"dataset": dataset, "attention": a, "option": option, "value": value}
+            error = 0.0 if a in ("standard", "fused") else place[a] / (value or 8)
+            for source, layer in [("random", None), *(("trained", n + 1) for n in range(layers))]:
+                row = key | {"source": source, "layer": layer, "error": error, "mixing_macs": 1000 * place[a] + 500}
+                fidelity.append(row | {"error_low": error * 0.9, "error_high": error * 1.1, "fused_macs": 500})
+            replaced.append(key | {"top1": max(0.1, 0.97 - error), "top1_fused": 0.97, "n_images": 145})
+    cka = [
+        {"dataset": dataset, "attention_a": a, "layer_a": i + 1, "attention_b": b, "layer_b": j + 1, "n_images": 145}
+        | {"cka": 1 / (1 + 0.1 * abs(place[a] - place[b]) + 0.5 * abs(i - j))}
+        for a in attentions
+        for b in attentions
+        for i in range(layers)
+        for j in range(layers)
+    ]
+    heads = [
+        {"dataset": dataset, "attention": a, "layer": i + 1, "head": h + 1, "n_images": 145}
+        | {"distance_px": 5.0 + place[a] + i, "entropy_nats": 3.0 + h, "implied": a not in ("standard", "fused")}
+        for a in attentions
+        for i in range(layers)
+        for h in range(2)
+    ]
+    gates = [
+        {"dataset": dataset, "attention": "hybrid", "layer": i + 1, "branch": branch, "share": share}
+        for i in range(layers)
+        for branch, share in (("regional", 0.5 - 0.1 * i), ("dilated", 0.2), ("linear", 0.3 + 0.1 * i))
+        if "hybrid" in attentions
+    ]
+    hardware = [
+        {"dataset": dataset, "attention": a, "model_bytes": 480_000, "int8_bytes": 240_000, "onnx_bytes": 520_000}
+        | {"onnx_error": 2e-6, "top1": 0.98, "int8_top1": 0.98 - place[a] / 360, "n_images": 360, "split": "validation"}
+        | {"latency_ms": 1.0 + place[a], "latency_q25": 0.9 + place[a], "latency_q75": 1.2 + place[a]}
+        | {"onnx_latency_ms": 0.5, "onnx_speedup": 2.0, "onnx_speedup_low": 1.8, "onnx_speedup_high": 2.2}
+        | {"int8_latency_ms": 0.8, "peak_memory_bytes": 2**20 * (1 + place[a]), "peak_rss_bytes": 2**28}
+        for a in attentions
+    ]
+    efficiency = [
+        {"attention": a, "scope": scope, "batch": "one", "mode": mode, "quantity": quantity, "measured_to": 4097}
+        | {"length": None if a == "standard" else 100.0 * place[a], "length_low": 90.0 * place[a]}
+        | {"length_high": 110.0 * place[a], "slope": 1.9 if a in ("standard", "fused") else 1.1, "slope_low": 1.0}
+        | {"slope_high": 2.0, "macs_slope": 1.0, "predicted_length": 80.0 * place[a] + 1}
+        for a in attentions
+        for scope in ("block", "model")
+        for mode in ("forward", "train")
+        for quantity in ("time", "memory")
+    ]
+    paired = [
+        {"dataset": dataset, "attention": a, "n_seeds": 3, "difference": 0.001, "difference_low": -0.01}
+        | {"difference_high": 0.012, "verdict": "no difference shown"}
+        for a in attentions
+        if a != "fused"
+    ]
+    tables = {"fidelity": fidelity, "replaced": replaced, "cka": cka, "heads": heads, "gates": gates}
+    tables |= {"hardware": hardware, "efficiency": efficiency, "paired": paired}
+    return {name: pd.DataFrame(rows).replace({None: np.nan}) for name, rows in tables.items() if rows}
+
+
+def write_optional_tables(directory, **selection):
+    """Write them as CSVs beside those of `aggregate`."""
+    for name, table in optional_tables(**selection).items():
+        table.to_csv(directory / f"{name}.csv", index=False)

@@ -1,0 +1,265 @@
+"""The page as a browser shows it, and what is written when tables are absent, wrong or the same again."""
+
+import re
+import shutil
+from html import unescape
+
+import pandas as pd
+import pytest
+from PIL import Image
+from synthetic_study import ATTENTIONS, write_study
+from synthetic_tables import write_optional_tables
+
+from effvit.aggregate import aggregate
+from effvit.cli.report import report
+from effvit.errors import UserError
+from effvit.report import wording
+from effvit.report.answers import answers
+from effvit.report.tables import read
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH")
+
+
+def write_inputs(directory, attentions=ATTENTIONS, datasets=("digits",), optional=True):
+    """Arguments of `report`."""
+    write_study(directory / "metrics", datasets=datasets, attentions=attentions)
+    aggregate(directory / "metrics", directory / "plots" / "data", list(datasets), list(attentions), [0])
+    if optional:
+        write_optional_tables(directory / "plots" / "data", attentions=attentions)
+    figures = directory / "plots" / "figures"
+    figures.mkdir()
+    for name in ("scaling", *(f"{dataset}-curves" for dataset in datasets)):
+        Image.new("RGB", (600, 300), "white").save(figures / f"{name}.png")
+    return {"data_dir": directory / "plots" / "data", "figures_dir": figures, "output_dir": directory / "report"}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    arguments = write_inputs(tmp_path_factory.mktemp("report"))
+    report(**arguments)
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
+    with playwright.sync_playwright() as p:
+        chromium = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def page(browser, written):
+    """The report from its file, without a network; whatever the page complained of is in `page.complaints`."""
+    context = browser.new_context(viewport={"width": 1200, "height": 900}, offline=True)
+    page = context.new_page()
+    page.complaints = []
+    page.on("console", lambda message: page.complaints.append(message.text))
+    page.on("pageerror", lambda error: page.complaints.append(str(error)))
+    page.on(
+        "request", lambda request: re.match("file:|data:|blob:", request.url) or page.complaints.append(request.url)
+    )
+    page.goto((written["output_dir"] / "index.html").as_uri())
+    page.wait_for_selector("#scaling .chart svg.marks")
+    page.wait_for_selector("#tradeoff-digits .chart svg.marks")
+    yield page
+    context.close()
+
+
+def marks(page, chart):
+    return page.locator(f"#{chart} .mark-symbol path").count()
+
+
+@needs_browser
+def test_page_draws_its_charts_and_complains_of_nothing(page):
+    assert marks(page, "tradeoff-digits") == len(ATTENTIONS)
+    assert marks(page, "scaling") > len(ATTENTIONS)
+    assert page.complaints == []
+    assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth && image.alt)")
+
+
+@needs_browser
+def test_a_check_box_takes_a_mechanism_out_of_every_chart_and_puts_it_back(page):
+    box = page.locator('#scaling input[data-attention="performer"]')
+    before = {chart: marks(page, chart) for chart in ("scaling", "tradeoff-digits")}
+    box.focus()
+    page.keyboard.press("Space")
+    page.wait_for_function("document.querySelectorAll('#tradeoff-digits .mark-symbol path').length == 5")
+    assert marks(page, "scaling") < before["scaling"]
+    assert not page.locator('#tradeoff-digits input[data-attention="performer"]').is_checked()
+    box.check()
+    page.wait_for_function("document.querySelectorAll('#tradeoff-digits .mark-symbol path').length == 6")
+    assert {chart: marks(page, chart) for chart in before} == before
+
+
+@needs_browser
+def test_another_cost_is_another_axis_and_what_was_hidden_stays_so(page):
+    choice, box = (
+        page.locator("#tradeoff-digits select"),
+        page.locator('#tradeoff-digits input[data-attention="fused"]'),
+    )
+    assert "MMACs" in page.locator("#tradeoff-digits .chart").inner_text()
+    box.uncheck()
+    choice.select_option("Latency")
+    page.wait_for_selector("#tradeoff-digits .chart :text('× Fused')")
+    page.wait_for_function("document.querySelectorAll('#tradeoff-digits .mark-symbol path').length == 5")
+    box.check()
+    choice.select_option("Computation")
+    page.wait_for_selector("#tradeoff-digits .chart :text('MMACs')")
+
+
+@needs_browser
+def test_a_point_tells_its_mechanism_and_numbers(page):
+    page.locator("#tradeoff-digits .mark-symbol path").first.hover()
+    page.wait_for_selector("#vg-tooltip-element.visible")
+    told = page.locator("#vg-tooltip-element").inner_text()
+    assert any(wording.name(a) in told for a in ATTENTIONS)
+    assert "Top-1" in told and "MMACs" in told
+
+
+@needs_browser
+def test_a_heading_sorts_its_column_up_and_down(page):
+    table = page.locator("#data-digits table").first
+    heading = table.locator("th", has_text="MACs")
+    column = heading.evaluate("th => th.cellIndex")
+
+    def shown():
+        return [float(row.locator("td").nth(column).inner_text()) for row in table.locator("tbody tr").all()]
+
+    start = shown()
+    heading.locator("button").click()
+    assert heading.get_attribute("aria-sort") == "ascending"
+    assert shown() == sorted(start) != start
+    heading.locator("button").click()
+    assert heading.get_attribute("aria-sort") == "descending"
+    assert shown() == sorted(start, reverse=True)
+
+
+@needs_browser
+def test_nothing_is_wider_than_a_phone(page):
+    page.set_viewport_size({"width": 400, "height": 800})
+    page.wait_for_timeout(300)
+    widest = page.evaluate("document.documentElement.scrollWidth")
+    drawn = page.locator("#scaling .chart svg.marks").bounding_box()
+    page.set_viewport_size({"width": 1200, "height": 900})
+    assert widest <= 400
+    assert 200 < drawn["width"] <= 400
+
+
+@needs_browser
+def test_paper_has_every_answer_chart_and_table(page, written):
+    page.emulate_media(media="print")
+    shown = " ".join(page.locator("main").inner_text().split())
+    cut = page.evaluate(
+        "[...document.querySelectorAll('.scroll')].filter(e => getComputedStyle(e).overflowX != 'visible').length"
+    )
+    charts = [chart.is_visible() for chart in page.locator(".chart svg.marks").all()]
+    document = page.pdf(format="A4")
+    page.emulate_media(media="screen")
+    for answer in answers(read(written["data_dir"])):
+        for sentence in answer.findings[0].sentences:
+            assert " ".join(sentence.split()) in shown
+    assert cut == 0 and charts and all(charts)
+    assert document.startswith(b"%PDF") and document.count(b"/Type /Page\n") > 1
+
+
+@needs_browser
+def test_several_data_sets_without_optional_tables_have_a_section_each(browser, tmp_path):
+    arguments = write_inputs(tmp_path, ("fused", "linformer"), ("digits", "cifar10"), optional=False)
+    report(**arguments)
+    page = browser.new_page()
+    page.goto((arguments["output_dir"] / "index.html").as_uri())
+    assert page.locator(".interactive").count() == 3
+    assert page.locator("article").first.locator("h4").all_inner_texts() == ["digits", "cifar10"]
+    assert page.locator(".absent").count() > 0
+    page.close()
+
+
+def test_the_same_tables_give_the_same_bytes_and_no_address_is_asked_for(written, tmp_path):
+    again = tmp_path / "report"
+    report(**written | {"output_dir": again})
+    page = (again / "index.html").read_bytes()
+    assert page == (written["output_dir"] / "index.html").read_bytes()
+    markup = re.sub(rb"<script.*?</script>", b"", page, flags=re.DOTALL)
+    assert b"http:" not in markup and b"https:" not in markup
+    assert b"connect-src" not in markup and b"default-src 'none'" in markup
+
+
+def test_markdown_has_every_answer_and_links_to_the_figures(written):
+    text = (written["output_dir"] / "report.md").read_text(encoding="utf-8")
+    for answer in answers(read(written["data_dir"])):
+        assert f"### {answer.question}" in text
+        assert all(sentence in text for sentence in answer.findings[0].sentences)
+    links = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
+    assert links and all((written["output_dir"] / link).is_file() for link in links)
+    tables = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
+    assert len(tables) >= 6
+    for table in tables:
+        assert len({line.count(" | ") for line in table.splitlines() if "---" not in line}) == 1
+
+
+def test_drawn_lines_take_the_place_of_pixels(written, tmp_path):
+    (tmp_path / "scaling.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    report(**written | {"output_dir": tmp_path / "report", "vector_dir": tmp_path})
+    page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert len(re.findall("data:image/svg", page)) == 1 and len(re.findall("data:image/png", page)) == 1
+
+
+def test_names_cannot_break_out_of_the_page(tmp_path):
+    arguments = write_inputs(tmp_path, ("fused", "linformer"), optional=False)
+    evil = "</script><b>&"
+    for path in arguments["data_dir"].glob("*.csv"):
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        table.replace({"attention": {"linformer": evil}}).to_csv(path, index=False)
+    report(**arguments)
+    page = (arguments["output_dir"] / "index.html").read_text(encoding="utf-8")
+    assert evil not in page and evil in unescape(page)
+
+
+@pytest.mark.parametrize(
+    ("table", "content", "problem"),
+    [
+        ("accuracy", None, "missing"),
+        ("accuracy", "dataset,attention\ndigits,fused\n", "lacks n_seeds"),
+        ("cost", "", "not a table"),
+        ("cka", "dataset\ndigits\n", "lacks attention_a"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_named_and_nothing_is_written(written, tmp_path, table, content, problem):
+    data = shutil.copytree(written["data_dir"], tmp_path / "data")
+    path = data / f"{table}.csv"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(UserError, match=re.escape(f"{path}: {problem}") + ".*`dvc repro.*aggregate`"):
+        report(**written | {"data_dir": data, "output_dir": tmp_path / "report"})
+    assert not (tmp_path / "report").exists()
+
+
+def test_output_must_not_replace_the_inputs(written):
+    with pytest.raises(UserError, match="is replaced as a whole"):
+        report(**written | {"output_dir": written["data_dir"].parent})
+
+
+@pytest.mark.parametrize(
+    ("function", "value", "expected"),
+    [
+        (wording.ratio, 0.976, "0.98"),
+        (wording.ratio, 0.0364, "0.036"),
+        (wording.ratio, 12.34, "12.3"),
+        (wording.ratio, 1234.0, "1,234"),
+        (wording.about, 143.7, "140"),
+        (wording.about, 12_345.0, "12,000"),
+        (wording.about, 7.0, "7"),
+        (wording.points, -0.0123, "−1.2"),
+        (wording.points, -0.0001, "0.0"),
+        (wording.size, 500_000, "488 KiB"),
+        (wording.size, 3 * 2**20, "3.0 MiB"),
+        (wording.milliseconds, 2.5133, "2.51 ms"),
+        (wording.percent, 0.98328, "98.3 %"),
+        (wording.several, ["a", "b", "c"], "a, b and c"),
+        (wording.several, ["a"], "a"),
+    ],
+)
+def test_numbers_have_the_digits_that_mean_something(function, value, expected):
+    assert function(value).replace("\N{NO-BREAK SPACE}", " ") == expected

@@ -1,0 +1,219 @@
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic_study import ATTENTIONS, write_study
+from synthetic_tables import optional_tables
+
+from effvit.aggregate import aggregate
+from effvit.report import answers
+from effvit.report.compare import cost_verdicts
+from effvit.report.hardware import constrained_hardware
+from effvit.report.representations import representations
+from effvit.report.resolution import resolution
+from effvit.report.tables import read
+
+FEW = ["fused", "linformer", "performer"]
+IMAGES = 360
+
+
+def study_of(directory, attentions=FEW, seeds=(0,)):
+    write_study(directory / "metrics", attentions=attentions, seeds=seeds)
+    aggregate(directory / "metrics", directory / "data", ["digits"], attentions, list(seeds))
+    return read(directory / "data")
+
+
+@pytest.fixture(scope="module")
+def one_seed(tmp_path_factory):
+    return study_of(tmp_path_factory.mktemp("one"))
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    return replace(study_of(tmp_path_factory.mktemp("full"), ATTENTIONS), **optional_tables())
+
+
+def with_accuracy(study, seeds=3, **intervals):
+    """Mechanisms with these (low, high) of top-1; NaN for one seed."""
+    table = study.accuracy.assign(n_seeds=seeds)
+    for attention, (low, high) in intervals.items():
+        row = table["attention"] == attention
+        table.loc[row, ["top1", "top1_low", "top1_high"]] = [(low + high) / 2, low, high]
+        if seeds == 1:
+            table.loc[row, ["top1_low", "top1_high"]] = np.nan
+    confusion = study.confusion.assign(count=study.confusion["count"] * seeds)
+    return replace(study, accuracy=table, confusion=confusion)
+
+
+def with_latency(study, **ratios):
+    """Mechanisms with these (ratio, low, high) of latency at the largest batch; that of `fused` is the noise."""
+    table = study.cost.copy()
+    for attention, numbers in ratios.items():
+        row = (table["attention"] == attention) & (table["quantity"] == "latency") & (table["batch_size"] == 64)
+        table.loc[row, ["ratio_to_fused", "ratio_low", "ratio_high"]] = list(numbers)
+    return replace(study, cost=table)
+
+
+QUIET = {"fused": (1.0, 0.98, 1.02)}
+SLOW = {"linformer": (1.5, 1.4, 1.6), "performer": (2.0, 1.9, 2.1)}
+FAST = {"linformer": (0.5, 0.45, 0.55), "performer": (2.0, 1.9, 2.1)}
+SAME = {"fused": (0.90, 0.92), "linformer": (0.91, 0.93), "performer": (0.91, 0.93)}
+
+
+def text(sentences):
+    return " ".join(sentences).replace("\N{NO-BREAK SPACE}", " ")
+
+
+def best(study):
+    return text([next(answers.tradeoff(study, "digits"))])
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "latency", "expected"),
+    [
+        (SAME, FAST, "Linformer: 0.50× (0.45 to 0.55) the latency of Fused, with no difference in accuracy shown."),
+        (
+            SAME | {"linformer": (0.95, 0.97)},
+            FAST,
+            "Linformer: 0.50× (0.45 to 0.55) the latency of Fused, more accurate",
+        ),
+        (SAME | {"linformer": (0.80, 0.82)}, FAST, "None is shown to beat Fused here: Linformer saves time and loses"),
+        (SAME, SLOW, "None is shown to beat Fused here: none is faster beyond the noise"),
+        (SAME | {"performer": (0.95, 0.97)}, SLOW, "more accurate, for more time, is Performer (2.00× its latency)"),
+        (SAME, SLOW | {"linformer": (0.97, 0.95, 0.99)}, "none is faster beyond the noise"),
+    ],
+    ids=["faster", "faster and better", "faster and worse", "slower", "slower and better", "within the noise"],
+)
+def test_best_trade_off_with_several_seeds(one_seed, accuracy, latency, expected):
+    assert expected in best(with_latency(with_accuracy(one_seed, **accuracy), **QUIET, **latency))
+
+
+def test_one_seed_ranks_nothing_and_says_how_many_images_a_difference_is(one_seed):
+    nine = 9 / IMAGES
+    accuracy = {"fused": (0.9, 0.9), "linformer": (0.9 + nine, 0.9 + nine), "performer": (0.9, 0.9)}
+    study = with_latency(with_accuracy(one_seed, seeds=1, **accuracy), **QUIET, **SLOW)
+    said = text(answers.tradeoff(study, "digits"))
+    assert "one seed ranks no two mechanisms by accuracy" in said
+    assert "9 images apart" in said and f"{IMAGES} test images" in said
+    assert "ore accurate" not in said and "ess accurate" not in said
+    faster = text(answers.tradeoff(with_latency(study, **QUIET, **FAST), "digits"))
+    assert faster.startswith("Faster than Fused: Linformer (0.50×). What that costs in accuracy, one seed cannot say.")
+
+
+def test_paired_differences_decide_over_overlapping_intervals(one_seed):
+    row = {"dataset": "digits", "attention": "linformer", "n_seeds": 3, "difference": 0.01}
+    paired = pd.DataFrame([row | {"difference_low": 0.005, "difference_high": 0.015, "verdict": "better"}])
+    study = with_latency(with_accuracy(one_seed, **SAME), **QUIET, **SLOW)
+    assert "More accurate than Fused: Linformer" not in text(answers.tradeoff(study, "digits"))
+    said = text(answers.tradeoff(replace(study, paired=paired), "digits"))
+    assert "More accurate than Fused: Linformer (+1.0 points, +0.5 to +1.5)." in said
+    tested = with_accuracy(one_seed, seeds=1, **SAME)
+    models = replace(tested, paired=paired.assign(verdict="one seed", n_seeds=1, p_holm=0.01))
+    said = text(answers.tradeoff(with_latency(models, **QUIET, **SLOW), "digits"))
+    assert "Linformer (+1.0 points) differs from Fused beyond chance" in said and "More accurate" not in said
+    chance = replace(models, paired=models.paired.assign(p_holm=0.2))
+    assert "none of them differs from Fused beyond chance" in text(answers.tradeoff(chance, "digits"))
+    worse = paired.assign(difference=-0.01, difference_low=-0.015, difference_high=-0.005, verdict="worse")
+    assert "Less accurate than Fused: Linformer" in text(answers.tradeoff(replace(study, paired=worse), "digits"))
+
+
+def test_a_time_is_a_difference_only_beyond_the_noise_of_the_baseline_and_bytes_beyond_a_hundredth():
+    rows = pd.DataFrame(
+        [
+            ("fused", 1.0, 0.9, 1.1),
+            ("a", 0.95, 0.94, 0.96),
+            ("b", 0.8, 0.7, 0.89),
+            ("c", 1.3, 1.2, 1.4),
+            ("d", 1.05, 1.02, 1.2),
+            ("e", 0.995, np.nan, np.nan),
+            ("f", 0.5, np.nan, np.nan),
+            ("g", np.nan, np.nan, np.nan),
+        ],
+        columns=["attention", "ratio_to_fused", "ratio_low", "ratio_high"],
+    )
+    same, shown = "no difference shown", {"b": "cheaper", "c": "dearer", "f": "cheaper"}
+    assert cost_verdicts(rows) == dict.fromkeys("ade", same) | shown
+
+
+def test_without_fused_nothing_is_compared(tmp_path):
+    study = study_of(tmp_path, ["linformer", "hybrid"])
+    for answer in answers.answers(study)[:2]:
+        assert "this needs Fused" in text(answer.findings[0].sentences)
+    assert "nothing to hold it against" in text(answers.hybrid(study, "digits"))
+
+
+def test_one_mechanism_alone_has_a_report(tmp_path):
+    study = study_of(tmp_path, ["fused"])
+    said = [text(finding.sentences) for answer in answers.answers(study) for finding in answer.findings]
+    assert len(said) == 5 and all(said)
+    assert "not among the mechanisms selected" in said[3]
+
+
+def test_tables_that_are_absent_are_said_to_be(one_seed):
+    assert "not computed" in text(resolution(one_seed))
+    assert text(representations(one_seed, "digits")).startswith("Not measured")
+    assert text(constrained_hardware(one_seed, "digits")).startswith("Not measured")
+
+
+def test_resolution_names_the_lengths_from_which_each_mechanism_pays_off(full):
+    said = text(resolution(full))
+    assert "Less time than Fused in the forward pass: Linformer from about 200 tokens (180 to 220)" in said
+    assert "never up to 4,097 tokens: Standard" in said
+    assert "1.1 for Linformer" in said and "1.9 for Fused" in said
+    assert "Standard was stopped in a training step at 2,305 tokens: out of memory." in said
+    everywhere = replace(full, efficiency=full.efficiency.assign(length=65.0))
+    assert "Linformer at every length" in text(resolution(everywhere))
+
+
+def test_resolution_says_at_which_end_who_is_faster(full):
+    headline = text([next(resolution(full))])
+    assert "at 4,097 tokens Linformer" in headline and "are faster than Fused" in headline
+    rows = full.scaling.assign(ratio_to_fused=1.0, ratio_low=0.9, ratio_high=1.1)
+    same = text([next(resolution(replace(full, scaling=rows)))])
+    assert "at 4,097 tokens none is shown to be faster than Fused" in same
+
+
+def test_resolution_speaks_of_one_block_and_one_sample(full):
+    model = full.scaling.assign(scope="model", ratio_to_fused=0.01, ratio_low=0.01, ratio_high=0.01)
+    both = replace(full, scaling=pd.concat([full.scaling, model]))
+    assert list(resolution(both)) == list(resolution(full))
+
+
+def test_representations_name_the_least_and_the_most_alike(full):
+    said = text(representations(full, "digits"))
+    assert "layers of Hybrid are the least like those of Fused (linear CKA 0.71" in said  # 1 / 1.4
+    assert "those of Linformer the most (0.91)" in said
+    assert "Standard, which computes what Fused computes, has 0.91" in said
+    assert "Linformer 6.2 % (k = 32)" in said  # error 2 / 32
+    assert "Put into the trained Fused (97.0 % on 145 images)" in said
+
+
+def test_hybrid_says_what_it_adds_and_where_its_gate_goes(full):
+    said = text(answers.hybrid(full, "digits"))
+    assert said.startswith("No difference in accuracy to Fused is shown: +0.1 points")
+    assert "In the first block its gate gives 50.0 % to regional, 20.0 % to dilated and 30.0 % to linear." in said
+    assert "In the last block its gate gives 40.0 % to regional" in said
+    for verdict, expected in (("better", "It adds accuracy"), ("worse", "It costs accuracy")):
+        assert text(answers.hybrid(replace(full, paired=full.paired.assign(verdict=verdict)), "digits")).startswith(
+            expected
+        )
+    assert "with one seed" in text(answers.hybrid(replace(full, paired=full.paired.iloc[:0]), "digits"))
+
+
+def test_hardware_tells_losses_in_images_and_what_is_not_exported(full):
+    said = text(constrained_hardware(full, "digits"))
+    assert "Hybrid loses most, 5 of 360 validation images" in said
+    assert "leave 0.50× of the file's size" in said
+    assert "1.0 MiB (Standard) to 6.0 MiB (Hybrid)" in said
+    table = full.hardware.copy()
+    table.loc[table["attention"] == "performer", "onnx_error"] = np.nan
+    table["int8_top1"] = table["top1"]
+    said = text(constrained_hardware(replace(full, hardware=table), "digits"))
+    assert "Not exported to ONNX: Performer." in said and "none gets fewer of 360 validation images right" in said
+    ratios = table.assign(
+        ratio_to_fused=[2, 1, 0.5, 2, 2, 2], ratio_low=[2, 1, 0.4, 2, 2, 2], ratio_high=[2, 1, 0.6, 2, 2, 2]
+    )
+    assert "Linformer is faster than Fused" in text(constrained_hardware(replace(full, hardware=ratios), "digits"))
+    bare = replace(full, hardware=table[["dataset", "attention"]])
+    assert text(constrained_hardware(bare, "digits")) == "How fast they are on one thread was not measured."
