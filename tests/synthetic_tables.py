@@ -74,3 +74,9 @@ def write_optional_tables(directory, **selection):
     """Write them as CSVs beside those of `aggregate`."""
     for name, table in optional_tables(**selection).items():
         table.to_csv(directory / f"{name}.csv", index=False)
+
+
+def drop_optional_tables(data_dir):
+    """Leave what a study has that measures nothing of this."""
+    for name in ("paired", "efficiency", "fidelity", "replaced", "cka", "heads", "gates", "hardware"):
+        (data_dir / f"{name}.csv").unlink()

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 from synthetic_study import ATTENTIONS, write_study
-from synthetic_tables import write_optional_tables
+from synthetic_tables import drop_optional_tables, write_optional_tables
 
 from effvit.aggregate import aggregate
 from effvit.cli.report import report
@@ -25,6 +25,7 @@ def write_inputs(directory, attentions=ATTENTIONS, datasets=("digits",), optiona
     """Arguments of `report`."""
     write_study(directory / "metrics", datasets=datasets, attentions=attentions)
     aggregate(directory / "metrics", directory / "plots" / "data", list(datasets), list(attentions), [0])
+    drop_optional_tables(directory / "plots" / "data")
     if optional:
         write_optional_tables(directory / "plots" / "data", attentions=attentions)
     figures = directory / "plots" / "figures"

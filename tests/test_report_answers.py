@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from synthetic_study import ATTENTIONS, write_study
-from synthetic_tables import optional_tables
+from synthetic_tables import drop_optional_tables, optional_tables
 
 from effvit.aggregate import aggregate
 from effvit.report import answers
@@ -21,6 +21,7 @@ IMAGES = 360
 def study_of(directory, attentions=FEW, seeds=(0,)):
     write_study(directory / "metrics", attentions=attentions, seeds=seeds)
     aggregate(directory / "metrics", directory / "data", ["digits"], attentions, list(seeds))
+    drop_optional_tables(directory / "data")
     return read(directory / "data")
 
 
