@@ -27,7 +27,8 @@ OPTIONS = {
 # 1,293 training images: a last batch of one, of which a process has none; 145 of validation.
 RECIPE = {"epochs": 2, "batch_size": 68, "lr": 3e-3, "clip_norm": 1.0, "crop_padding": 1, "device": "cpu"}
 MIXED = {"mixup": 0.8, "cutmix": 1.0, "random_erasing": 0.3, "ema_decay": 0.9, "label_smoothing": 0.1}
-JOBS = [(name, {}) for name in available_attention()] + [("fused", MIXED)]
+MUON = {"optimizer": "muon"}
+JOBS = [(name, {}) for name in available_attention()] + [("fused", MIXED), ("fused", MUON)]
 
 WORKER = """
 import json, sys
@@ -68,7 +69,7 @@ def histories(tmp_path_factory, digits, digits_dir):
     return pairs
 
 
-@pytest.mark.parametrize("number", range(len(JOBS)), ids=[f"{name}{'-mixed' * bool(more)}" for name, more in JOBS])
+@pytest.mark.parametrize("number", range(len(JOBS)), ids=[f"{name}-{'-'.join(more)}" for name, more in JOBS])
 def test_two_processes_have_the_losses_of_one(histories, number):
     one, two = histories[number]
     pd.testing.assert_frame_equal(two, one, rtol=1e-5, atol=0)
