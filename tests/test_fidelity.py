@@ -8,9 +8,7 @@ import torch
 from mechanisms import FIRST
 from scipy import stats
 
-from effvit.attention import build_attention
-from effvit.checkpoint import load_model
-from effvit.measure.fidelity import (
+from effvit.analysis.fidelity import (
     DRAWS,
     Variant,
     compare,
@@ -23,6 +21,8 @@ from effvit.measure.fidelity import (
     trained_qkv,
     variants,
 )
+from effvit.attention import build_attention
+from effvit.checkpoint import load_model
 from effvit.measure.macs import count_macs
 from effvit.probe import accuracy, normalised, validation_images
 

@@ -32,10 +32,10 @@ def fidelity(
     import pandas as pd
     from rich.progress import track
 
+    from effvit.analysis.fidelity import compare, random_qkv, replaced_accuracy, trained_qkv, variants
     from effvit.data.prepared import PreparedDataset
     from effvit.device import pick_device
     from effvit.files import staged_dir, write_csv
-    from effvit.measure.fidelity import compare, random_qkv, replaced_accuracy, trained_qkv, variants
     from effvit.probe import accuracy, load_models, normalised, validation_images
     from effvit.provenance import write_provenance
 

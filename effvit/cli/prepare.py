@@ -16,15 +16,18 @@ def prepare(
     output_dir: OutputDir,
     root: Annotated[
         Path | None,
-        typer.Option(help="Where the original files are or go [default: $EFFVIT_DATA/DATASET, or the user's cache]."),
+        typer.Option(
+            help="Where the original files are or go.", show_default="$EFFVIT_DATA/DATASET, or the user's cache"
+        ),
     ] = None,
     image_size: Annotated[int, typer.Option(help="Height and width of the prepared images in pixels.")] = 32,
     classes: Annotated[
         Path | None, typer.Option(help="File with the classes to take, one a line, of imagenet100 or folder.")
     ] = None,
-    num_classes: Annotated[int | None, typer.Option(help="How many classes there must be [default: any].")] = None,
+    num_classes: Annotated[int | None, typer.Option(help="How many classes there must be.", show_default="any")] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes that read image files [default: as many as there are cores].")
+        int | None,
+        typer.Option(min=1, help="Processes that read image files.", show_default="as many as there are cores"),
     ] = None,
 ) -> None:
     """Write a data set with splits and normalisation, downloading it where needed.
