@@ -1,5 +1,6 @@
 """Time of several calls measured alternately, so that whatever disturbs the machine disturbs all of them alike."""
 
+import random
 import time
 from collections.abc import Callable, Mapping
 from math import ceil
@@ -32,7 +33,7 @@ def interleaved(
     relative_interval: float = 0.03,
     stopwatch: Stopwatch | None = None,
 ) -> dict[str, NDArray[np.float64]]:
-    """Measure every call once a round, in rotating order, until all medians are known well or time is up.
+    """Measure every call once a round, in random order, until all medians are known well or time is up.
 
     Args:
         calls: what to measure, by name.
@@ -52,13 +53,14 @@ def interleaved(
     repeats = {name: _warm_up(calls[name], measure, budget_s) for name in names}
     samples: dict[str, list[float]] = {name: [] for name in names}
     spent = 0.0
+    order = random.Random(0)  # a fixed or rotating order has each call run on the caches that the same other one leaves
     with no_garbage_collection():
         for done in range(1, max_rounds + 1):
+            order.shuffle(names)
             for name in names:
                 seconds = measure(calls[name], repeats[name])
                 samples[name].append(seconds / repeats[name])
                 spent += seconds
-            names.append(names.pop(0))
             if done >= min_rounds and (
                 spent >= budget_s or all(median_interval(s) <= relative_interval for s in samples.values())
             ):
