@@ -3,6 +3,7 @@
 import re
 import shutil
 from html import unescape
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -15,6 +16,7 @@ from effvit.cli.report import report
 from effvit.errors import UserError
 from effvit.report import wording
 from effvit.report.answers import answers
+from effvit.report.page import _CAPTIONS, pictures
 from effvit.report.tables import read
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -186,6 +188,14 @@ def test_the_same_tables_give_the_same_bytes_and_no_address_is_asked_for(written
     markup = re.sub(rb"<script.*?</script>", b"", page, flags=re.DOTALL)
     assert b"http:" not in markup and b"https:" not in markup
     assert b"connect-src" not in markup and b"default-src 'none'" in markup
+
+
+def test_every_figure_of_the_study_has_words_of_its_own_under_it():
+    found = pictures(Path(__file__).parents[1] / "plots/figures", None, ["digits"])
+    assert len(found[""]) >= 5 and len(found["digits"]) >= 11
+    captions = [picture.caption for group in found.values() for picture in group]
+    assert len(set(captions)) == len(captions)
+    assert set(captions) <= set(_CAPTIONS.values())
 
 
 def test_markdown_has_every_answer_and_links_to_the_figures(written):

@@ -34,7 +34,7 @@ def _single_images(study: Study, dataset: str) -> Iterator[str]:
     rows = cost[(cost["quantity"] == "latency") & (cost["batch_size"] == 1)].dropna(subset=["ratio_to_fused"])
     if {"fused"} < set(rows["attention"]):
         threads = int(study.provenance["threads"].iloc[0])
-        yield f"The nearest to it: one image at a time with {w.count(threads, 'thread')}. {_judge(rows)}"
+        yield f"The nearest to it, one image at a time with {w.count(threads, 'thread')}: {_judge(rows)}"
 
 
 def _judge(rows: pd.DataFrame) -> str:
@@ -45,7 +45,7 @@ def _judge(rows: pd.DataFrame) -> str:
     judged = (
         f"{w.names(faster)} {'is' if len(faster) == 1 else 'are'} faster than Fused"
         if faster
-        else "None is faster than Fused"
+        else "none is faster than Fused"
     )
     return f"{judged}; latency beside it: {listed}."
 

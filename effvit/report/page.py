@@ -24,7 +24,17 @@ _CAPTIONS = {
     "confusion": "Share of each actual class by predicted class",
     "attention-maps": "Attention rollout from the class token, the same images for all mechanisms",
     "samples": "Images of each class as the models see them",
-    "scaling": "Time and peak memory of one attention block against sequence length",
+    "class-token-maps": "What the class token attends to in the last block, the same images for all mechanisms",
+    "heads": "Distance and entropy of each head's attention, by layer",
+    "cka": "Similarity of all layers of all mechanisms: linear CKA",
+    "gates": "Mean share of each branch in the hybrid's gate, by layer",
+    "fidelity": "Error to exact attention against cost, and accuracy where attention is replaced without training",
+    "hardware": "Latency, accuracy, file size and memory with one thread and one image at a time",
+    "efficiency": "Sequence length from which each mechanism is cheaper than fused, measured and foretold by MACs",
+    "scaling": "Time and peak memory of one attention block against sequence length, one sample at a time",
+    "scaling_tokens": "Time and peak memory of one block against sequence length, batches of as many tokens",
+    "scaling_model": "Time and peak memory of the whole model against sequence length, one image at a time",
+    "scaling_model_tokens": "Time and peak memory of the whole model against sequence length, batches of as many tokens",
 }
 _TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
 
