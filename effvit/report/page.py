@@ -33,8 +33,8 @@ _CAPTIONS = {
     "efficiency": "Sequence length from which each mechanism is cheaper than fused, measured and foretold by MACs",
     "scaling": "Time and peak memory of one attention block against sequence length, one sample at a time",
     "scaling_tokens": "Time and peak memory of one block against sequence length, batches of as many tokens",
-    "scaling_model": "Time and peak memory of the whole model against sequence length, one image at a time",
-    "scaling_model_tokens": "Time and peak memory of the whole model against sequence length, batches of as many tokens",
+    "scaling_model": "Time and peak memory of a model against sequence length, one image at a time",
+    "scaling_model_tokens": "Time and peak memory of a model against sequence length, batches of as many tokens",
 }
 _TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
 
