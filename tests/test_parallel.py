@@ -1,9 +1,12 @@
 """Two gloo processes on the CPU beside one."""
 
+import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import pandas as pd
 import pytest
@@ -46,26 +49,39 @@ for number, (model, recipe) in enumerate(job["runs"]):
 """
 
 
+def free_port():
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
 @pytest.fixture(scope="module")
 def histories(tmp_path_factory, digits, digits_dir):
-    """History of each of JOBS by one process and by two under torchrun."""
+    """History of each of JOBS by one process, and by two under torchrun on two nodes, which are both this one."""
     directory = tmp_path_factory.mktemp("parallel")
     runs = []
     for name, more in JOBS:
         model = {"image_size": 16, "attention": name, "attention_options": OPTIONS.get(name, {}), **TINY}
         runs.append((model, RECIPE | more))
     (directory / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "worker.py"]
+    place = {"--rdzv-backend": "c10d", "--rdzv-endpoint": f"127.0.0.1:{free_port()}", "--rdzv-id": "test"}
+    options = itertools.chain(*({"--nnodes": "2", "--nproc-per-node": "1"} | place).items())
+    command = [sys.executable, "-m", "torch.distributed.run", *options, "worker.py"]
     job = json.dumps({"dataset": str(digits_dir), "runs": runs})
-    result = subprocess.run([*command, job], cwd=directory, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    logs = [directory / f"node{number}.txt" for number in range(2)]
+    with ExitStack() as stack:
+        files = [stack.enter_context(log.open("w")) for log in logs]
+        nodes = [subprocess.Popen([*command, job], cwd=directory, stdout=file, stderr=file) for file in files]
+        codes = [node.wait() for node in nodes]
+    said = "".join(log.read_text() for log in logs)
+    assert codes == [0, 0], said
     pairs = []
     for number, (model, recipe) in enumerate(runs):
-        place = directory / f"alone{number}", directory / f"alone{number}-log"
-        train_to(*place, ViTConfig(**model), digits, TrainConfig(**recipe), seed=0, horizontal_flip=True)
-        tables = [place[1] / "history.csv", directory / f"log{number}" / "history.csv"]
+        outputs = directory / f"alone{number}", directory / f"alone{number}-log"
+        train_to(*outputs, ViTConfig(**model), digits, TrainConfig(**recipe), seed=0, horizontal_flip=True)
+        tables = [outputs[1] / "history.csv", directory / f"log{number}" / "history.csv"]
         pairs.append([pd.read_csv(table) for table in tables])
-    assert result.stderr.count("epoch   1/2") == len(runs), "only the first process speaks"
+    assert said.count("epoch   1/2") == len(runs), "only the first process speaks"
     return pairs
 
 
