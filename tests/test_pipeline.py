@@ -54,7 +54,7 @@ class Repository:
     def run(self, command: str, *, fails: bool = False) -> str:
         """Output of a shell command; it must succeed, or fail where it should."""
         done = subprocess.run(
-            command, shell=True, cwd=self.path, env=self.environment, capture_output=True, text=True, timeout=600
+            command, shell=True, cwd=self.path, env=self.environment, capture_output=True, text=True, timeout=1800
         )
         output = done.stdout + done.stderr
         assert (done.returncode != 0) == fails, f"{command}: exit {done.returncode}\n{output[-4000:]}"
@@ -225,9 +225,9 @@ def test_a_queued_sweep_runs_in_checkouts_of_its_own(repository: Repository) -> 
     repository.run("git checkout --quiet --force main && dvc checkout --quiet")
     known = set(repository.run("git for-each-ref --format='%(refname)' refs/exps").split())
     try:
-        repository.run("dvc exp run --queue -S attention=linformer,fused -S train.lr=0.002")
+        repository.run("dvc exp run --queue -S attention=linformer,fused")
         repository.run("dvc queue start")
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 1200
         while "Running" in (status := repository.run("dvc queue status")) or "Queued" in status:
             assert time.monotonic() < deadline, status
             time.sleep(2)
