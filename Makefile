@@ -33,8 +33,8 @@ lint: env ## format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: lint ## lint, then all tests
-	$(BIN)/pytest
+test: lint ## lint, then all tests, a file a core at a time
+	$(BIN)/pytest --numprocesses logical --dist loadfile --no-loadscope-reorder
 
 clean: ## remove the environment and everything that can be made again but results
 	rm -rf .venv build dist *.egg-info dvc_plots outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis

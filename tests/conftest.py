@@ -31,11 +31,17 @@ class Outcome(NamedTuple):
     err: str
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first, so that all others run beside it."""
+    items.sort(key=lambda item: item.path.name != "test_pipeline.py")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def state_dir(tmp_path_factory) -> Path:
-    """Where training keeps what it goes on from: not where the user's own runs do."""
+    """Where training keeps what it goes on from, and measurements wait for one another: not where the user's own do."""
     directory = tmp_path_factory.mktemp("state")
     os.environ["EFFVIT_STATE"] = str(directory)
+    os.environ["EFFVIT_LOCK"] = str(directory / "lock")
     return directory
 
 

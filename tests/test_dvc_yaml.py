@@ -113,7 +113,6 @@ def imported(tmp_path_factory):
     (copy / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     commands = [fill(STAGES[stage]["cmd"]).removeprefix("python -m stages.").split() for stage in STAGES]
     environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
-    environment["EFFVIT_LOCK"] = str(copy / "lock")  # where measurements wait for one another: these need not be exact
     command = [sys.executable, "-c", RUN, json.dumps(commands)]
     result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

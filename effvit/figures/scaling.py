@@ -104,7 +104,7 @@ def _scaling_panel(axes: Axes, rows: pd.DataFrame) -> None:
                 axes.plot(length, cost, "*", color=colour, markersize=10, markeredgecolor="white", zorder=3)
             found.append((f"{label}: {_length_text(searched)}", colour))
     _reference_slopes(axes, rows)
-    texts = [("Cheaper than Fused from [tokens]", "black"), *found] if found else []
+    texts = [("Cheaper than Fused", "black"), ("from [tokens]", "black"), *found] if found else []
     for i, (text, colour) in enumerate(texts):
         axes.text(0.03, 0.97 - 0.065 * i, text, color=colour, transform=axes.transAxes, va="top", fontsize=6.5)
 
