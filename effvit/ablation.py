@@ -46,11 +46,11 @@ def collect(repository: Path) -> Ablation:
     """Gather the experiments on the current commit that differ from the newest in their branches alone.
 
     Raises:
-        UserError: no experiment of the hybrid alone; a result of one that is missing.
+        UserError: no repository; no experiment of the hybrid alone; a result of one that is missing.
     """
-    from dvc.api import DVCFileSystem, exp_show
+    from dvc.api import DVCFileSystem
 
-    rows = sorted(exp_show(str(repository)), key=lambda row: str(row.get("Created") or ""), reverse=True)
+    rows = sorted(_experiments(repository), key=lambda row: str(row.get("Created") or ""), reverse=True)
     found: dict[str, tuple[Any, dict[str, Any]]] = {}
     newest = None
     for row in rows:
@@ -74,6 +74,19 @@ def collect(repository: Path) -> Ablation:
     ]
     accuracy, cost, gates = ([row for part in parts for row in part[i]] for i in range(3))
     return Ablation(pd.DataFrame(accuracy), pd.DataFrame(cost), pd.DataFrame(gates, columns=_GATES))
+
+
+def _experiments(repository: Path) -> list[dict[str, Any]]:
+    from dvc.api import exp_show
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+    from scmrepo.exceptions import SCMError
+
+    try:
+        Repo.find_root(str(repository))  # before DVC takes a directory that is no repository for one to clone
+        return list(exp_show(str(repository)))
+    except (DvcException, SCMError) as error:
+        raise UserError(f"--repository {repository}: {error}; expected a Git repository with DVC") from error
 
 
 def _order(item: tuple[str, Any]) -> tuple[int, str]:

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from dvc.repo import Repo
 from synthetic_study import write_study
 
 from effvit import ViT, ViTConfig, figures
@@ -70,6 +71,7 @@ class Sweep:
 @pytest.fixture
 def sweep(tmp_path, digits12_dir, monkeypatch):
     made = Sweep(tmp_path, digits12_dir)
+    (tmp_path / ".dvc").mkdir()
     monkeypatch.setattr(dvc.api, "exp_show", lambda repository: [{"Experiment": None, "rev": "workspace"}, *made.rows])
     monkeypatch.setattr(dvc.api, "DVCFileSystem", made.file_system)
     return made
@@ -111,6 +113,19 @@ def test_no_experiment_of_the_hybrid_alone_is_told_with_what_makes_them(sweep):
     sweep.add({"fused": {}})
     with pytest.raises(UserError, match="no experiment with attention=hybrid on this commit; `make ablation`"):
         collect(sweep.root)
+
+
+@pytest.mark.parametrize("repository", ["", "nowhere", "without-git"])
+def test_a_directory_that_is_no_repository_is_told_in_a_line(effvit, tmp_path, repository):
+    if repository == "without-git":
+        (tmp_path / repository).mkdir()
+        Repo.init(str(tmp_path / repository), no_scm=True).close()
+    where = ["--repository", tmp_path / repository] if repository else []
+    outcome = effvit("ablation", *where, "--output-dir", tmp_path / "out")
+    assert outcome.code == 1 and outcome.err.count("\n") == 1, outcome.err
+    assert f"--repository {tmp_path / repository if repository else '.'}: " in outcome.err
+    assert "expected a Git repository with DVC" in outcome.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_branches_alone_have_no_gates_and_still_a_picture(sweep):
