@@ -29,13 +29,16 @@ def load_models(
     """Models and their directories by mechanism, in the order given.
 
     Raises:
-        UserError: two of one mechanism, models that differ in more than attention, or one that does not fit the data.
+        UserError: two of one mechanism, models that differ in more than attention, one that does not fit the data, or
+            one whose weights are not finite.
     """
     models: dict[str, ViT] = {}
     places: dict[str, Path] = {}
     for directory in directories:
         model = load_model(directory, device)
         check_fits(model, dataset)
+        if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+            raise UserError(f"{directory}: weights that are not finite numbers, expected those of a whole training")
         attention = model.config.attention
         if attention in models:
             raise UserError(f"{directory}: a second model with {attention}; expected one of each mechanism")
