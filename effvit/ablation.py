@@ -17,15 +17,15 @@ import yaml
 from scipy import stats
 
 from effvit import cells
-from effvit.attention.hybrid import HybridAttention
+from effvit.analysis.survey import Rows, gate_rows, summed_gate_shares
 from effvit.checkpoint import load_model
 from effvit.data.prepared import PreparedDataset
-from effvit.data.transforms import to_float
 from effvit.errors import UserError
+from effvit.probe import normalised, recorded, validation_images
 from effvit.vit import ViT
 
 ATTENTION = "hybrid"
-_GATE_IMAGES = 512  # of the validation split, from its start
+_GATE_IMAGES, _BATCH = 1000, 64  # validation images at most, as in `effvit representations`
 _GATES = ["dataset", "branches", "layer", "branch", "share"]
 _MIB = 2**20
 
@@ -95,9 +95,6 @@ def _order(item: tuple[str, Any]) -> tuple[int, str]:
     return len(branches), "".join(str("rdl".index(branch[0])) for branch in branches)
 
 
-Rows = list[dict[str, object]]
-
-
 def _read(branches: str, experiment: Any, params: dict[str, Any]) -> Iterator[tuple[Rows, Rows, Rows]]:
     for dataset in params["dataset"]:
         key: dict[str, object] = {"dataset": dataset, "branches": branches}
@@ -117,10 +114,9 @@ def _read(branches: str, experiment: Any, params: dict[str, Any]) -> Iterator[tu
             measured |= {f"latency_ratio_{end}": latency[f"ratio_{end}"] for end in ("low", "high")}
             measured |= {"train_memory_mib": memory["median"] / _MIB, "train_memory_ratio": memory["ratio_to_fused"]}
             prepared = PreparedDataset.load(data)
-            images = to_float(
-                torch.from_numpy(prepared.split("validation")[0][:_GATE_IMAGES]), prepared.mean, prepared.std
-            )
-            shares = gate_shares(load_model(models), images)
+            hybrid = load_model(models)
+            images, _ = validation_images(prepared, _GATE_IMAGES)
+            shares = gate_shares(hybrid, normalised(hybrid, images, prepared))
         yield [key | accuracy | size], [key | measured], [key | row for row in shares]
 
 
@@ -147,23 +143,12 @@ def gate_shares(model: ViT, images: torch.Tensor) -> Rows:
 
     No rows for a hybrid of one branch, which has no gate.
     """
-    rows: Rows = []
-
-    def keep(layer: int, attention: HybridAttention, tokens: torch.Tensor) -> None:
-        shares = attention.gate_shares(tokens).double().mean(dim=(0, 1)).tolist()
-        rows.extend(
-            {"layer": layer, "branch": name, "share": share}
-            for name, share in zip(attention.branch_names, shares, strict=True)
-        )
-
-    hooks = [
-        attention.register_forward_pre_hook(lambda module, inputs, layer=layer: keep(layer, module, inputs[0]))
-        for layer, attention in enumerate(model.attentions(), 1)
-        if isinstance(attention, HybridAttention) and attention.gate is not None
-    ]
-    try:
-        model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return rows
+    total = None
+    for batch in images.split(_BATCH):
+        with recorded(inputs_of=model.attentions()) as inputs:
+            model(batch)
+        shares = summed_gate_shares(model, inputs)
+        if shares is None:
+            return []
+        total = shares if total is None else total + shares
+    return [] if total is None else gate_rows(model, total / len(images))

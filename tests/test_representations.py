@@ -11,6 +11,7 @@ from effvit.analysis.representations import (
     attention_distance,
     attention_entropy,
     class_token_map,
+    of_uniform_attention,
     patch_distances,
     weights_of,
 )
@@ -123,6 +124,15 @@ def test_entropy_has_its_closed_forms():
     two[..., 0], two[..., 3] = -2.0, 6.0  # magnitudes 1/4 and 3/4 of each row
     expected = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
     assert attention_entropy(two).item() == pytest.approx(expected)
+
+
+def test_uniform_attention_is_that_of_a_matrix_of_equal_weights():
+    distances = patch_distances((8, 8), 4)
+    distance, entropy = of_uniform_attention(distances)
+    uniform = torch.full((1, 1, 65, 65), 1 / 65, dtype=torch.float64)
+    assert distance == pytest.approx(attention_distance(uniform, distances).item())
+    assert entropy == pytest.approx(attention_entropy(uniform).item())
+    assert (round(distance, 1), round(entropy, 2)) == (16.5, 4.17)
 
 
 def test_class_token_map_is_its_row_without_itself():

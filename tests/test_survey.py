@@ -99,6 +99,10 @@ def test_representations_writes_every_table_and_maps_of_the_same_images(
         a: a not in ("standard", "fused") for a in MECHANISMS
     }
     assert heads["distance_px"].between(0, 12 * 2**0.5).all() and heads["entropy_nats"].between(0, np.log(17)).all()
+    assert heads["uniform_entropy_nats"].unique() == pytest.approx([np.log(17)])
+    corners = np.stack(np.meshgrid(range(4), range(4)), -1).reshape(-1, 2) * 4
+    pairs = np.linalg.norm(corners[:, None] - corners, axis=-1)
+    assert heads["uniform_distance_px"].unique() == pytest.approx([pairs.mean()])
     assert len(pd.read_csv(out / "cka.csv")) == 12 * 12
     arrays = load_file(out / "maps.safetensors")
     model = load_model(directories["performer"])
@@ -157,6 +161,23 @@ def test_models_that_cannot_be_compared_are_told_in_a_line(
     other = save(tmp_path / "other", tiny_config(attention="linformer", attention_options={"k": 4}, num_classes=3))
     assert "3 classes" in fails(other)
     assert "no such file" in fails(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("command", ["fidelity", "representations"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_told_with_their_model(
+    effvit, command, value, directories, digits_dir, tmp_path
+):
+    model = load_model(directories["linformer"])
+    with torch.no_grad():
+        model.attentions()[0].E[0, 0] = value
+    (tmp_path / "broken").mkdir()
+    save_model(model, tmp_path / "broken")
+    broken = {"fused": directories["fused"], "linformer": tmp_path / "broken"}
+    outcome = effvit(command, *arguments(broken, digits_dir, tmp_path / "out"))
+    assert outcome.code == 1 and outcome.err.count("\n") == 1
+    assert f"{tmp_path / 'broken'}: weights that are not finite numbers" in outcome.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_recording_stops_with_its_block(models, digits):

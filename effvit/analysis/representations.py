@@ -5,6 +5,7 @@ mechanism that is linear in its values may have negative entries and rows that d
 needed, its magnitudes are taken, and rows are divided by their sums.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -76,6 +77,15 @@ def attention_entropy(attention_map: Tensor) -> Tensor:
     0 where each token attends to one alone, ln N where to all alike.
     """
     return torch.special.entr(weights_of(attention_map)).sum(dim=-1).mean(dim=-1)
+
+
+def of_uniform_attention(distances: Tensor) -> tuple[float, float]:
+    """`attention_distance` in pixels and `attention_entropy` in nats of attention to all tokens alike.
+
+    Args:
+        distances: those of `patch_distances`, ``(P, P)``.
+    """
+    return distances.mean().item(), math.log(1 + len(distances))
 
 
 def class_token_map(attention_map: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from effvit.analysis.representations import (
     attention_distance,
     attention_entropy,
     class_token_map,
+    of_uniform_attention,
     patch_distances,
 )
 from effvit.attention.hybrid import HybridAttention
@@ -55,17 +56,18 @@ def survey(models: Mapping[str, ViT], images: np.ndarray, dataset: PreparedDatas
             features += [tokens.mean(dim=1) for tokens in outputs]
             for each in maps:
                 looks.append(torch.stack([attention_distance(each, distances), attention_entropy(each)], -1).sum(0))
-            if (shares := _gate_shares(model, inputs)) is not None:
+            if (shares := summed_gate_shares(model, inputs)) is not None:
                 gates[attention] = gates.get(attention, 0) + shares
         cka.update(features)
         heads += torch.stack(looks).cpu()
     n = len(images)
+    uniform = dict(zip(("uniform_distance_px", "uniform_entropy_nats"), of_uniform_attention(distances), strict=True))
     rows: Rows = []
     for (attention, layer), of_layer in zip(layers, (heads / n).tolist(), strict=True):
         for head, (distance, entropy) in enumerate(of_layer, 1):
             key = {"attention": attention, "layer": layer, "head": head}
             looks_at = {"distance_px": distance, "entropy_nats": entropy, "n_images": n}
-            rows.append(key | looks_at | {"implied": attention not in EXACT})
+            rows.append(key | looks_at | uniform | {"implied": attention not in EXACT})
     return Survey(
         _cka_table(layers, cka), pd.DataFrame(rows), _gate_table(models, {a: s / n for a, s in gates.items()})
     )
@@ -93,7 +95,7 @@ def _look_into(
     return outputs, inputs, maps
 
 
-def _gate_shares(model: ViT, inputs: Sequence[Tensor]) -> Tensor | None:
+def summed_gate_shares(model: ViT, inputs: Sequence[Tensor]) -> Tensor | None:
     """Sum over images of each branch's mean share over patches, ``(layers, branches)``; None without a gate."""
     shares = [
         attention.gate_shares(tokens).double().mean(dim=1).sum(dim=0).cpu()
@@ -101,6 +103,16 @@ def _gate_shares(model: ViT, inputs: Sequence[Tensor]) -> Tensor | None:
         if isinstance(attention, HybridAttention) and attention.gate is not None
     ]
     return torch.stack(shares) if shares else None
+
+
+def gate_rows(model: ViT, shares: Tensor) -> Rows:
+    """``layer`` (from 1), ``branch``, ``share``: a row for each of ``shares`` ``(layers, branches)``."""
+    (names,) = {tuple(a.branch_names) for a in model.attentions() if isinstance(a, HybridAttention)}
+    return [
+        {"layer": layer, "branch": branch, "share": share}
+        for layer, of_layer in enumerate(shares.tolist(), 1)
+        for branch, share in zip(names, of_layer, strict=True)
+    ]
 
 
 def _cka_table(layers: Sequence[tuple[str, int]], cka: LinearCKA) -> pd.DataFrame:
@@ -111,10 +123,5 @@ def _cka_table(layers: Sequence[tuple[str, int]], cka: LinearCKA) -> pd.DataFram
 
 
 def _gate_table(models: Mapping[str, ViT], gates: Mapping[str, Tensor]) -> pd.DataFrame:
-    rows: Rows = []
-    for attention, shares in gates.items():
-        (names,) = {tuple(a.branch_names) for a in models[attention].attentions() if isinstance(a, HybridAttention)}
-        for layer, of_layer in enumerate(shares.tolist(), 1):
-            for branch, share in zip(names, of_layer, strict=True):
-                rows.append({"attention": attention, "layer": layer, "branch": branch, "share": share})
+    rows = [{"attention": a} | row for a, shares in gates.items() for row in gate_rows(models[a], shares)]
     return pd.DataFrame(rows, columns=["attention", "layer", "branch", "share"])
