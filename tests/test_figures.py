@@ -338,6 +338,10 @@ def test_gates_are_stacked_to_one(tables):
     tops = [bar.get_y() + bar.get_height() for bar in axes.containers[-1]]
     np.testing.assert_allclose(tops, 1)
     assert [container.get_label() for container in axes.containers] == ["window r=1", "window r=2", "linear"]
+    for container in axes.containers:
+        *trained, last = container
+        assert last.get_hatch() and not any(bar.get_hatch() for bar in trained)
+    assert "hatched: not trained" in axes.get_xlabel()
 
 
 def test_wrong_predictions_stand_out(maps):

@@ -1,4 +1,7 @@
-"""What a gate lets through."""
+"""What a gate lets through.
+
+The last block's gate is not trained: the head reads the class token alone, which the gate does not touch.
+"""
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -21,13 +24,14 @@ def gates(table: pd.DataFrame) -> Figure:
         for i, branch in enumerate(branches):
             bars = axes.bar(shares.index, shares[branch], 0.75, below[branch], color=_SHADES[i % len(_SHADES)],
                             edgecolor="white", label=branch)  # fmt: skip
+            bars[-1].set_hatch("////")
             if len(shares) <= 12:
                 axes.bar_label(
                     bars, [f"{100 * share:.0f}" for share in shares[branch]], label_type="center", fontsize=7
                 )
         axes.axhline(1, color="0.4", linewidth=0.6)
         axes.grid(False)
-        axes.set(xlabel="Layer (training starts from equal shares)", title=look(attention)[0], ylim=(0, 1))
+        axes.set(xlabel="Layer (start: equal shares; hatched: not trained)", title=look(attention)[0], ylim=(0, 1))
         axes.set_ylabel("Mean share of the gate [%]")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
