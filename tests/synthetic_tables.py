@@ -16,8 +16,9 @@ def optional_tables(dataset="digits", attentions=ATTENTIONS, layers=2):
         for value in values:
             key = {"dataset": dataset, "attention": a, "option": option, "value": value}
             error = 0.0 if a in ("standard", "fused") else place[a] / (value or 8)
+            macs = 500 if a in ("standard", "fused") else 40 * (value or 8) + 100 * (a == "hybrid") * place[a]
             for source, layer in [("random", None), *(("trained", n + 1) for n in range(layers))]:
-                row = key | {"source": source, "layer": layer, "error": error, "mixing_macs": 1000 * place[a] + 500}
+                row = key | {"source": source, "layer": layer, "error": error, "mixing_macs": macs}
                 fidelity.append(row | {"error_low": error * 0.9, "error_high": error * 1.1, "fused_macs": 500})
             replaced.append(key | {"top1": max(0.1, 0.97 - error), "top1_fused": 0.97, "n_images": 145})
     cka = [
@@ -30,7 +31,13 @@ def optional_tables(dataset="digits", attentions=ATTENTIONS, layers=2):
     ]
     heads = [
         {"dataset": dataset, "attention": a, "layer": i + 1, "head": h + 1, "n_images": 145}
-        | {"distance_px": 5.0 + place[a] + i, "entropy_nats": 3.0 + h, "implied": a not in ("standard", "fused")}
+        | {
+            "distance_px": 5.0 + place[a] + i,
+            "entropy_nats": 3.0 + h,
+            "uniform_distance_px": 16.5,
+            "uniform_entropy_nats": 4.17,
+            "implied": a not in ("standard", "fused"),
+        }
         for a in attentions
         for i in range(layers)
         for h in range(2)

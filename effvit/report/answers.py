@@ -14,6 +14,7 @@ from effvit.report.resolution import resolution
 from effvit.report.tables import Study, by_attention, records
 
 _LEVEL = 0.05
+_MARGIN = 0.01  # of accuracy: a faster mechanism is recommended where a greater loss is excluded
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def tradeoff(study: Study, dataset: str) -> Iterator[str]:
         yield "There is no comparison: this needs Fused and at least one other mechanism among those selected."
         yield from _accuracy_range(study, dataset)
         return
-    yield _best(beside, latency)
+    yield _best(beside, latency, int(study.of("accuracy", dataset)["n_seeds"].iloc[0]))
     yield from _accuracy_range(study, dataset)
     yield from _accuracy_verdicts(beside)
     batch = latency["batch_size"].dropna()
@@ -66,20 +67,30 @@ def tradeoff(study: Study, dataset: str) -> Iterator[str]:
     yield from _exact_costs(study, dataset)
 
 
-def _best(beside: list[Accuracy], latency: pd.DataFrame) -> str:
+def _best(beside: list[Accuracy], latency: pd.DataFrame, n_seeds: int) -> str:
     verdicts = cost_verdicts(latency)
     rows = by_attention(latency)
     ratios = {attention: row["ratio_to_fused"] for attention, row in rows.items()}
     cheaper = [b for b in beside if verdicts.get(b.attention) == "cheaper"]
     faster = sorted(cheaper, key=lambda b: ratios[b.attention])
-    kept = [b for b in faster if b.verdict in {"better", "no difference shown"}]
+    kept = [b for b in faster if b.verdict == "better" or (b.verdict == "no difference shown" and b.low >= -_MARGIN)]
+    undecided = [b for b in faster if b.verdict == "no difference shown" and b not in kept]
     unknown = [b for b in faster if b.verdict == "one seed"]
     better = [b for b in beside if b.verdict == "better" and b not in faster]
     if kept:
-        accuracy = "more accurate as well" if kept[0].verdict == "better" else "with no difference in accuracy shown"
-        more = f"; {w.names([b.attention for b in kept[1:]])} can be said the same of" if kept[1:] else ""
-        ratio = w.beside_fused(rows[kept[0].attention])
-        return f"{w.name(kept[0].attention)}: {ratio} the latency of Fused, {accuracy}{more}."
+        first, *rest = kept
+        accuracy = "more accurate as well" if first.verdict == "better" else f"a loss above {_margin()} excluded"
+        more = f"; likewise {w.several(_faster_by(b, ratios) for b in rest)}" if rest else ""
+        return (
+            f"{w.name(first.attention)}: {w.beside_fused(rows[first.attention])} the latency of Fused, {accuracy} "
+            f"({_points(first)}, {w.count(n_seeds, 'seed')}){more}."
+        )
+    if undecided:
+        listed = w.several(_faster_by(b, ratios) for b in undecided)
+        return (
+            f"Faster than Fused: {listed}. Whether that costs more than {_margin()} of accuracy, the data cannot tell "
+            f"with {w.count(n_seeds, 'seed')}."
+        )
     if unknown:
         listed = w.several(f"{w.name(b.attention)} ({w.times(ratios[b.attention])})" for b in unknown)
         return f"Faster than Fused: {listed}. What that costs in accuracy, one seed cannot say."
@@ -99,6 +110,14 @@ def _best(beside: list[Accuracy], latency: pd.DataFrame) -> str:
         else "none is shown to be more accurate"
     )
     return f"None is shown to beat Fused here: {faster_text}, and {seeds}."
+
+
+def _faster_by(beside: Accuracy, ratios: dict[str, float]) -> str:
+    return f"{w.name(beside.attention)} ({w.times(ratios[beside.attention])}; {_points(beside)})"
+
+
+def _margin() -> str:
+    return f"{100 * _MARGIN:.0f} point"
 
 
 def _accuracy_range(study: Study, dataset: str) -> Iterator[str]:
@@ -128,13 +147,16 @@ def _accuracy_verdicts(beside: list[Accuracy]) -> Iterator[str]:
             yield f"{text}: {w.several(f'{w.name(b.attention)} ({_points(b)})' for b in found)}."
     if tested := [b for b in beside if b.verdict == "one seed" and isfinite(b.p)]:
         differ = [f"{w.name(b.attention)} ({w.points(b.difference)} points)" for b in tested if b.p < _LEVEL]
-        says = f"{w.several(differ)} differs" if differ else "none of them differs"
+        says = f"{w.several(differ)} differ{'s' if len(differ) == 1 else ''}" if differ else "none of them differs"
         yield (
             f"Image by image, as the trained models that they are, {says} from Fused beyond chance "
             "(McNemar's exact test, corrected for their number); that says nothing of other trainings."
         )
     if found := [b for b in beside if b.verdict == "no difference shown"]:
-        yield f"No difference in accuracy to Fused is shown for {w.names([b.attention for b in found])}."
+        yield (
+            "No difference in accuracy to Fused is shown for "
+            f"{w.several(f'{w.name(b.attention)} ({_points(b)})' for b in found)}."
+        )
 
 
 def _points(beside: Accuracy) -> str:
@@ -192,14 +214,25 @@ def hybrid(study: Study, dataset: str) -> Iterator[str]:
     else:
         yield "There is nothing to hold it against: Fused is not among the mechanisms selected."
     gates = study.of("gates", dataset)
+    gates = gates[gates["attention"] == "hybrid"]
     if gates.empty:
         yield "How its gate divides the tokens between its branches was not measured."
+    else:
+        yield from _gates(gates)
+    yield "What each set of its branches is worth is measured apart, by make ablation (docs/hardware.md)."
+
+
+def _gates(gates: pd.DataFrame) -> Iterator[str]:
+    # Of the last block's output the class token alone is read, which the gate does not touch: it has no gradient.
+    *trained, last = sorted(gates["layer"].unique())
+    if not trained:
+        yield f"Its one gate, in block {last}, is not trained: the class token alone is read, which it does not touch."
         return
-    for text, layer in (("first", gates["layer"].min()), ("last", gates["layer"].max())):
-        rows = gates[(gates["layer"] == layer) & (gates["attention"] == "hybrid")]
-        if len(rows):
-            shares = w.several(f"{w.percent(row['share'])} to {row['branch']}" for row in records(rows))
-            yield f"In the {text} block its gate gives {shares}."
+    for layer in dict.fromkeys((trained[0], trained[-1])):
+        rows = records(gates[gates["layer"] == layer])
+        shares = w.several(f"{w.percent(row['share'])} to {row['branch']}" for row in rows)
+        which = "the first block" if layer == trained[0] else f"block {layer}, the last in which it is trained,"
+        yield f"In {which} its gate gives {shares}."
 
 
 def _hybrid_accuracy(beside: Accuracy, n: int) -> str:

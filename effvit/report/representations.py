@@ -8,13 +8,15 @@ import pandas as pd
 from effvit.report import wording as w
 from effvit.report.tables import Study, records
 
+_EXACT = ["standard", "fused"]
+_VARIANT = ["attention", "option", "value"]
+
 
 def representations(study: Study, dataset: str) -> Iterator[str]:
-    """Similarity to `fused` layer by layer, attention distance, error and accuracy in the place of `fused`."""
+    """Similarity to `fused` beside that of the same function; where heads look; what stands in for exact attention."""
     yield from _similarity(study.of("cka", dataset))
     yield from _distances(study.of("heads", dataset))
-    yield from _fidelity(study.of("fidelity", dataset))
-    yield from _replaced(study.of("replaced", dataset))
+    yield from _fidelity(study.of("fidelity", dataset), study.of("replaced", dataset))
 
 
 def similarity_to_fused(cka: pd.DataFrame) -> "pd.Series[float]":
@@ -32,53 +34,74 @@ def _similarity(cka: pd.DataFrame) -> Iterator[str]:
         yield "There is no comparison: this needs Fused and at least one other mechanism among those selected."
         return
     other = mean.drop("standard", errors="ignore")
-    if len(other) > 1:
-        least, most = str(other.index[0]), str(other.index[-1])
+    listed = {str(a): f"{w.name(str(a))} {similarity:.2f}" for a, similarity in other.items()}
+    if "standard" not in mean:
         yield (
-            f"The layers of {w.name(least)} are the least like those of Fused (linear CKA {other.iloc[0]:.2f}, mean "
-            f"over layers), those of {w.name(most)} the most ({other.iloc[-1]:.2f})."
+            "Not known: what two trainings of the same function share, which Standard beside Fused would tell, was not "
+            f"measured. Linear CKA with Fused, mean over layers: {w.several(listed.values())}."
         )
-    elif len(other):
-        yield f"Linear CKA between {w.name(str(other.index[0]))} and Fused is {other.iloc[0]:.2f}, mean over layers."
-    if "standard" in mean:
-        yield f"Standard, which computes what Fused computes, has {mean['standard']:.2f}."
+    else:
+        less = [text for attention, text in listed.items() if other[attention] < mean["standard"]]
+        rest = [text for text in listed.values() if text not in less]
+        found = (
+            f"less with Fused has {w.several(less)}" if less else "no other mechanism is shown to share less with Fused"
+        )
+        yield (
+            "Two trainings of the same function, Standard and Fused, share a linear CKA of "
+            f"{mean['standard']:.2f}, mean over layers; {found}. From one training of each, whether that would repeat "
+            "is not known."
+        )
+        if rest:
+            yield f"As much as two trainings of the same function or more: {w.several(rest)}."
     images = int(cka["n_images"].iloc[0])
-    yield f"These describe one training of each, on {w.count(images, 'image')}: how another would differ is not known."
+    yield f"That is one training of each, on {w.count(images, 'image')}."
 
 
 def _distances(heads: pd.DataFrame) -> Iterator[str]:
     if heads.empty:
         yield "How far the heads look was not measured."
         return
-    mean = heads.groupby("attention", sort=False)[["distance_px", "entropy_nats"]].mean()
-    far = mean["distance_px"].sort_values(kind="stable")
-    listed = w.several(f"{w.name(str(a))} {d:.1f}" for a, d in far.items())
-    yield f"Mean attention distance over all heads, in pixels: {listed}."
+    measures = {"distance": ("distance_px", "in pixels", ".1f"), "entropy": ("entropy_nats", "in nats", ".2f")}
+    for name, (column, unit, digits) in measures.items():
+        mean = heads.groupby("attention", sort=False)[column].mean().sort_values(kind="stable")
+        listed = w.several(f"{w.name(str(a))} {x:{digits}}" for a, x in mean.items())
+        known = f"uniform_{column}" in heads
+        uniform = f"; uniform attention has {heads[f'uniform_{column}'].iloc[0]:{digits}}" if known else ""
+        yield f"Mean attention {name} over all heads, {unit}: {listed}{uniform}."
 
 
-def _fidelity(fidelity: pd.DataFrame) -> Iterator[str]:
+def _fidelity(fidelity: pd.DataFrame, replaced: pd.DataFrame) -> Iterator[str]:
     if fidelity.empty:
         yield "The distance from exact attention was not measured."
         return
     trained = fidelity[fidelity["source"] == "trained"]
     rows = trained if len(trained) else fidelity
-    exact = ["standard", "fused"]
-    mean = rows[~rows["attention"].isin(exact)].groupby(["attention", "option", "value"], sort=False, dropna=False)
-    errors = mean["error"].mean().reset_index()
-    if errors.empty:
+    rows = rows[~rows["attention"].isin(_EXACT)]
+    if rows.empty:
         return
+    cheaper = rows[rows["mixing_macs"] < rows["fused_macs"]]
+    if cheaper.empty:
+        yield "At no size tried does any mix with fewer multiply-adds than exact attention."
+        return
+    errors = cheaper.groupby(_VARIANT, sort=False, dropna=False)["error"].mean().reset_index()
     best = errors.sort_values("error", kind="stable").drop_duplicates("attention")
     listed = w.several(f"{w.name(row['attention'])} {w.percent(row['error'])}{_setting(row)}" for row in records(best))
     whose = "q, k, v of the trained Fused" if len(trained) else "random q, k, v"
-    yield f"Least relative error to exact attention for {whose}, over the sizes tried: {listed}."
+    dearer = [a for a in pd.unique(rows["attention"]) if a not in set(best["attention"])]
+    none = f"; no such size of {w.names(dearer)} was tried" if dearer else ""
+    yield (
+        f"Least relative error to exact attention for {whose}, among the sizes that mix with fewer multiply-adds "
+        f"than it: {listed}{none}."
+    )
+    if len(replaced):
+        yield from _replaced(replaced.merge(cheaper[_VARIANT].drop_duplicates(), on=_VARIANT))
 
 
 def _setting(row: dict[str, Any]) -> str:
     return "" if pd.isna(row["option"]) or pd.isna(row["value"]) else f" ({row['option']} = {row['value']:,.0f})"
 
 
-def _replaced(replaced: pd.DataFrame) -> Iterator[str]:
-    rows = replaced[~replaced["attention"].isin(["standard", "fused"])]
+def _replaced(rows: pd.DataFrame) -> Iterator[str]:
     if rows.empty:
         return
     best = rows.sort_values("top1", ascending=False, kind="stable").drop_duplicates("attention")
@@ -86,5 +109,5 @@ def _replaced(replaced: pd.DataFrame) -> Iterator[str]:
     fused = w.percent(float(rows["top1_fused"].iloc[0]))
     yield (
         f"Put into the trained Fused ({fused} on {w.count(rows['n_images'].iloc[0], 'image')}) without training "
-        f"anything, at the size that keeps most: {listed}."
+        f"anything, at the one of these sizes that keeps most: {listed}."
     )

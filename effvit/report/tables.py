@@ -24,7 +24,7 @@ _EXPECTED: dict[str, list[str]] = {
     "provenance": ["stage", "git_revision", "python", "platform", "cpu", "threads", "accelerator", "effvit", "torch"],
     "paired": ["dataset", "attention", "n_seeds", "difference", "difference_low", "difference_high", "verdict"],
     "efficiency": ["attention", "scope", "batch", "mode", "quantity", "length", "slope", "measured_to"],
-    "fidelity": ["dataset", "attention", "source", "option", "value", "error", "mixing_macs"],
+    "fidelity": ["dataset", "attention", "source", "option", "value", "error", "mixing_macs", "fused_macs"],
     "replaced": ["dataset", "attention", "option", "value", "top1", "top1_fused", "n_images"],
     "cka": ["dataset", "attention_a", "layer_a", "attention_b", "layer_b", "cka", "n_images"],
     "heads": ["dataset", "attention", "layer", "distance_px", "entropy_nats"],
