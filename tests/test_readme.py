@@ -30,3 +30,11 @@ def test_the_mechanism_that_the_readme_adds_passes_the_tests_that_all_mechanisms
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert int(re.search(r"(\d+) passed", ran.stdout)[1]) > 15
+
+
+def test_every_model_that_the_readme_uses_is_trained_before():
+    made = set()
+    for line in block("bash", "effvit prepare --dataset digits").replace("\\\n", " ").splitlines():
+        assert set(re.findall(r"--model-dir (runs/\S+)", line)) <= made, line
+        made |= set(re.findall(r"effvit train .*--output-dir (\S+)", line))
+    assert made == {"runs/linformer", "runs/fused"}
