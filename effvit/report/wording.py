@@ -55,7 +55,8 @@ def size(count: float) -> str:
 
 def milliseconds(value: float) -> str:
     """Three digits."""
-    return f"{value:.3g}{SPACE}ms" if value < 1000 else f"{value:,.0f}{SPACE}ms"
+    digits = f"{value:#.3g}".rstrip(".") if value < 999.5 else f"{value:,.0f}"
+    return f"{digits}{SPACE}ms"
 
 
 def count(number: float, noun: str) -> str:
