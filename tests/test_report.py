@@ -387,10 +387,16 @@ def test_figures_keep_their_width_in_a_box_that_scrolls_and_fit_on_paper(page):
     narrow = page.evaluate(widths)
     page.emulate_media(media="print")
     printed = page.evaluate(widths)
+    page.set_viewport_size({"width": 680, "height": 1000})  # A4 within its margins
+    wider = page.evaluate(
+        "[...document.querySelectorAll('.scroll')].filter(box => box.scrollWidth > box.clientWidth + 1)"
+        ".map(box => box.getAttribute('aria-label'))"
+    )
     page.emulate_media(media="screen")
     page.set_viewport_size({"width": 1200, "height": 900})
     assert narrow and min(narrow) >= 600
     assert max(printed) <= 400
+    assert wider == []
 
 
 def test_output_must_not_replace_the_inputs(written):
