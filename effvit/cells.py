@@ -196,16 +196,17 @@ def read_csv(path: Path, stage: str, columns: dict[str, Any], *, may_be_empty: b
 
 
 def _parse(path: Path, columns: dict[str, Any], rows: int | None = None) -> pd.DataFrame:
-    # a class may well be called "nan" or "null"; an empty field alone is a missing value
-    return pd.read_csv(
-        path,
-        usecols=list(columns),
-        index_col=False,
-        dtype=columns,
-        nrows=rows,
-        keep_default_na=False,
-        na_values=[""],
-    )
+    with np.errstate(invalid="ignore"):  # an infinite count raises as well
+        # a class may well be called "nan" or "null"; an empty field alone is a missing value
+        return pd.read_csv(
+            path,
+            usecols=list(columns),
+            index_col=False,
+            dtype=columns,
+            nrows=rows,
+            keep_default_na=False,
+            na_values=[""],
+        )
 
 
 def _what_is_wrong(path: Path, columns: dict[str, Any]) -> str:

@@ -298,6 +298,7 @@ def damaged(frame):
             yield f"no {name} {attention}", frame[frame[name] != attention]
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("table", [field.name for field in fields(Study)])
 def test_a_damaged_table_gives_one_line_or_a_page(tmp_path, table):
     arguments = write_inputs(tmp_path, ("fused", "linformer", "hybrid"))
