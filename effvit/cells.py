@@ -1,6 +1,7 @@
 """Readers of what the stages write about one cell; a file missing or malformed is told with the stage that makes it."""
 
 import json
+from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ _REPLACED = {"attention": str, "option": str, "value": "Int64", "top1": float, "
 _CKA = {"attention_a": str, "layer_a": int, "attention_b": str, "layer_b": int, "cka": float, "n_images": int}
 _HEADS = {"attention": str, "layer": int, "head": int, "distance_px": float, "entropy_nats": float}
 _GATES = {"attention": str, "layer": int, "branch": str, "share": float}
+_UNREADABLE = (ValueError, TypeError, OverflowError)  # what pandas raises of a file that is no such table
+_KINDS = {int: "a whole number", "Int64": "a whole number or nothing", float: "a number", bool: "True or False"}
 _MAPS = {"images": 4, "labels": 1, "predictions": 1, "maps": 3}  # number of dimensions
 
 
@@ -182,22 +185,49 @@ def _load_arrays(path: Path, stage: str) -> dict[str, np.ndarray]:
 def read_csv(path: Path, stage: str, columns: dict[str, Any], *, may_be_empty: bool = False) -> pd.DataFrame:
     """The named columns of a CSV in these types; `stage` is told as the one that writes it if anything is wrong."""
     try:
+        frame = _parse(path, columns)
+    except FileNotFoundError as error:
+        raise _missing(path, stage) from error
+    except _UNREADABLE as error:
+        raise _malformed(path, stage, _what_is_wrong(path, columns)) from error
+    if frame.empty and not may_be_empty:
+        raise _malformed(path, stage, "no rows")
+    return frame[list(columns)]
+
+
+def _parse(path: Path, columns: dict[str, Any], rows: int | None = None) -> pd.DataFrame:
+    with np.errstate(invalid="ignore"):  # an infinite count raises as well
         # a class may well be called "nan" or "null"; an empty field alone is a missing value
-        frame = pd.read_csv(
+        return pd.read_csv(
             path,
             usecols=list(columns),
             index_col=False,
             dtype=columns,
+            nrows=rows,
             keep_default_na=False,
             na_values=[""],
         )
-    except FileNotFoundError as error:
-        raise _missing(path, stage) from error
-    except ValueError as error:
-        raise _malformed(path, stage, f"expected a CSV with the columns {', '.join(columns)}") from error
-    if frame.empty and not may_be_empty:
-        raise _malformed(path, stage, "no rows")
-    return frame[list(columns)]
+
+
+def _what_is_wrong(path: Path, columns: dict[str, Any]) -> str:
+    """The first cell that is not of its column's type, or else what the file should be."""
+    try:
+        text = _parse(path, dict.fromkeys(columns, str))
+    except _UNREADABLE:
+        return f"expected a CSV with the columns {', '.join(columns)}"
+
+    def fails(column: str, rows: int) -> bool:
+        try:
+            _parse(path, {column: columns[column]}, rows)
+        except _UNREADABLE:
+            return True
+        return False
+
+    column = next(c for c in columns if fails(c, len(text)))
+    row = bisect_left(range(len(text)), True, key=lambda row: fails(column, row + 1))
+    value = text[column].iloc[row]
+    found = "empty" if pd.isna(value) else repr(value)
+    return f"line {row + 2}, {column}: {found}, expected {_KINDS[columns[column]]}"
 
 
 def _missing(path: Path, stage: str) -> UserError:

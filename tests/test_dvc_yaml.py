@@ -5,19 +5,25 @@ more, or it would run for nothing.
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
+import vl_convert
 import yaml
+from dvc_render.vega import VegaRenderer
 
 from effvit import data
 from effvit.attention import available_attention
 
 ROOT = Path(__file__).parents[1]
-STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+STAGES = PIPELINE["stages"]
+PLOTS = {name: plot for entry in PIPELINE["plots"] if isinstance(entry, dict) for name, plot in entry.items()}
 ITEM = {"dataset": "digits", "attention": "linformer", "seed": "0"}
 
 # Imported by stages, yet without a say in their results.
@@ -199,3 +205,44 @@ def test_cells_depend_on_their_own_parameters_alone():
             assert "attention" not in content.get("params", []), stage
         for param in content.get("params", []):
             assert param.split(".")[0] in {"attention", "dataset", "model", "train", "seeds", "benchmark", "scaling"}
+
+
+def drawn(plot):
+    """The SVG of a plot's entry, of the tables in Git."""
+    ((path, y),) = plot["y"].items()
+    rows = pd.read_csv(ROOT / path, dtype=str, keep_default_na=False).assign(rev="workspace").to_dict("records")
+    options = {key: plot[key] for key in ("x", "title", "x_label", "y_label", "template")}
+    renderer = VegaRenderer(rows, "plot", y=y, template_dir=str(ROOT / ".dvc/plots"), **options)
+    return vl_convert.vegalite_to_svg(renderer.partial_html())
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_every_plot_has_a_title_labels_and_marks(name):
+    plot = PLOTS[name]
+    svg = drawn(plot)
+    assert all(plot[key].split("$")[0] in svg for key in ("title", "x_label", "y_label"))
+    assert "mark-symbol role-mark" in svg or "mark-rect role-mark" in svg
+
+
+@pytest.mark.parametrize(
+    ("name", "panels"),
+    [
+        ("scaling", ["block, forward, time", "block, forward, time, equal tokens", "model, training, memory"]),
+        ("efficiency-length", ["block, forward, time", "block, forward, time, equal tokens"]),
+        ("attention-error", ["digits, random q, k, v", "digits, trained q, k, v"]),
+        ("gate-shares", ["digits, linear", "digits, window r=1", "digits, window r=2"]),
+        ("hardware-latency", ["PyTorch", "onnxruntime", "onnxruntime, int8"]),
+    ],
+)
+def test_no_kind_of_row_is_left_out_of_a_plot(name, panels):
+    svg = drawn(PLOTS[name])
+    assert [panel for panel in panels if f">{panel}<" not in svg] == []
+
+
+def test_similarity_is_that_of_the_same_layer_of_fused():
+    table = pd.read_csv(ROOT / "plots/data/cka.csv")
+    same = (
+        (table["attention_a"] == "fused") & (table["attention_b"] != "fused") & (table["layer_a"] == table["layer_b"])
+    )
+    points = set(re.findall(r"Linear CKA \(0 to 1\): ([0-9.]+)", drawn(PLOTS["similarity-to-fused"])))
+    assert sorted(map(float, points)) == pytest.approx(sorted(table.loc[same, "cka"]))

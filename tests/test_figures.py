@@ -365,7 +365,7 @@ def test_dvc_fills_every_anchor_of_the_templates(path, tables):
 
 def test_the_templates_have_the_colours_of_the_figures():
     templates = [path.read_text() for path in TEMPLATES if path.stem != "mechanisms_confusion"]
-    assert len(templates) == 4
+    assert len(templates) == 5
     for template in templates:
         places = [template.index(f'"{look(a)[1]}"') for a in ATTENTIONS]
         assert places == sorted(places)

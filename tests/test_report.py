@@ -2,7 +2,9 @@
 
 import re
 import shutil
+from dataclasses import fields, replace
 from html import unescape
+from math import isfinite, nan
 from pathlib import Path
 
 import pandas as pd
@@ -14,10 +16,11 @@ from synthetic_tables import drop_optional_tables, write_optional_tables
 from effvit.aggregate import aggregate
 from effvit.cli.report import report
 from effvit.errors import UserError
-from effvit.report import wording
+from effvit.report import charts, wording
 from effvit.report.answers import answers
-from effvit.report.page import _CAPTIONS, pictures
-from effvit.report.tables import read
+from effvit.report.overview import origin
+from effvit.report.page import _CAPTIONS, markdown, pictures
+from effvit.report.tables import Study, read
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH")
@@ -233,9 +236,13 @@ def test_names_cannot_break_out_of_the_page(tmp_path):
     ("table", "content", "problem"),
     [
         ("accuracy", None, "missing"),
-        ("accuracy", "dataset,attention\ndigits,fused\n", "lacks n_seeds"),
-        ("cost", "", "not a table"),
-        ("cka", "dataset\ndigits\n", "lacks attention_a"),
+        (
+            "accuracy",
+            "dataset,attention\ndigits,fused\n",
+            "expected a CSV with the columns dataset, attention, n_seeds",
+        ),
+        ("cost", "", "expected a CSV with the columns"),
+        ("cka", "dataset\ndigits\n", "expected a CSV with the columns dataset, attention_a"),
     ],
 )
 def test_a_table_that_cannot_be_read_is_named_and_nothing_is_written(written, tmp_path, table, content, problem):
@@ -245,6 +252,152 @@ def test_a_table_that_cannot_be_read_is_named_and_nothing_is_written(written, tm
     with pytest.raises(UserError, match=re.escape(f"{path}: {problem}") + ".*`dvc repro.*aggregate`"):
         report(**written | {"data_dir": data, "output_dir": tmp_path / "report"})
     assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "value", "problem"),
+    [
+        ("accuracy", "parameters", "12O", "line 3, parameters: '12O', expected a whole number"),
+        ("accuracy", "n_seeds", "", "line 3, n_seeds: empty, expected a whole number"),
+        ("accuracy", "top1", "1.5", "line 3, top1: 1.5, expected 0 to 1"),
+        ("cost", "ratio_low", "inf", "line 3, ratio_low: inf, expected a finite number"),
+        ("scaling", "tokens", "0", "line 3, tokens: 0, expected more than 0"),
+        ("gates", "branch", "", "line 3, branch: empty, expected something"),
+        ("accuracy", "attention", "standard", "line 3, attention: standard, expected one row of each mechanism"),
+        ("hardware", "attention", "other", "no row of digits with attention fused, which accuracy.csv has"),
+        ("efficiency", "attention", None, "no row with attention fused, which accuracy.csv has"),
+        ("cka", "attention_b", None, "no row of digits with attention_b fused, which accuracy.csv has"),
+    ],
+)
+def test_a_cell_that_cannot_be_is_named(written, tmp_path, table, column, value, problem):
+    """The second row's cell is set, or all rows of `fused` are dropped."""
+    data = shutil.copytree(written["data_dir"], tmp_path / "data")
+    path = data / f"{table}.csv"
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    if value is None:
+        frame = frame[frame[column] != "fused"]
+    else:
+        frame.loc[1, column] = value
+    frame.to_csv(path, index=False)
+    with pytest.raises(UserError, match=re.escape(f"{path}: {problem}")):
+        report(**written | {"data_dir": data, "output_dir": tmp_path / "report"})
+    assert not (tmp_path / "report").exists()
+
+
+def damaged(frame):
+    """The table with one thing wrong, by what it is."""
+    for column in frame:
+        for value in ("abc", "", "-1", "0", "1e999"):
+            yield f"{column}={value}", frame.assign(**{column: [value, *frame[column][1:]]})
+        yield f"{column} blank", frame.assign(**{column: ""})
+        yield f"{column} dropped", frame.drop(columns=column)
+    yield "headers only", frame[:0]
+    yield "first row twice", pd.concat([frame[:1], frame])
+    for name in (column for column in frame if column.startswith("attention")):
+        for attention in frame[name].unique():
+            yield f"no {name} {attention}", frame[frame[name] != attention]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("table", [field.name for field in fields(Study)])
+def test_a_damaged_table_gives_one_line_or_a_page(tmp_path, table):
+    arguments = write_inputs(tmp_path, ("fused", "linformer", "hybrid"))
+    path = arguments["data_dir"] / f"{table}.csv"
+    figures = pictures(arguments["figures_dir"], None, ["digits"])
+    whole = read(arguments["data_dir"])
+    refused = 0
+    for damage, frame in damaged(pd.read_csv(path, dtype=str, keep_default_na=False)):
+        frame.to_csv(path, index=False)
+        try:
+            study = read(arguments["data_dir"])
+        except UserError as error:
+            assert str(error).startswith(f"{path.parent}/") and "\n" not in str(error), damage
+            refused += 1
+        else:
+            if getattr(study, table).equals(getattr(whole, table)):
+                continue  # of a column that the report does not read
+            try:
+                text = markdown(study, {"": [], **figures}, tmp_path)
+            except Exception as error:
+                raise AssertionError(f"{table}.csv with {damage}") from error
+            assert "| nan" not in text and "inf×" not in text, damage
+    assert refused
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "no such directory"),
+        ({}, "no PNG files in it"),
+        ({"scaling.png": b"notpng"}, "scaling.png: not a whole PNG file"),
+        ({"scaling.png": b""}, "scaling.png: not a whole PNG file"),
+    ],
+)
+def test_figures_that_are_none_are_named_and_nothing_is_written(written, tmp_path, content, problem):
+    figures = tmp_path / "figures"
+    if content is not None:
+        figures.mkdir()
+        for name, data in content.items():
+            (figures / name).write_bytes(data)
+    with pytest.raises(UserError, match=f"{re.escape(str(figures))}.*{problem}.*`dvc repro.*plot`"):
+        report(**written | {"figures_dir": figures, "output_dir": tmp_path / "report"})
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_vector_figure_that_is_none_is_named(written, tmp_path):
+    with pytest.raises(UserError, match=r"--vector-dir .*no SVG files in it"):
+        report(**written | {"vector_dir": tmp_path, "output_dir": tmp_path / "report"})
+    for content in ("notsvg", "<html/>"):
+        (tmp_path / "scaling.svg").write_text(content)
+        with pytest.raises(UserError, match=r"scaling\.svg: not a whole SVG file"):
+            report(**written | {"vector_dir": tmp_path, "output_dir": tmp_path / "report"})
+
+
+def test_a_picture_cut_short_is_named(written, tmp_path):
+    whole = (written["figures_dir"] / "scaling.png").read_bytes()
+    (tmp_path / "scaling.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"scaling\.png: not a whole PNG file"):
+        report(**written | {"figures_dir": tmp_path, "output_dir": tmp_path / "report"})
+
+
+def test_one_seed_has_the_interval_over_images_in_the_chart(written):
+    study = read(written["data_dir"])
+    chart = charts.tradeoff(study, "digits")
+    rows = chart.specs["Computation"]["data"]["values"]
+    expected = study.tradeoff["top1_images_low"].tolist()
+    assert all(map(isfinite, expected)) and [row["top1_low"] for row in rows] == expected
+    assert "Wilson" in chart.note and "(" in rows[0]["accuracy"]
+    seeds = study.accuracy.assign(top1_low=0.5, top1_high=0.9)
+    several = replace(study, accuracy=seeds, tradeoff=study.tradeoff.assign(top1_images_low=nan, top1_images_high=nan))
+    chart = charts.tradeoff(several, "digits")
+    assert {row["top1_low"] for row in chart.specs["Computation"]["data"]["values"]} == {0.5}
+    assert "over seeds" in chart.note
+
+
+def test_origin_has_the_days_on_which_results_were_made(written):
+    study = read(written["data_dir"])
+    times = ["2026-01-03T01:00:00+00:00", *study.provenance["time"][1:]]
+    table = origin(replace(study, provenance=study.provenance.assign(time=times)))
+    assert table.rows[0][table.columns.index("Date")].text == "2026-01-01 to 2026-01-03"
+
+
+@needs_browser
+def test_figures_keep_their_width_in_a_box_that_scrolls_and_fit_on_paper(page):
+    widths = "[...document.querySelectorAll('.picture img')].map(image => image.getBoundingClientRect().width)"
+    page.set_viewport_size({"width": 400, "height": 800})
+    narrow = page.evaluate(widths)
+    page.emulate_media(media="print")
+    printed = page.evaluate(widths)
+    page.set_viewport_size({"width": 680, "height": 1000})  # A4 within its margins
+    wider = page.evaluate(
+        "[...document.querySelectorAll('.scroll')].filter(box => box.scrollWidth > box.clientWidth + 1)"
+        ".map(box => box.getAttribute('aria-label'))"
+    )
+    page.emulate_media(media="screen")
+    page.set_viewport_size({"width": 1200, "height": 900})
+    assert narrow and min(narrow) >= 600
+    assert max(printed) <= 400
+    assert wider == []
 
 
 def test_output_must_not_replace_the_inputs(written):
@@ -267,6 +420,9 @@ def test_output_must_not_replace_the_inputs(written):
         (wording.size, 500_000, "488 KiB"),
         (wording.size, 3 * 2**20, "3.0 MiB"),
         (wording.milliseconds, 2.5133, "2.51 ms"),
+        (wording.milliseconds, 13.0, "13.0 ms"),
+        (wording.milliseconds, 250.0, "250 ms"),
+        (wording.milliseconds, 999.7, "1,000 ms"),
         (wording.percent, 0.98328, "98.3 %"),
         (wording.several, ["a", "b", "c"], "a, b and c"),
         (wording.several, ["a"], "a"),

@@ -26,6 +26,7 @@ def export(
     from effvit.data.prepared import PreparedDataset
     from effvit.deploy.export import OPSET, check_output, export_onnx
     from effvit.inference import check_fits
+    from effvit.rounding import rounded_up
 
     check_output(output)
     model = load_model(model_dir)
@@ -35,5 +36,5 @@ def export(
     error = export_onnx(model, output, dataset)
     typer.echo(
         f"{output}: {model.config.attention}, {output.stat().st_size:,} bytes, opset {OPSET}, any batch; "
-        f"logits within {error:.0e} of PyTorch's"
+        f"logits within {rounded_up(error)} of PyTorch's"
     )

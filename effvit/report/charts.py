@@ -1,6 +1,7 @@
 """Interactive charts as Vega-Lite specifications: the mechanisms in the signal `hidden` are left out."""
 
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import pandas as pd
@@ -9,7 +10,7 @@ from effvit.figures.style import look
 from effvit.report import wording as w
 from effvit.report.compare import at_largest_batch
 from effvit.report.resolution import PASSES, QUANTITIES
-from effvit.report.tables import Study
+from effvit.report.tables import Study, records
 
 VEGA_LITE = "6.4"  # the version that the page's library and the schema below are of
 SHAPES = {  # the markers of matplotlib as SVG paths from -1 to 1
@@ -26,6 +27,11 @@ SHAPES = {  # the markers of matplotlib as SVG paths from -1 to 1
     "h": "M0,-1L0.87,-0.5L0.87,0.5L0,1L-0.87,0.5L-0.87,-0.5Z",
 }
 _MIB = 2**20
+_BY_SEED = "Bars: 95\N{NO-BREAK SPACE}% interval over seeds; of a latency, that of the ratio."
+_BY_IMAGE = (
+    "Bars: 95\N{NO-BREAK SPACE}% interval of each trained model over test images (Wilson), as there is one seed: "
+    "training varies besides; of a latency, that of the ratio."
+)
 _ORDER = ["block", "model", "one", "tokens", *QUANTITIES, *PASSES]
 
 
@@ -37,11 +43,16 @@ class Chart:
     title: str
     choose: str
     specs: dict[str, dict[str, Any]]
+    note: str = ""
 
 
 def tradeoff(study: Study, dataset: str) -> Chart:
     """Test accuracy against computation, latency and training memory."""
     table = study.of("accuracy", dataset)[["attention", "top1", "top1_low", "top1_high", "gmacs"]]
+    images = study.of("tradeoff", dataset)  # intervals where there is one seed
+    by_image = images["top1_images_low"].notna().any()
+    for end in ("low", "high"):
+        table[f"top1_{end}"] = table[f"top1_{end}"].fillna(_of(table, images, f"top1_images_{end}"))
     latency = at_largest_batch(study.of("cost", dataset), "latency")
     memory = at_largest_batch(study.of("cost", dataset), "train_memory")
     batch = "".join(f", batch {size:.0f}" for size in latency["batch_size"].dropna().unique()[:1])
@@ -60,7 +71,7 @@ def tradeoff(study: Study, dataset: str) -> Chart:
         rows = rows.dropna(subset=["cost"])
         if len(rows):
             specs[label] = _tradeoff_spec(rows, axis, unit, f"{dataset}: accuracy against {label.lower()}")
-    return Chart(f"tradeoff-{dataset}", "Accuracy against cost", "Cost", specs)
+    return Chart(f"tradeoff-{dataset}", "Accuracy against cost", "Cost", specs, _BY_IMAGE if by_image else _BY_SEED)
 
 
 def _of(table: pd.DataFrame, measured: pd.DataFrame, column: str) -> "pd.Series[float]":
@@ -72,12 +83,20 @@ def _tradeoff_spec(rows: pd.DataFrame, axis: str, unit: str, description: str) -
     x = _axis("cost", axis, {"type": "log" if wide else "linear", "zero": False, "padding": 24, "nice": False})
     y = _axis("top1", "Test accuracy (top-1)", {"zero": False, "padding": 24, "nice": False}, format=".1%")
     data = _named(rows).assign(
-        shown=[f"{w.ratio(c)} {unit}" for c in rows["cost"]], accuracy=rows["top1"].map(w.percent)
+        shown=[f"{w.ratio(c)} {unit}" for c in rows["cost"]],
+        accuracy=[_accuracy(row) for row in records(rows)],
     )
     tips = {"label": "Mechanism", "accuracy": "Top-1", "shown": axis.split(" [")[0]}
     layers: list[dict[str, Any]] = [_bars(column, data, x, y) for column in ("y", "x")]
     layers.append(_points(rows, tips) | {"encoding": _points(rows, tips)["encoding"] | {"x": x, "y": y}})
     return _chart(data, [layer for layer in layers if layer], description, 340)
+
+
+def _accuracy(row: dict[str, Any]) -> str:
+    known = isfinite(row["top1_low"]) and isfinite(row["top1_high"])
+    return w.percent(row["top1"]) + (
+        f" ({w.percent(row['top1_low'])} to {w.percent(row['top1_high'])})" if known else ""
+    )
 
 
 def _bars(way: str, data: pd.DataFrame, x: dict[str, Any], y: dict[str, Any]) -> dict[str, Any]:

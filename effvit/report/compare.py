@@ -38,7 +38,7 @@ def accuracies(study: Study, dataset: str) -> list[Accuracy]:
     for attention, row in rows.items():
         if pair := paired.get(attention):
             numbers = (pair["difference"], pair["difference_low"], pair["difference_high"])
-            found.append(Accuracy(attention, *numbers, pair["verdict"], pair.get("p_holm", nan)))
+            found.append(Accuracy(attention, *numbers, pair["verdict"], pair["p_holm"]))
         else:
             found.append(Accuracy(attention, row["top1"] - fused["top1"], nan, nan, _by_intervals(row, fused)))
     return found

@@ -7,26 +7,20 @@ import pandas as pd
 from effvit.report import wording as w
 from effvit.report.compare import cost_verdicts
 from effvit.report.tables import Study, records
+from effvit.rounding import rounded_up
 
 
 def constrained_hardware(study: Study, dataset: str) -> Iterator[str]:
-    """From the table of exported models; columns that it does not have are not spoken of."""
+    """From the table of exported models; what it does not know is not spoken of."""
     rows = study.of("hardware", dataset)
     if rows.empty:
         yield "Not measured: no model was exported, quantised or timed on one thread."
         yield from _single_images(study, dataset)
         return
     yield _latency(rows)
-    if {"onnx_latency_ms", "onnx_error"} <= set(rows):
-        yield from _onnx(rows)
-    if {"int8_bytes", "model_bytes", "int8_top1", "top1", "n_images"} <= set(rows):
-        yield from _int8(rows)
-    if "peak_memory_bytes" in rows and len(known := rows.dropna(subset=["peak_memory_bytes"])):
-        least, *_, most = records(known.sort_values("peak_memory_bytes", kind="stable")) * 2
-        yield (
-            f"Peak memory of one image: {w.size(least['peak_memory_bytes'])} ({w.name(least['attention'])}) to "
-            f"{w.size(most['peak_memory_bytes'])} ({w.name(most['attention'])})."
-        )
+    yield from _onnx(rows)
+    yield from _int8(rows)
+    yield from _memory(rows)
 
 
 def _single_images(study: Study, dataset: str) -> Iterator[str]:
@@ -51,30 +45,20 @@ def _judge(rows: pd.DataFrame) -> str:
 
 
 def _latency(rows: pd.DataFrame) -> str:
-    if {"ratio_to_fused", "ratio_low", "ratio_high"} <= set(rows) and rows["ratio_to_fused"].notna().sum() > 1:
-        return f"One thread, one image at a time: {_judge(rows.dropna(subset=['ratio_to_fused']))}"
-    if "latency_ms" in rows and len(known := rows.dropna(subset=["latency_ms"]).sort_values("latency_ms")):
-        listed = w.several(f"{w.name(row['attention'])} {w.milliseconds(row['latency_ms'])}" for row in records(known))
-        return f"One thread, one image at a time: {listed}; timed apart, so only large differences mean something."
-    return "How fast they are on one thread was not measured."
+    known = rows.dropna(subset=["ratio_to_fused"])
+    if {"fused"} < set(known["attention"]):
+        return f"One thread, one image at a time: {_judge(known)}"
+    return "How fast they are on one thread beside Fused was not measured."
 
 
 def _onnx(rows: pd.DataFrame) -> Iterator[str]:
     exported = rows.dropna(subset=["onnx_error"])
     missing = rows[rows["onnx_error"].isna()]
     if len(exported):
-        worst = exported["onnx_error"].max()
-        text = f"Exported to ONNX: {w.names(list(exported['attention']))}, outputs within {worst:.0e} of PyTorch's"
-        if {"onnx_speedup", "onnx_speedup_low"} <= set(rows):
-            gains = exported[exported["onnx_speedup_low"] > 1].sort_values(
-                "onnx_speedup", ascending=False, kind="stable"
-            )
-            if len(gains):
-                listed = w.several(
-                    f"{w.name(row['attention'])} {w.times(row['onnx_speedup'])}" for row in records(gains)
-                )
-                text += f"; faster there than in PyTorch: {listed}"
-        yield f"{text}."
+        worst = rounded_up(exported["onnx_error"].max())
+        yield f"Exported to ONNX: {w.names(list(exported['attention']))}, outputs within {worst} of PyTorch's."
+        yield from _beside_fused(rows, "onnx_", "onnxruntime")
+        yield from _gains(rows)
     if len(missing):
         yield f"Not exported to ONNX: {w.names(list(missing['attention']))}."
 
@@ -86,10 +70,45 @@ def _int8(rows: pd.DataFrame) -> Iterator[str]:
         return
     smaller = (known["int8_bytes"] / known["model_bytes"]).mean()
     fewer = ((known["top1"] - known["int8_top1"]) * known["n_images"]).round()
-    worst = max(records(known.assign(fewer=fewer)), key=lambda row: row["fewer"])
-    images = f"{worst.get('split', 'test')} images"
-    if worst["fewer"] > 0:
-        text = f"{w.name(worst['attention'])} loses most, {worst['fewer']:.0f} of {int(worst['n_images']):,} {images}"
+    worst = known[fewer == fewer.max()]
+    n, split = worst["n_images"].iloc[0], worst["split"].iloc[0]
+    if fewer.max() > 0:
+        loses = "loses" if len(worst) == 1 else "lose"
+        text = f"{w.names(list(worst['attention']))} {loses} most, {fewer.max():.0f} of {n:,} {split} images"
     else:
-        text = f"none gets fewer of {int(worst['n_images']):,} {images} right"
-    yield f"Eight-bit weights leave {w.times(smaller)} of the file's size; {text}."
+        text = f"none gets fewer of {n:,} {split} images right"
+    yield f"An ONNX file with eight-bit weights is {w.times(smaller)} the size of PyTorch's weights; {text}."
+    yield from _beside_fused(rows, "int8_", "onnxruntime with eight-bit weights")
+
+
+def _beside_fused(rows: pd.DataFrame, prefix: str, runtime: str) -> Iterator[str]:
+    known = rows.dropna(subset=[f"{prefix}ratio_to_fused"]).sort_values(f"{prefix}ratio_to_fused", kind="stable")
+    if len(known):
+        listed = w.several(f"{w.name(row['attention'])} {w.beside_fused(row, prefix)}" for row in records(known))
+        yield f"Latency under {runtime}, beside PyTorch's Fused: {listed}."
+
+
+def _gains(rows: pd.DataFrame) -> Iterator[str]:
+    gains = rows[rows["onnx_speedup_low"] > 1].sort_values("onnx_speedup", ascending=False, kind="stable")
+    if len(gains):
+        ends = [f"onnx_speedup{end}" for end in ("", "_low", "_high")]
+        listed = w.several(f"{w.name(row['attention'])} {w.times(*(row[e] for e in ends))}" for row in records(gains))
+        yield f"Faster there than the same model in PyTorch, by: {listed}."
+
+
+def _memory(rows: pd.DataFrame) -> Iterator[str]:
+    runtimes = {"": "in PyTorch", "onnx_": "under onnxruntime", "int8_": "under onnxruntime with eight-bit weights"}
+    ranges = {where: rows[f"{prefix}peak_rss_bytes"].dropna() for prefix, where in runtimes.items()}
+    if known := [f"{_range(sizes)} {where}" for where, sizes in ranges.items() if len(sizes)]:
+        yield f"Peak memory of the whole process: {w.several(known)}."
+    if len(sizes := rows.set_index("attention")["peak_memory_bytes"].dropna()):
+        least, most = (w.names(list(sizes[sizes == end].index)) for end in (sizes.min(), sizes.max()))
+        text = f"{w.size(sizes.min())} ({least})"
+        if sizes.min() < sizes.max():
+            text += f" to {w.size(sizes.max())} ({most})"
+        yield f"Peak memory of the tensors of one image in PyTorch: {text}."
+
+
+def _range(sizes: "pd.Series[float]") -> str:
+    low, high = w.size(sizes.min()), w.size(sizes.max())
+    return low if low == high else f"{low} to {high}"

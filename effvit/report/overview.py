@@ -62,7 +62,8 @@ def accuracy_and_cost(study: Study, dataset: str) -> Table:
     """Every mechanism of one data set: what it gets right, and what that takes."""
     cost = study.of("cost", dataset)
     latency, step, memory = (by_attention(at_largest_batch(cost, q)) for q in ("latency", "train_step", "train_memory"))
-    single = by_attention(cost[(cost["quantity"] == "latency") & (cost["batch_size"] == 1)])
+    one = by_attention(cost[(cost["quantity"] == "latency") & (cost["batch_size"] == 1)])
+    baseline = one.get("fused", {}).get("median", nan)
     batch = "".join(f", batch {row['batch_size']:.0f}" for row in list(latency.values())[:1] if row["batch_size"] > 0)
     accuracy = by_attention(study.of("accuracy", dataset))
     fused = accuracy.get("fused", {}).get("parameters")
@@ -72,7 +73,8 @@ def accuracy_and_cost(study: Study, dataset: str) -> Table:
             _top1(row),
             number(row["parameters"], partial(_marked, fused=fused)),
             number(row["gmacs"] * 1e3, lambda x: f"{x:,.2f}" if x < 100 else f"{x:,.0f}"),
-            number(single.get(attention, {}).get("median"), w.milliseconds),
+            _ratio(one.get(attention)),
+            number(_beside(attention, one.get(attention), baseline), w.milliseconds),
             _ratio(latency[attention]),
             _ratio(step[attention]),
             number(memory[attention]["median"], w.size),
@@ -80,9 +82,13 @@ def accuracy_and_cost(study: Study, dataset: str) -> Table:
         ]
         for attention, row in accuracy.items()
     ]
-    columns = ["Mechanism", "Top-1", "Parameters", "MACs [M]", "Latency, one image", f"Latency × Fused{batch}"]
-    columns += [f"Training step × Fused{batch}", f"Training memory{batch}", "Memory × Fused"]
-    note = "Ratios were timed in turns with Fused in one process; in brackets their 95 % interval."
+    columns = ["Mechanism", "Top-1", "Parameters", "MACs [M]", "Latency × Fused, one image", "Latency, one image"]
+    columns += [f"Latency × Fused{batch}", f"Training step × Fused{batch}"]
+    columns += [f"Training memory{batch}", "Memory × Fused"]
+    note = (
+        f"Ratios were timed in turns with Fused in one process; in brackets their 95{w.SPACE}% interval. Fused beside "
+        "itself is the noise of the timing. Latency in ms: the ratio times what Fused took."
+    )
     return Table("Accuracy and cost", columns, rows, note)
 
 
@@ -92,8 +98,15 @@ def _marked(parameters: float, fused: float | None) -> str:
     return f"{parameters:,.0f}" + (f" ({parameters / fused - 1:+.0%})" if differs and fused else "")
 
 
-def _ratio(row: dict[str, Any]) -> Cell:
-    return number(row["ratio_to_fused"], lambda _: w.beside_fused(row))
+def _ratio(row: dict[str, Any] | None, runtime: str = "") -> Cell:
+    return Cell("–") if row is None else number(row[f"{runtime}ratio_to_fused"], lambda _: w.beside_fused(row, runtime))
+
+
+def _beside(attention: str, row: dict[str, Any] | None, fused: float) -> float:
+    """Times of different processes do not compare: one is shown as its ratio to `fused` times what `fused` took."""
+    if row is None or not isfinite(fused):
+        return nan
+    return fused if attention == "fused" else row["ratio_to_fused"] * fused
 
 
 def _top1(row: dict[str, Any]) -> Cell:
@@ -117,9 +130,9 @@ def efficiency(study: Study) -> Table:
                     mechanism(attention),
                     text(f"{scope}, {'one sample' if batch == 'one' else 'equal tokens'}"),
                     *(_pays_off(found.get(cost)) for cost in costs),
-                    number(forward.get("predicted_length", nan), w.about),
-                    number(forward.get("slope", nan), lambda x: f"{x:.2f}"),
-                    number(forward.get("macs_slope", nan), lambda x: f"{x:.2f}"),
+                    number(forward.get("predicted_length"), w.about),
+                    number(forward.get("slope"), lambda x: f"{x:.2f}"),
+                    number(forward.get("macs_slope"), lambda x: f"{x:.2f}"),
                 ]
             )
     what = [f"{QUANTITIES[quantity].capitalize()}, {PASSES[mode].split(' ', 1)[1]}" for quantity, mode in costs]
@@ -134,13 +147,13 @@ def efficiency(study: Study) -> Table:
 def _pays_off(row: dict[str, Any] | None) -> Cell:
     if row is None:
         return Cell("–")
-    if pd.isna(row["length"]):
+    if pd.isna(row["length"]) and isfinite(row["measured_to"]):
         return Cell(f"> {row['measured_to']:,.0f}", 1e18)  # never so far: after every length that is one
     return number(row["length"], partial(_length, row=row))
 
 
 def _length(length: float, row: dict[str, Any]) -> str:
-    low, high = row.get("length_low", nan), row.get("length_high", nan)
+    low, high = row["length_low"], row["length_high"]
     return w.about(length) + (f" ({w.about(low)} to {w.about(high)})" if isfinite(low) and isfinite(high) else "")
 
 
@@ -187,44 +200,61 @@ def layers(study: Study, dataset: str) -> Table:
     return Table("Representations", columns, rows, "Means over layers and heads.")
 
 
+_RUNTIMES = {"": "PyTorch", "onnx_": "onnxruntime", "int8_": "onnxruntime, int8"}
 _HARDWARE: dict[str, tuple[str, Callable[[float], str]]] = {
-    "latency_ms": ("Latency", w.milliseconds),
-    "ratio_to_fused": ("× Fused", w.times),
-    "onnx_latency_ms": ("Latency, ONNX", w.milliseconds),
-    "onnx_ratio_to_fused": ("ONNX × Fused", w.times),
-    "int8_latency_ms": ("Latency, int8", w.milliseconds),
-    "int8_ratio_to_fused": ("int8 × Fused", w.times),
-    "model_bytes": ("Weights", w.size),
-    "int8_bytes": ("Weights, int8", w.size),
+    "peak_rss_bytes": ("Memory, PyTorch", w.size),
+    "onnx_peak_rss_bytes": ("Memory, onnxruntime", w.size),
+    "int8_peak_rss_bytes": ("Memory, onnxruntime, int8", w.size),
+    "peak_memory_bytes": ("Of tensors, PyTorch", w.size),
+    "model_bytes": ("Weights, PyTorch", w.size),
     "onnx_bytes": ("ONNX file", w.size),
+    "int8_bytes": ("ONNX file, int8", w.size),
     "top1": ("Top-1", w.percent),
     "int8_top1": ("Top-1, int8", w.percent),
-    "onnx_error": ("Error of ONNX", lambda x: f"{x:.0e}"),
-    "peak_memory_bytes": ("Peak memory", w.size),
-    "peak_rss_bytes": ("Peak resident memory", w.size),
+    "onnx_error": ("Error of ONNX", lambda x: f"{x:.1e}"),
 }
 
 
-def hardware(study: Study, dataset: str) -> Table:
-    """What there is of one thread, one image, ONNX and eight bits."""
+def hardware_latency(study: Study, dataset: str) -> Table:
+    """One thread, one image, under each runtime, beside eager `fused`."""
     table = study.of("hardware", dataset)
-    present = {column: how for column, how in _HARDWARE.items() if column in table}
+    baseline = table["fused_latency_ms"].median()
     rows = [
-        [mechanism(r["attention"]), *(number(r[column], show) for column, (_, show) in present.items())]
-        for r in records(table)
+        [
+            mechanism(row["attention"]),
+            *(_ratio(row, runtime) for runtime in _RUNTIMES),
+            *(number(row[f"{runtime}ratio_to_fused"] * baseline, w.milliseconds) for runtime in _RUNTIMES),
+        ]
+        for row in records(table)
     ]
-    columns = ["Mechanism", *(label for label, _ in present.values())]
-    return Table(
-        "Constrained hardware", columns, rows, "One thread, one image at a time; × Fused is beside PyTorch's Fused."
+    columns = ["Mechanism", *(f"{what}, {name}" for what in ("× Fused", "Latency") for name in _RUNTIMES.values())]
+    note = (
+        "One thread, one image at a time. Ratios are to PyTorch's Fused, timed in turns with it in one process; in "
+        f"brackets their 95{w.SPACE}% interval. Fused in PyTorch beside itself is the noise of the timing. Latency in "
+        f"ms: the ratio times {w.milliseconds(baseline)}, what Fused took (median over these processes)."
     )
+    return Table("Constrained hardware: latency", columns, rows, note)
+
+
+def hardware(study: Study, dataset: str) -> Table:
+    """Memory, size of files and accuracy under each runtime."""
+    rows = [
+        [mechanism(row["attention"]), *(number(row[column], show) for column, (_, show) in _HARDWARE.items())]
+        for row in records(study.of("hardware", dataset))
+    ]
+    columns = ["Mechanism", *(label for label, _ in _HARDWARE.values())]
+    note = "Memory: the peak of the whole process; of the tensors, the peak while one image is classified."
+    return Table("Constrained hardware: memory, size and accuracy", columns, rows, note)
 
 
 def origin(study: Study) -> Table:
-    """Which code, versions and machine made the results, a row for each that differ."""
+    """When, from which code and versions and on which machine the results were made, a row for each that differ."""
     keys = ["git_revision", "effvit", "torch", "python", "platform", "cpu", "threads", "accelerator"]
     rows = []
     for key, group in study.provenance.groupby(keys, sort=False, dropna=False):
         stages = ", ".join(dict.fromkeys(group["stage"]))
-        rows.append([text(stages), *(text(value) for value in key)])
-    columns = ["Stages", "Revision", "effvit", "PyTorch", "Python", "Platform", "Processor", "Threads", "Accelerator"]
-    return Table("Origin of the results", columns, rows)
+        days = sorted(set(group["time"].str[:10]))
+        made = " to ".join(dict.fromkeys((days[0], days[-1])))
+        rows.append([text(stages), text(made), *(text(value) for value in key)])
+    columns = ["Stages", "Date", "Revision", "effvit", "PyTorch", "Python", "Platform", "Processor", "Threads"]
+    return Table("Origin of the results", [*columns, "Accelerator"], rows)

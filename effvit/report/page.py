@@ -7,11 +7,14 @@ from functools import cache
 from os.path import relpath
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import vl_convert
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from PIL import Image
 
+from effvit.errors import UserError
 from effvit.figures.style import look
 from effvit.report import charts, overview
 from effvit.report import wording as w
@@ -24,7 +27,7 @@ _CAPTIONS = {
     "confusion": "Share of each actual class by predicted class",
     "attention-maps": "Attention rollout from the class token, the same images for all mechanisms",
     "samples": "Images of each class as the models see them",
-    "class-token-maps": "What the class token attends to in the last block, the same images for all mechanisms",
+    "class-token-maps": "What the class token attends to in the last block, and over all blocks by rollout",
     "heads": "Distance and entropy of each head's attention, by layer",
     "cka": "Similarity of all layers of all mechanisms: linear CKA",
     "gates": "Mean share of each branch in the hybrid's gate, by layer",
@@ -53,7 +56,15 @@ class Picture:
 
 
 def pictures(figures_dir: Path, vector_dir: Path | None, datasets: list[str]) -> dict[str, list[Picture]]:
-    """Figures by data set, the others under the empty name; drawn lines in place of pixels where there are some."""
+    """Figures by data set, the others under the empty name; drawn lines in place of pixels where there are some.
+
+    Raises:
+        UserError: a directory is missing or has no figure, or a file is not the picture that its name says.
+    """
+    for option, directory, suffix in (("figures", figures_dir, "png"), ("vector", vector_dir, "svg")):
+        if directory and not any(directory.glob(f"*.{suffix}")):
+            problem = f"no {suffix.upper()} files in it" if directory.is_dir() else "no such directory"
+            raise UserError(f"--{option}-dir {directory}: {problem}; `dvc repro plot` makes them")
     found: dict[str, list[Picture]] = {name: [] for name in ["", *datasets]}
     for path in sorted(figures_dir.glob("*.png")):
         # of "a" and "a-b" the longer name is meant by "a-b-curves"
@@ -61,8 +72,25 @@ def pictures(figures_dir: Path, vector_dir: Path | None, datasets: list[str]) ->
         kind = path.stem.removeprefix(f"{dataset}-") if dataset else path.stem
         vector = vector_dir / f"{path.stem}.svg" if vector_dir else None
         caption = _CAPTIONS.get(kind, kind.replace("-", " ").capitalize())
-        found[dataset].append(Picture(vector if vector and vector.exists() else path, caption))
+        picture = Picture(vector if vector and vector.exists() else path, caption)
+        _verify(picture.path)
+        found[dataset].append(picture)
     return {name: sorted(group, key=_order) for name, group in found.items()}
+
+
+def _verify(path: Path) -> None:
+    try:
+        if path.suffix == ".svg":
+            if not ElementTree.parse(path).getroot().tag.endswith("svg"):
+                raise ValueError("another XML file")
+        else:
+            with Image.open(path, formats=["PNG"]) as image:
+                image.load()
+    except (ValueError, SyntaxError, OSError, Image.DecompressionBombError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the system, which says what it is
+            raise
+        kind = path.suffix[1:].upper()
+        raise UserError(f"{path}: not a whole {kind} file; `dvc repro -f plot` makes it anew") from error
 
 
 def _order(picture: Picture) -> tuple[int, str]:
@@ -94,15 +122,14 @@ def markdown(study: Study, figures: dict[str, list[Picture]], beside: Path) -> s
 def _content(study: Study, figures: dict[str, list[Picture]]) -> dict[str, Any]:
     sections = []
     for dataset in study.datasets:
-        makers = (overview.accuracy_and_cost, overview.fidelity, overview.layers, overview.hardware)
-        cost, *others = (make(study, dataset) for make in makers)
+        makers = (overview.fidelity, overview.layers, overview.hardware_latency, overview.hardware)
         sections.append(
             {
                 "name": dataset,
                 "facts": _facts(study, dataset),
                 "chart": charts.tradeoff(study, dataset),
-                "cost": cost,
-                "tables": others,
+                "cost": overview.accuracy_and_cost(study, dataset),
+                "tables": [make(study, dataset) for make in makers],
                 "figures": figures[dataset],
             }
         )

@@ -65,9 +65,8 @@ def _distances(heads: pd.DataFrame) -> Iterator[str]:
     for name, (column, unit, digits) in measures.items():
         mean = heads.groupby("attention", sort=False)[column].mean().sort_values(kind="stable")
         listed = w.several(f"{w.name(str(a))} {x:{digits}}" for a, x in mean.items())
-        known = f"uniform_{column}" in heads
-        uniform = f"; uniform attention has {heads[f'uniform_{column}'].iloc[0]:{digits}}" if known else ""
-        yield f"Mean attention {name} over all heads, {unit}: {listed}{uniform}."
+        uniform = heads[f"uniform_{column}"].iloc[0]
+        yield f"Mean attention {name} over all heads, {unit}: {listed}; uniform attention has {uniform:{digits}}."
 
 
 def _fidelity(fidelity: pd.DataFrame, replaced: pd.DataFrame) -> Iterator[str]:

@@ -65,12 +65,13 @@ def _efficiency(study: Study) -> Iterator[str]:
                 continue
             pays = rows.dropna(subset=["length"]).sort_values("length", kind="stable")
             listed = [_length(row, shortest) for row in records(pays)]
-            never = rows[rows["length"].isna()]
+            never = rows[rows["length"].isna() & rows["measured_to"].notna()]
             parts = [f"{w.several(listed)}"] if listed else []
             if len(never):
                 end = int(never["measured_to"].max())
                 parts.append(f"never up to {end:,} tokens: {w.names(list(never['attention']))}")
-            yield f"Less {noun} than Fused in {text}: {'; '.join(parts)}."
+            if parts:
+                yield f"Less {noun} than Fused in {text}: {'; '.join(parts)}."
     slopes = table[(table["quantity"] == "time") & (table["mode"] == "forward")].dropna(subset=["slope"])
     if len(slopes):
         listed = [f"{row['slope']:.1f} for {w.name(row['attention'])}" for row in records(slopes)]
@@ -81,7 +82,7 @@ def _length(row: dict[str, Any], shortest: int) -> str:
     label = w.name(row["attention"])
     if row["length"] <= shortest:
         return f"{label} at every length"
-    low, high = (float(row.get(f"length_{end}", float("nan"))) for end in ("low", "high"))
+    low, high = row["length_low"], row["length_high"]
     interval = f" ({w.about(low)} to {w.about(high)})" if isfinite(low) and isfinite(high) else ""
     return f"{label} from about {w.about(row['length'])} tokens{interval}"
 

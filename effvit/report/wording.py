@@ -37,9 +37,9 @@ def times(value: float, low: float = float("nan"), high: float = float("nan")) -
     return f"{ratio(value)}×" + (f" ({ratio(low)} to {ratio(high)})" if isfinite(low) and isfinite(high) else "")
 
 
-def beside_fused(row: Mapping[str, Any]) -> str:
-    """The ratio of a row of a measured table, with its interval."""
-    return times(row["ratio_to_fused"], row["ratio_low"], row["ratio_high"])
+def beside_fused(row: Mapping[str, Any], runtime: str = "") -> str:
+    """The ratio of a row of a measured table, with its interval; `runtime` is what its columns begin with."""
+    return times(*(row[f"{runtime}ratio_{end}"] for end in ("to_fused", "low", "high")))
 
 
 def about(tokens: float) -> str:
@@ -55,7 +55,8 @@ def size(count: float) -> str:
 
 def milliseconds(value: float) -> str:
     """Three digits."""
-    return f"{value:.3g}{SPACE}ms" if value < 1000 else f"{value:,.0f}{SPACE}ms"
+    digits = f"{value:#.3g}".rstrip(".") if value < 999.5 else f"{value:,.0f}"
+    return f"{digits}{SPACE}ms"
 
 
 def count(number: float, noun: str) -> str:
