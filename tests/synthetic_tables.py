@@ -54,6 +54,7 @@ def optional_tables(dataset="digits", attentions=ATTENTIONS, layers=2):
         | {"length": None if a == "standard" else 100.0 * place[a], "length_low": 90.0 * place[a]}
         | {"length_high": 110.0 * place[a], "slope": 1.9 if a in ("standard", "fused") else 1.1, "slope_low": 1.0}
         | {"slope_high": 2.0, "macs_slope": 1.0, "predicted_length": 80.0 * place[a] + 1}
+        | {"cheaper_from": None, "cheaper_to": None, "slope_from": 257, "slope_to": 4097}
         for a in attentions
         for scope in ("block", "model")
         for mode in ("forward", "train")

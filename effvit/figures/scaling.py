@@ -24,7 +24,8 @@ def scaling(table: pd.DataFrame, scope: str = "block", batch: str = "one") -> Fi
     A mechanism stands at its ratio to `fused`, timed in turns with it in one process, times what `fused` takes; the
     band is the ratio's 95 % interval. So lines cross where the ratio is 1, whatever disturbed single processes. A
     hollow marker was measured beside other work. A cross at the upper edge stands at the first length at which a
-    mechanism was stopped; a star where it becomes cheaper than `fused` for good, with the token count in the corner.
+    mechanism was stopped; a star where it becomes cheaper than `fused` for good, with the token count in the corner;
+    "only" there says that it is cheaper between these measured lengths, and not at the longest.
     """
     table = table[(table["scope"] == scope) & (table["batch"] == batch)]
     figure = Figure(figsize=(WIDTH, 5.6), layout="constrained")
@@ -111,6 +112,8 @@ def _scaling_panel(axes: Axes, rows: pd.DataFrame) -> None:
 
 def _length_text(searched: dict[str, float | None]) -> str:
     length, first, last = (searched[key] for key in ("length", "measured_from", "measured_to"))
+    if searched["cheaper_to"] is not None:
+        return f"{searched['cheaper_from']:,.0f} to {searched['cheaper_to']:,.0f} only"
     if length is None:
         return "never" if last is None else f"> {last:,.0f}"
     return f"{'≤ ' if length == first else ''}{length:,.0f}"

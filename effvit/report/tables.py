@@ -23,7 +23,10 @@ _EXPECTED: dict[str, list[str]] = {
     "curves": ["dataset", "attention", "seed", "epoch", "val_accuracy"],
     "provenance": ["stage", "git_revision", "python", "platform", "cpu", "threads", "accelerator", "effvit", "torch"],
     "paired": ["dataset", "attention", "n_seeds", "difference", "difference_low", "difference_high", "verdict"],
-    "efficiency": ["attention", "scope", "batch", "mode", "quantity", "length", "slope", "measured_to"],
+    "efficiency": [
+        *("attention", "scope", "batch", "mode", "quantity", "length", "cheaper_from", "cheaper_to", "measured_to"),
+        *("slope", "slope_from", "slope_to"),
+    ],
     "fidelity": ["dataset", "attention", "source", "option", "value", "error", "mixing_macs"],
     "replaced": ["dataset", "attention", "option", "value", "top1", "top1_fused", "n_images"],
     "cka": ["dataset", "attention_a", "layer_a", "attention_b", "layer_b", "cka", "n_images"],
