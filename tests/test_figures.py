@@ -183,7 +183,7 @@ def test_scaling_draws_the_scope_and_batch_asked_for_and_says_what_the_batches_a
     }
     np.testing.assert_allclose(time["model", "one"], 6 * time["block", "one"])
     note = figures.scaling(table, "model", "tokens").get_supxlabel()
-    assert "63×65, " in note and note.endswith("1×4,097")
+    assert "63×65, " in note and note.endswith("3×1,025")
     assert not figures.scaling(table, "model").get_supxlabel()
 
 
