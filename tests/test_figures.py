@@ -269,6 +269,7 @@ def test_a_stopped_mechanism_is_crossed_at_its_first_length_and_does_not_pay_off
     for axes, stopped in zip(figure.axes, (False, True, False, True), strict=True):
         crosses = [line for line in axes.lines if line.get_marker() == "x"]
         assert [line.get_xdata()[0] for line in crosses] == ([TOKENS[5]] if stopped else [])
+        assert all(line.get_ydata()[0] > 1 and not line.get_clip_on() for line in crosses)  # above what was measured
         assert texts(axes)["Standard"].startswith(">")
 
 

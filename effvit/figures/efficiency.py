@@ -78,7 +78,8 @@ def _length(axes: Axes, row: dict[Any, Any], y: float, colour: str) -> None:
     if pd.notna(row["cheaper_to"]):
         between = row["cheaper_from"], row["cheaper_to"]
         axes.plot(between, [y, y], marker=".", linestyle=":", **fill)
-        axes.annotate(f"{between[0]:,.0f} to {between[1]:,.0f} only", (between[1], y), (6, 0), ha="left", **note)
+        text = f"{between[0]:,.0f} to {between[1]:,.0f} only"
+        axes.annotate(text, (np.sqrt(between[0] * between[1]), y), (0, -6), ha="center", **note)
     elif pd.isna(length):
         axes.plot(last, y, marker=">", **fill)
         axes.annotate(f"> {last:,.0f}", (last, y), (-6, 0), ha="right", **note)
