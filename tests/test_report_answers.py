@@ -238,6 +238,13 @@ def test_resolution_speaks_of_one_block_and_one_sample(full):
     assert list(resolution(both)) == list(resolution(full))
 
 
+def test_how_many_times_were_measured_beside_other_work_is_said_where_any_were(full):
+    assert "Not to be trusted, as measured beside other work: 2 of the 82 times here." in text(resolution(full))
+    all_busy = replace(full, scaling=full.scaling.assign(contended=True))
+    assert "other work: 82 of the 82 times here." in text(resolution(all_busy))
+    assert "other work" not in text(resolution(replace(full, scaling=full.scaling.assign(contended=False))))
+
+
 def test_representations_name_the_least_and_the_most_alike(full):
     said = text(representations(full, "digits"))
     assert "layers of Hybrid are the least like those of Fused (linear CKA 0.71" in said  # 1 / 1.4

@@ -31,6 +31,7 @@ def resolution(study: Study) -> Iterator[str]:
         ends = [_at(forward, int(tokens)) for tokens in sorted({done.min(), done.max()})]
         yield f"In the forward pass of one block: {'; '.join(ends)}."
     yield from _efficiency(study)
+    yield from _contended(rows)
     yield from _stopped(rows)
 
 
@@ -124,6 +125,13 @@ def slope(row: dict[str, Any], digits: int) -> str:
     low, high = (float(row.get(f"slope_{end}", nan)) for end in ("low", "high"))
     interval = f" ({low:.{digits}f} to {high:.{digits}f})" if isfinite(low) and isfinite(high) else ""
     return f"{row['slope']:.{digits}f}{interval}".replace("-", w.MINUS)
+
+
+def _contended(rows: pd.DataFrame) -> Iterator[str]:
+    timed = rows[(rows["quantity"] == "time") & (rows["status"] == "ok")]
+    beside = int(timed["contended"].sum()) if "contended" in timed else 0
+    if beside:
+        yield f"Not to be trusted, as measured beside other work: {beside} of the {len(timed)} times here."
 
 
 def _stopped(rows: pd.DataFrame) -> Iterator[str]:
