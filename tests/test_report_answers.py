@@ -7,7 +7,7 @@ from synthetic_study import ATTENTIONS, write_study
 from synthetic_tables import drop_optional_tables, optional_tables
 
 from effvit.aggregate import aggregate
-from effvit.report import answers, overview
+from effvit.report import answers, charts, overview
 from effvit.report.compare import cost_verdicts
 from effvit.report.hardware import constrained_hardware
 from effvit.report.representations import representations
@@ -243,6 +243,16 @@ def test_how_many_times_were_measured_beside_other_work_is_said_where_any_were(f
     all_busy = replace(full, scaling=full.scaling.assign(contended=True))
     assert "other work: 82 of the 82 times here." in text(resolution(all_busy))
     assert "other work" not in text(resolution(replace(full, scaling=full.scaling.assign(contended=False))))
+
+
+def test_the_scaling_chart_marks_what_was_measured_beside_other_work_where_anything_was(full):
+    busy = charts.scaling(full).specs.values()
+    marked = {(v["attention"], v["tokens"]) for spec in busy for v in spec["data"]["values"]
+              if v.get("contended") == "beside other work"}  # fmt: skip
+    assert marked == {("hybrid", 577)}
+    assert any(spec.get("title", {}).get("text") == "Hollow: measured beside other work" for spec in busy)
+    for spec in charts.scaling(replace(full, scaling=full.scaling.assign(contended=False))).specs.values():
+        assert "title" not in spec and all("contended" not in value for value in spec["data"]["values"])
 
 
 def test_representations_name_the_least_and_the_most_alike(full):
