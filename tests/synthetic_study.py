@@ -165,7 +165,8 @@ def _scaling(directory, attention):
         _point(attention, {"scope": scope, "batch": batch, "batch_size": size, "tokens": tokens}, mode, depth * factor)
         for scope, depth in (("block", 1), ("model", 6))
         for tokens in TOKENS
-        for batch, size in (("one", 1), ("tokens", max(1, 4096 // tokens)))
+        for batch, size in (("one", 1), ("tokens", 4096 // tokens))
+        if batch == "one" or size > 1
         for mode, factor in (("forward", 1), ("train", 3))
     ]
     table = pd.DataFrame([row for point in rows for row in point])

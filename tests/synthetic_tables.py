@@ -70,6 +70,7 @@ def optional_tables(dataset="digits", attentions=ATTENTIONS, layers=2):
             "slope_low": 1.0,
         }
         | {"slope_high": 2.0, "macs_slope": 1.0, "predicted_length": 80.0 * place[a] + 1}
+        | {"cheaper_from": None, "cheaper_to": None, "slope_from": 257, "slope_to": 4097}
         for a in attentions
         for scope in ("block", "model")
         for mode in ("forward", "train")

@@ -37,7 +37,8 @@ def test_the_interval_of_a_length_is_where_the_ends_of_the_ratios_interval_cross
     """A ratio of (500 / N)^½, times or over the spread, is one at 500 x spread^±2."""
     found = lengths(rows("linformer", (500 / TOKENS) ** 0.5, spread), FUSED)
     expected = {"length": 500, "length_low": 500 / spread**2, "length_high": 500 * spread**2}
-    assert found == pytest.approx(expected | {"measured_from": 64, "measured_to": 16384})
+    nowhere = {"cheaper_from": None, "cheaper_to": None}
+    assert found == pytest.approx(expected | nowhere | {"measured_from": 64, "measured_to": 16384})
 
 
 def test_a_length_beyond_the_last_point_is_open():
@@ -47,6 +48,23 @@ def test_a_length_beyond_the_last_point_is_open():
     assert found["length"] is None and found["length_low"] == pytest.approx(20000 / 1.69)
     never = lengths(rows("linformer", np.full(5, 2.0), 1.3), FUSED)
     assert [never[name] for name in ("length", "length_low", "length_high")] == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("ratio", "spread", "expected"),
+    [
+        ([1.0, 0.87, 0.63, 0.92, 1.1], 1.0, (256, 4096)),
+        ([1.0, 0.87, 0.63, 0.92, 1.1], 1.1, (256, 1024)),  # 0.92 x 1.1 > 1
+        ([0.5, 2.0, 0.5, 2.0, 2.0], 1.0, (1024, 1024)),  # of two stretches the last
+        ([0.5, 0.5, 0.5, 0.5, np.nan], 1.0, (64, 4096)),  # stopped alone at the longest
+        ([2.0, 0.99, 0.99, 2.0, 2.0], 1.2, (None, None)),
+        ([2.0, 0.5, 0.5, 0.5, 0.5], 1.0, (None, None)),  # has a length
+    ],
+)
+def test_cheaper_in_between_and_not_at_the_longest_point_is_told_by_its_measured_ends(ratio, spread, expected):
+    found = lengths(rows("nystromformer", ratio, spread), FUSED)
+    assert (found["cheaper_from"], found["cheaper_to"]) == expected
+    assert (found["length"] is None) == (ratio[-1] != 0.5)
 
 
 def test_a_ratio_without_an_interval_is_its_own():
@@ -83,6 +101,7 @@ def test_slope_and_prediction_of_power_laws_are_the_closed_forms():
     linformer, fused = found.loc["linformer"], found.loc["fused"]
     assert (linformer["slope"], linformer["macs_slope"], linformer["predicted_length"]) == pytest.approx((1, 1, 1000))
     assert (fused["slope"], fused["macs_slope"]) == pytest.approx((2, 2))
+    assert (fused["slope_from"], fused["slope_to"]) == (1024, 16384)
     assert fused[["length", "length_low", "length_high", "predicted_length"]].isna().all()
     assert (linformer["measured_from"], linformer["measured_to"]) == (64, 16384)
 

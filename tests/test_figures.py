@@ -141,9 +141,10 @@ def texts(axes):
 
 
 def test_scaling_tells_the_length_from_which_each_mechanism_is_cheaper():
-    """Costs N² (fused), 1000 N (cheaper from 1000 tokens), 0.5 N² (always) and 2 N² (never)."""
+    """Costs N² (fused), 1000 N (cheaper from 1000 tokens), 0.5 N² (always), 2 N² (never), and some in between."""
     tokens = np.array([64, 256, 1024, 4096])
     costs = {"fused": tokens**2, "linformer": 1000 * tokens, "performer": tokens**2 / 2, "hybrid": tokens**2 * 2}
+    costs["nystromformer"] = tokens**2 * np.array([2, 0.5, 0.5, 2])
     rows = [
         {"attention": a, "tokens": n, "mode": m, "quantity": q, "median": c, "q25": c, "q75": c}
         | {"ratio_to_fused": c / n**2, "ratio_low": c / n**2, "ratio_high": c / n**2, "status": "ok"}
@@ -156,7 +157,9 @@ def test_scaling_tells_the_length_from_which_each_mechanism_is_cheaper():
     table = pd.DataFrame(rows)
     for chosen in (table, table[table["attention"] != "fused"]):
         for axes in figures.scaling(chosen).axes:
-            assert texts(axes) == {"Linformer": "1,000", "Performer": "≤ 64", "Hybrid": "> 4,096"}
+            assert texts(axes) == {"Linformer": "1,000", "Performer": "≤ 64", "Hybrid": "> 4,096"} | {
+                "Nyströmformer": "256 to 1,024 only"
+            }
 
 
 def test_scaling_draws_what_was_timed_in_turns_and_not_times_of_different_processes(tables):
@@ -180,7 +183,7 @@ def test_scaling_draws_the_scope_and_batch_asked_for_and_says_what_the_batches_a
     }
     np.testing.assert_allclose(time["model", "one"], 6 * time["block", "one"])
     note = figures.scaling(table, "model", "tokens").get_supxlabel()
-    assert "63×65, " in note and note.endswith("1×4,097")
+    assert "63×65, " in note and note.endswith("3×1,025")
     assert not figures.scaling(table, "model").get_supxlabel()
 
 
@@ -200,6 +203,7 @@ def test_what_was_measured_beside_other_work_is_hollow_and_in_the_legend(tables)
 def efficiency_row(**changes):
     row = {"attention": "linformer", "scope": "block", "batch": "one", "mode": "forward", "quantity": "time"}
     row |= {"length": 500.0, "length_low": 400.0, "length_high": 700.0, "predicted_length": 300.0}
+    row |= {"cheaper_from": np.nan, "cheaper_to": np.nan}
     return pd.DataFrame([row | {"measured_from": 65.0, "measured_to": 4097.0, "contended": False} | changes])
 
 
@@ -222,6 +226,15 @@ def test_a_length_that_was_not_reached_says_how_far_was_measured():
     assert drawn(open_above)[0] == {"None": [400, 4097], "s": [500], ">": [4097], "|": [300]}
     perhaps = efficiency_row(length=np.nan, length_low=3000.0, length_high=np.nan)
     assert drawn(perhaps) == ({"None": [3000, 4097], ">": [4097], "|": [300]}, ["> 4,097"])
+
+
+def test_cheaper_in_between_only_is_no_length_and_no_arrow():
+    between = efficiency_row(
+        length=np.nan, length_low=np.nan, length_high=np.nan, cheaper_from=257.0, cheaper_to=2305.0
+    )
+    assert drawn(between) == ({".": [257, 2305], "|": [300]}, ["257 to 2,305 only"])
+    labels = [text.get_text() for text in figures.efficiency_lengths(between).legends[0].get_texts()]
+    assert "in between only" in labels
 
 
 def test_a_mechanism_cheaper_throughout_or_never_measured_says_so():
@@ -256,6 +269,7 @@ def test_a_stopped_mechanism_is_crossed_at_its_first_length_and_does_not_pay_off
     for axes, stopped in zip(figure.axes, (False, True, False, True), strict=True):
         crosses = [line for line in axes.lines if line.get_marker() == "x"]
         assert [line.get_xdata()[0] for line in crosses] == ([TOKENS[5]] if stopped else [])
+        assert all(line.get_ydata()[0] > 1 and not line.get_clip_on() for line in crosses)  # above what was measured
         assert texts(axes)["Standard"].startswith(">")
 
 

@@ -7,7 +7,7 @@ from synthetic_study import ATTENTIONS, write_study
 from synthetic_tables import drop_optional_tables, optional_tables
 
 from effvit.aggregate import aggregate
-from effvit.report import answers, overview
+from effvit.report import answers, charts, overview
 from effvit.report.compare import cost_verdicts
 from effvit.report.hardware import constrained_hardware
 from effvit.report.representations import representations
@@ -211,10 +211,67 @@ def test_resolution_names_the_lengths_from_which_each_mechanism_pays_off(full):
     said = text(resolution(full))
     assert "Less time than Fused in the forward pass: Linformer from about 200 tokens (180 to 220)" in said
     assert "never up to 4,097 tokens: Standard" in said
-    assert "1.1 for Linformer" in said and "1.9 for Fused" in said
+    assert "from 257 to 4,097 tokens 1.9 (1.0 to 2.0) for Standard, 1.9 (1.0 to 2.0) for Fused, 1.1" in said
     assert "Standard was stopped in a training step at 2,305 tokens: out of memory." in said
-    everywhere = replace(full, efficiency=full.efficiency.assign(length=65.0))
-    assert "Linformer at every length" in text(resolution(everywhere))
+
+
+def with_efficiency(study, attention="linformer", **columns):
+    """The table with these entries of one mechanism's forward time on one block, and the sentence about it."""
+    table = study.efficiency.copy()
+    case = (table["attention"] == attention) & (table["scope"] == "block") & (table["mode"] == "forward")
+    table.loc[case & (table["quantity"] == "time"), list(columns)] = list(columns.values())
+    changed = replace(study, efficiency=table)
+    return changed, text(s for s in resolution(changed) if s.startswith("Less time than Fused in the forward pass"))
+
+
+def test_an_efficiency_length_is_at_every_length_from_one_on_in_between_or_never(full):
+    for length, low, high, expected in (
+        (65.0, 65.0, 65.0, "Linformer at every length,"),
+        (65.0, 65.0, 76.2, "Linformer at every length (≤ 65 to 76),"),
+        (80.0, 65.0, 91.0, "Linformer from about 80 tokens (≤ 65 to 91),"),
+        (257.6, 257.6, 257.6, "Linformer from about 260 tokens,"),
+        (580.0, 550.0, np.nan, "Linformer from about 580 tokens (550 to > 4,097)"),
+    ):
+        _, said = with_efficiency(full, length=length, length_low=low, length_high=high)
+        assert f"{said} ".replace(" and ", ", ").find(expected) > 0, said
+    none = {"length": np.nan, "length_low": np.nan, "length_high": np.nan}
+    _, said = with_efficiency(full, **none, cheaper_from=257.0, cheaper_to=2305.0)
+    assert "; Linformer from 257 to 2,305 tokens, not at 4,097; never up to 4,097 tokens: Standard." in said
+    _, said = with_efficiency(full, **none, cheaper_from=1025.0, cheaper_to=1025.0)
+    assert "; Linformer at 1,025 tokens, not at 4,097;" in said
+    _, said = with_efficiency(full, **none, cheaper_from=257.0, cheaper_to=2305.0, measured_to=2305)
+    assert "; Linformer from 257 to 2,305 tokens, but stopped beyond;" in said
+
+
+def test_lengths_come_with_what_they_were_measured_at_and_what_their_interval_covers(full):
+    said = text(resolution(full))
+    assert "noise of one run alone; measured were 65, 145, 257, 577, 1,025, 2,305 and 4,097 tokens." in said
+
+
+def test_each_mechanism_is_never_cheaper_up_to_its_own_longest_point(full):
+    none = {"length": np.nan, "length_low": np.nan, "length_high": np.nan}
+    _, said = with_efficiency(full, **none, measured_to=2305)
+    assert said.endswith("; never up to 4,097 tokens: Standard; never up to 2,305 tokens: Linformer.")
+    _, said = with_efficiency(full, **none, measured_to=np.nan)
+    assert said.endswith("never up to 4,097 tokens: Standard; not measured: Linformer.")
+
+
+def test_the_table_of_lengths_says_the_same_as_the_answer_and_has_fused_for_its_slope(full):
+    changes = {"length": np.nan, "cheaper_from": 257.0, "cheaper_to": 2305.0, "predicted_length": 65.0}
+    table = overview.efficiency(with_efficiency(full, **changes)[0])
+    first = {row[0].text: [cell.text.replace("\N{NO-BREAK SPACE}", " ") for cell in row] for row in table.rows[::-1]}
+    assert first["Linformer"][2:4] == ["257 to 2,305 only", "200 (180 to 220)"]
+    assert first["Linformer"][6:] == ["≤ 65", "1.10 (1.00 to 2.00)", "1.00", "257 to 4,097"]
+    assert first["Standard"][2] == "> 4,097"
+    assert first["Fused"][2:6] == ["–"] * 4 and first["Fused"][7] == "1.90 (1.00 to 2.00)"
+
+
+def test_slopes_of_other_ranges_are_told_apart_and_two_points_give_no_interval(full):
+    changes = {"slope_from": 1025, "slope_to": 16385, "slope": 0.7, "slope_low": -0.2, "slope_high": 1.6}
+    said = text(resolution(with_efficiency(full, **changes)[0]))
+    assert "; from 1,025 to 16,385 tokens 0.7 (−0.2 to 1.6) for Linformer." in said
+    said = text(resolution(with_efficiency(full, **changes | {"slope_low": np.nan, "slope_high": np.nan})[0]))
+    assert "; from 1,025 to 16,385 tokens 0.7 for Linformer." in said
 
 
 def test_resolution_says_at_which_end_who_is_faster(full):
@@ -229,6 +286,23 @@ def test_resolution_speaks_of_one_block_and_one_sample(full):
     model = full.scaling.assign(scope="model", ratio_to_fused=0.01, ratio_low=0.01, ratio_high=0.01)
     both = replace(full, scaling=pd.concat([full.scaling, model]))
     assert list(resolution(both)) == list(resolution(full))
+
+
+def test_how_many_times_were_measured_beside_other_work_is_said_where_any_were(full):
+    assert "Not to be trusted, as measured beside other work: 2 of the 82 times here." in text(resolution(full))
+    all_busy = replace(full, scaling=full.scaling.assign(contended=True))
+    assert "other work: 82 of the 82 times here." in text(resolution(all_busy))
+    assert "other work" not in text(resolution(replace(full, scaling=full.scaling.assign(contended=False))))
+
+
+def test_the_scaling_chart_marks_what_was_measured_beside_other_work_where_anything_was(full):
+    busy = charts.scaling(full).specs.values()
+    marked = {(v["attention"], v["tokens"]) for spec in busy for v in spec["data"]["values"]
+              if v.get("contended") == "beside other work"}  # fmt: skip
+    assert marked == {("hybrid", 577)}
+    assert any(spec.get("title", {}).get("text") == "Hollow: measured beside other work" for spec in busy)
+    for spec in charts.scaling(replace(full, scaling=full.scaling.assign(contended=False))).specs.values():
+        assert "title" not in spec and all("contended" not in value for value in spec["data"]["values"])
 
 
 def with_similarity(study, **to_fused):

@@ -219,16 +219,21 @@ def test_probes_leave_no_gap_above_four_times_the_patches_and_keep_to_what_the_o
     assert with_probes(Block("linformer", {"k": 100}, 8, 2), [1025]) == [257, 1025]
 
 
-@pytest.mark.parametrize(("tokens", "size"), [(65, 63), (1025, 3), (2048, 2), (2049, 1), (4096, 1), (16385, 1)])
-def test_the_larger_batch_has_no_more_tokens_than_asked_for_but_for_a_single_sample(tokens, size):
+@pytest.mark.parametrize(("tokens", "size"), [(65, 63), (1025, 3), (2048, 2)])
+def test_the_larger_batch_has_no_more_tokens_than_asked_for(tokens, size):
     assert batch_sizes(tokens, 4096) == {"one": 1, "tokens": size}
-    assert size == 1 or size * tokens <= 4096 < (size + 1) * tokens
+    assert size * tokens <= 4096 < (size + 1) * tokens
 
 
-def test_a_batch_costs_memory_by_the_sample_and_where_both_batches_are_one_sample_they_share_a_measurement(built):
+@pytest.mark.parametrize("tokens", [2049, 4096, 16385])
+def test_a_larger_batch_of_one_sample_is_none(tokens):
+    assert batch_sizes(tokens, 4096) == {"one": 1}
+
+
+def test_a_batch_costs_memory_by_the_sample_and_is_left_out_where_it_would_be_one_sample(built):
     table = pd.concat([measure(batch=batch, tokens=(65, 257)) for batch in ("one", "tokens")])
     memory = table[(table["quantity"] == "memory") & (table["mode"] == "forward")].set_index(["batch", "tokens"])
-    assert memory["batch_size"].to_dict() == {("one", 65): 1, ("one", 257): 1, ("tokens", 65): 3, ("tokens", 257): 1}
+    assert memory["batch_size"].to_dict() == {("one", 65): 1, ("one", 257): 1, ("tokens", 65): 3}
     assert memory.loc[("tokens", 65), "median"] == pytest.approx(memory.loc[("one", 65), "median"], rel=0.05)
     built.clear()
     measure(batch="tokens", tokens=(65, 257))
@@ -289,6 +294,36 @@ def test_a_budget_judges_a_batch_by_its_samples():
     assert budget.peaks == [(65, 65000.0)] and budget.times == [(65, 0.1)]
     assert budget.foresee(130, 4) == "ok"  # 4 x 260,000 bytes
     assert budget.foresee(130, 5) == "out of memory"
+
+
+def test_the_first_batch_is_foretold_from_one_sample_and_not_tried(monkeypatch):
+    tried = []
+
+    def call(self, mode, tokens, batch_size, *rest, real=Block.call):
+        tried.append(batch_size)
+        assert batch_size <= 100, "a batch that cannot be afforded"
+        return real(self, mode, tokens, batch_size, *rest)
+
+    monkeypatch.setattr(Block, "call", call)
+    limits = {"tokens_per_batch": 6500 * 65, "budget_s": 0.02, "device": CPU}
+    for memory_mib, expected in ((1, "out of memory"), (1e9, "over budget")):  # a call takes 10 ms, 65 s in all
+        steps = measure_scaling(Block("standard", {}, 8, 2), [65], memory_mib=memory_mib, **limits)
+        table = pd.DataFrame([row for rows in steps for row in rows])
+        assert set(table.loc[table["batch"] == "one", "status"]) == {"ok"}
+        assert set(table.loc[table["batch"] == "tokens", "status"]) == {expected}
+    assert set(tried) == {1}
+
+
+def test_a_first_batch_is_not_refused_for_the_overhead_of_single_samples(clock):
+    """10 ms a sample would be 300 ms for 30, beyond the limit of 80 ms; but a call of 30 takes 10 ms as well."""
+    limits = {"tokens_per_batch": 30 * 65, "memory_mib": 100, "budget_s": 0.02, "device": CPU}
+    steps = measure_scaling(Block("fused", {}, 8, 2), [65], **limits)
+    assert {row["status"] for rows in steps for row in rows} == {"ok"}
+
+
+def test_what_one_sample_cannot_afford_no_first_batch_can():
+    one = Budget(memory_mib=1, sampling_s=1, status="out of memory")
+    assert Budget(1, 1, one_sample=one).foresee(65, 4) == "out of memory"
 
 
 @pytest.mark.parametrize("contended", [False, True])

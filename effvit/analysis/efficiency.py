@@ -8,16 +8,18 @@ import pandas as pd
 from effvit.analysis.crossover import efficiency_length, slope_interval
 
 CASE = ["scope", "batch", "mode", "quantity"]
+_LENGTHS = {"length": "ratio_to_fused", "length_low": "ratio_low", "length_high": "ratio_high"}
 _SPAN = 16  # the slope is that of the points within this factor of the longest one
 
 
 def efficiency(scaling: pd.DataFrame) -> pd.DataFrame:
     """Efficiency lengths and log-log slopes, one row per mechanism and case of a table as `aggregate` writes it.
 
-    Columns, beside the mechanism and `CASE`: `length`, `length_low`, `length_high` in tokens (see `lengths`);
-    `slope`, `slope_low`, `slope_high` (see `slope_interval`); `macs_slope`, of the same points;
-    `predicted_length`, where MACs fall below those of `fused`, between the same points; `measured_from` and
-    `measured_to`; and `contended`, whether any point was measured beside other work. MACs say nothing of memory.
+    Columns, beside the mechanism and `CASE`: `length`, `length_low`, `length_high`, `cheaper_from`, `cheaper_to`,
+    `measured_from` and `measured_to` in tokens (see `lengths`); `slope`, `slope_low`, `slope_high` (see
+    `slope_interval`), of the points from `slope_from` to `slope_to`; `macs_slope`, of the same points;
+    `predicted_length`, where MACs fall below those of `fused`, between the same points; and `contended`, whether any
+    point was measured beside other work. MACs say nothing of memory.
     """
     rows = []
     for case, table in scaling.groupby(CASE, sort=False):
@@ -36,18 +38,22 @@ def lengths(mine: pd.DataFrame, fused: pd.DataFrame) -> dict[str, float | None]:
     if it ran out of that. The ends are where the ends of the ratio's interval cross one, hence None where even the last
     point does not exclude a ratio of one. All are None for `fused` itself.
 
+    A mechanism without a length may be cheaper all the same, and dearer again at the longest point: `cheaper_from` and
+    `cheaper_to` are the ends of the last stretch of points at which its ratio's interval lies below one.
+
     Args:
         mine: rows of the mechanism, one per token count.
         fused: rows of `fused` in the same case; empty where it is not of the comparison.
 
     Returns:
-        `length`, `length_low`, `length_high`, `measured_from`, `measured_to`; the latter two are of points where the
-        mechanism ran and can be compared.
+        `length`, `length_low`, `length_high`; `cheaper_from` and `cheaper_to`, None where there is a length or no such
+        stretch; `measured_from` and `measured_to`, of points where the mechanism ran and can be compared.
     """
+    nothing: dict[str, float | None] = dict.fromkeys((*_LENGTHS, "cheaper_from", "cheaper_to"))
     mine = mine.sort_values("tokens")
     done = mine["status"].eq("ok")
     if mine["attention"].eq("fused").all():
-        return dict.fromkeys(("length", "length_low", "length_high")) | _ends(mine["tokens"][done])
+        return nothing | _ends(mine["tokens"][done])
     fused_status = mine["tokens"].map(fused.set_index("tokens")["status"])
     fused_stopped = done & mine["ratio_to_fused"].isna()
     stopped = ~done & fused_status.eq("ok")
@@ -56,28 +62,36 @@ def lengths(mine: pd.DataFrame, fused: pd.DataFrame) -> dict[str, float | None]:
         stopped &= mine["status"].eq("out of memory")
     baseline = pd.Series(1.0, mine.index).mask(fused_stopped, np.inf)
     known = mine["ratio_to_fused"].notna() | fused_stopped | stopped
-    found: dict[str, float | None] = {}
-    ends = {"length": "ratio_to_fused", "length_low": "ratio_low", "length_high": "ratio_high"}
-    for name, column in ends.items():
-        cost = mine[column].fillna(mine["ratio_to_fused"]).mask(stopped, np.inf).mask(fused_stopped, 1.0)
-        points = mine["tokens"][known], cost[known], baseline[known]
-        found[name] = efficiency_length(*points) if known.any() else None
+    if not known.any():
+        return nothing | _ends(mine["tokens"][done & known])
+    tokens = mine["tokens"][known]
+    costs = {
+        name: mine[column].fillna(mine["ratio_to_fused"]).mask(stopped, np.inf).mask(fused_stopped, 1.0)[known]
+        for name, column in _LENGTHS.items()
+    }
+    found = nothing | {name: efficiency_length(tokens, cost, baseline[known]) for name, cost in costs.items()}
+    shown = costs["length_high"] < baseline[known]
+    if found["length"] is None and shown.any():
+        stretch = (shown != shown.shift()).cumsum()
+        found |= _ends(tokens[stretch == stretch[shown].max()], "cheaper")
     return found | _ends(mine["tokens"][done & known])
 
 
-def _ends(tokens: "pd.Series[int]") -> dict[str, float | None]:
+def _ends(tokens: "pd.Series[int]", what: str = "measured") -> dict[str, float | None]:
     first, last = (float(tokens.min()), float(tokens.max())) if len(tokens) else (None, None)
-    return {"measured_from": first, "measured_to": last}
+    return {f"{what}_from": first, f"{what}_to": last}
 
 
 def _row(mine: pd.DataFrame, fused: pd.DataFrame) -> dict[str, Any]:
     done = mine[mine["status"] == "ok"]
     row: dict[str, Any] = lengths(mine, fused)
-    row |= dict.fromkeys(("slope", "slope_low", "slope_high", "macs_slope", "predicted_length"))
+    row |= dict.fromkeys(("slope", "slope_low", "slope_high", "slope_from", "slope_to", "macs_slope"))
+    row["predicted_length"] = None
     long = done[done["tokens"] * _SPAN >= done["tokens"].max()]
     timed = (mine["quantity"] == "time").all()
     if len(long) > 1:
         row["slope"], row["slope_low"], row["slope_high"] = slope_interval(long["tokens"], long["median"])
+        row |= _ends(long["tokens"], "slope")
         if timed:
             row["macs_slope"] = slope_interval(long["tokens"], long["macs"].astype(float))[0]
     if timed and not (mine["attention"] == "fused").all():

@@ -44,7 +44,7 @@ _COLUMNS: dict[str, dict[str, Any]] = {
     | {"batch_size": int, "tokens": int, "status": str, "contended": bool}
     | dict.fromkeys(("median", "ratio_to_fused", "ratio_low", "ratio_high"), float),
     "efficiency": _CASE
-    | dict.fromkeys(("length", "length_low", "length_high", "predicted_length"), float)
+    | dict.fromkeys(("length", "length_low", "length_high", "predicted_length", "cheaper_from", "cheaper_to"), float)
     | {"measured_from": float, "measured_to": float, "contended": bool},
 }
 

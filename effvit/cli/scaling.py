@@ -20,7 +20,8 @@ def scaling(
     hidden_dropout_prob: options.HiddenDropout = 0.0,
     attention_probs_dropout_prob: options.AttentionDropout = 0.0,
     tokens_per_batch: Annotated[
-        int, typer.Option(help="Tokens of the batches measured beside a single sample.")
+        int,
+        typer.Option(help="Tokens of the batches measured beside a single sample, where these are several samples."),
     ] = 4096,
     memory_mib: Annotated[float, typer.Option(help="MiB that a pass may take; larger ones are not tried.")] = 2048,
     budget_s: Annotated[
@@ -95,6 +96,6 @@ def scaling(
             ("tokens", f"batches of up to {tokens_per_batch:,} tokens"),
         ):
             chosen = [row for row in rows if (row["scope"], row["batch"]) == (scope, batch)]
-            print_rows(
-                f"{scope} with {attention}, width {hidden_size}, {which}", chosen, ("tokens", "mode", "quantity")
-            )
+            if chosen:
+                title = f"{scope} with {attention}, width {hidden_size}, {which}"
+                print_rows(title, chosen, ("tokens", "mode", "quantity"))

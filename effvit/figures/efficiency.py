@@ -21,8 +21,8 @@ def efficiency_lengths(table: pd.DataFrame) -> Figure:
     """Efficiency length of each mechanism with its interval: in time and in memory, a row a scope, a column a mode.
 
     An arrow to the right stands for "not cheaper up to there", one to the left for "cheaper from the shortest measured
-    on"; a grey bar is the length at which MACs fall below those of `fused`. A hollow marker was measured beside other
-    work. Batches of one sample.
+    on"; a dotted line is where it is cheaper in between only; a grey bar is the length at which MACs fall below those
+    of `fused`. A hollow marker was measured beside other work. Batches of one sample.
     """
     table = table[(table["batch"] == "one") & (table["attention"] != "fused")]
     mechanisms = [str(name) for name in pd.unique(table["attention"])]
@@ -41,6 +41,8 @@ def efficiency_lengths(table: pd.DataFrame) -> Figure:
     handles = [Line2D([], [], color="0.3", marker=marker, label=case) for case, marker in _CASES.items()]
     handles.append(Line2D([], [], color="0.6", marker="|", ls="", markersize=11, mew=2, label="foretold by MACs"))
     handles.append(Line2D([], [], color="0.3", marker=">", ls="", label="not up to there"))
+    if table["cheaper_to"].notna().any():
+        handles.append(Line2D([], [], color="0.3", marker=".", ls=":", label="in between only"))
     if table["contended"].any():
         handles.append(Line2D([], [], color="0.3", marker="s", mfc="white", ls="", label="beside other work"))
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), handlelength=1.6)
@@ -73,7 +75,12 @@ def _length(axes: Axes, row: dict[Any, Any], y: float, colour: str) -> None:
     note: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 6, "color": colour}
     if pd.notna(low):
         axes.plot([low, last if pd.isna(high) else high], [y, y], color=colour, solid_capstyle="butt")
-    if pd.isna(length):
+    if pd.notna(row["cheaper_to"]):
+        between = row["cheaper_from"], row["cheaper_to"]
+        axes.plot(between, [y, y], marker=".", linestyle=":", **fill)
+        text = f"{between[0]:,.0f} to {between[1]:,.0f} only"
+        axes.annotate(text, (np.sqrt(between[0] * between[1]), y), (0, -6), ha="center", **note)
+    elif pd.isna(length):
         axes.plot(last, y, marker=">", **fill)
         axes.annotate(f"> {last:,.0f}", (last, y), (-6, 0), ha="right", **note)
     elif np.isclose(length, first):

@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import NullLocator, StrMethodFormatter
 from matplotlib.transforms import blended_transform_factory
 
@@ -15,6 +16,8 @@ from effvit.figures.style import WIDTH, by_mechanism, legend, look, styled
 
 _MIB = 2**20
 _STOPPED = {"out of memory": "x", "over budget": "+"}
+_STOP = ["attention", "tokens", "status"]
+_GROWTH: dict[str, tuple[int, Any]] = {"N": (1, ":"), "N²": (2, "--")}  # power and line
 
 
 @styled
@@ -23,8 +26,9 @@ def scaling(table: pd.DataFrame, scope: str = "block", batch: str = "one") -> Fi
 
     A mechanism stands at its ratio to `fused`, timed in turns with it in one process, times what `fused` takes; the
     band is the ratio's 95 % interval. So lines cross where the ratio is 1, whatever disturbed single processes. A
-    hollow marker was measured beside other work. A cross at the upper edge stands at the first length at which a
-    mechanism was stopped; a star where it becomes cheaper than `fused` for good, with the token count in the corner.
+    hollow marker was measured beside other work. A cross above a panel stands at the first length at which a
+    mechanism was stopped; a star where it becomes cheaper than `fused` for good, with the token count in the corner;
+    "only" there says that it is cheaper between these measured lengths, and not at the longest.
     """
     table = table[(table["scope"] == scope) & (table["batch"] == batch)]
     figure = Figure(figsize=(WIDTH, 5.6), layout="constrained")
@@ -33,17 +37,22 @@ def scaling(table: pd.DataFrame, scope: str = "block", batch: str = "one") -> Fi
     names = {"time": f"Time [ms/{of}]", "memory": f"Peak memory [MiB/{of}]"}
     modes = {"forward": "forward pass", "train": "forward and backward" if scope == "block" else "training step"}
     what = {"block": "One attention block", "model": "Whole model"}[scope]
+    stacked = []
     for line, quantity in zip(panels, ("time", "memory"), strict=True):
         for axes, mode in zip(line, ("forward", "train"), strict=True):
             rows = table[(table["quantity"] == quantity) & (table["mode"] == mode)]
             _scaling_panel(axes, _beside_fused(rows, 1 / _MIB if quantity == "memory" else 1.0))
-            axes.set(ylabel=names[quantity], title=f"{what}, {modes[mode]}" if quantity == "time" else "")
+            stacked.append(_stop_marks(axes, rows))
+            axes.set_ylabel(names[quantity])
+    for axes, mode in zip(panels[0], modes.values(), strict=True):
+        axes.set_title(f"{what}, {mode}", pad=6 + 8 * max(stacked))
     for axes in panels[1]:
         axes.set_xlabel("Sequence length [tokens]")
         axes.xaxis.set(minor_locator=NullLocator(), major_formatter=StrMethodFormatter("{x:,.0f}"))
         axes.set_xticks(_apart(table["tokens"]))
     more = [Line2D([], [], color="0.4", marker=m, linestyle="", label=s) for s, m in _STOPPED.items()]
     more = [handle for handle in more if handle.get_label() in set(table["status"])]
+    more += [Line2D([], [], color="0.7", linestyle=line, label=f"∝ {text}") for text, (_, line) in _GROWTH.items()]
     if table["contended"].any():
         more.append(Line2D([], [], color="0.4", marker="o", markerfacecolor="white", ls="", label="beside other work"))
     legend(figure, table, more)
@@ -81,21 +90,15 @@ def _beside_fused(rows: pd.DataFrame, unit: float) -> pd.DataFrame:
 
 def _scaling_panel(axes: Axes, rows: pd.DataFrame) -> None:
     axes.set(xscale="log", yscale="log")
-    upper_edge = blended_transform_factory(axes.transData, axes.transAxes)
     found = []
-    for i, (attention, mine) in enumerate(by_mechanism(rows)):
+    for attention, mine in by_mechanism(rows):
         label, colour, marker = look(attention)
-        done, stopped = mine[mine["status"] == "ok"], mine[mine["status"] != "ok"]
+        done = mine[mine["status"] == "ok"]
         axes.plot(done["tokens"], done["cost"], color=colour, marker=marker)
         beside = done[done["contended"]]
         hollow: dict[str, Any] = {"markerfacecolor": "white", "markeredgecolor": colour, "linestyle": ""}
         axes.plot(beside["tokens"], beside["cost"], marker=marker, **hollow)
         axes.fill_between(done["tokens"], done["low"], done["high"], color=colour, alpha=0.15, linewidth=0)
-        if not stopped.empty:
-            first = stopped.sort_values("tokens").iloc[0]
-            axes.plot(
-                first["tokens"], 0.97 - 0.05 * i, _STOPPED.get(first["status"], "x"), color=colour, transform=upper_edge
-            )
         if attention != "fused":
             searched = lengths(mine, rows[rows["attention"] == "fused"])
             length = searched["length"]
@@ -106,11 +109,28 @@ def _scaling_panel(axes: Axes, rows: pd.DataFrame) -> None:
     _reference_slopes(axes, rows)
     texts = [("Cheaper than Fused", "black"), ("from [tokens]", "black"), *found] if found else []
     for i, (text, colour) in enumerate(texts):
-        axes.text(0.03, 0.97 - 0.065 * i, text, color=colour, transform=axes.transAxes, va="top", fontsize=6.5)
+        shown = axes.text(0.03, 0.97 - 0.065 * i, text, color=colour, transform=axes.transAxes, va="top", fontsize=6.5)
+        shown.set_path_effects([withStroke(linewidth=2, foreground="white")])
+
+
+def _stop_marks(axes: Axes, rows: pd.DataFrame) -> int:
+    """Above the panel, where no mark can be taken for a cost: each mechanism's first length that was too much.
+
+    Returns how many stand upon each other.
+    """
+    stopped = rows[rows["status"] != "ok"].sort_values("tokens", kind="stable").drop_duplicates("attention")
+    above = blended_transform_factory(axes.transData, axes.transAxes)
+    heights = stopped.groupby("tokens").cumcount()
+    for attention, tokens, status, i in zip(*(stopped[c] for c in _STOP), heights, strict=True):
+        mark: dict[str, Any] = {"color": look(attention)[1], "transform": above, "clip_on": False}
+        axes.plot(tokens, 1.04 + 0.05 * i, _STOPPED.get(status, "x"), **mark)
+    return int(heights.max()) + 1 if len(stopped) else 0
 
 
 def _length_text(searched: dict[str, float | None]) -> str:
     length, first, last = (searched[key] for key in ("length", "measured_from", "measured_to"))
+    if searched["cheaper_to"] is not None:
+        return f"{searched['cheaper_from']:,.0f} to {searched['cheaper_to']:,.0f} only"
     if length is None:
         return "never" if last is None else f"> {last:,.0f}"
     return f"{'≤ ' if length == first else ''}{length:,.0f}"
@@ -124,9 +144,7 @@ def _reference_slopes(axes: Axes, rows: pd.DataFrame) -> None:
     ends = np.array([done["tokens"].min(), done["tokens"].max()], dtype=float)
     start = done.loc[done["tokens"] == ends[0], "cost"].min() * 0.5
     top = done["cost"].max()
-    for power, text, place in ((1, "N", (-2, -12)), (2, "N²", (9, -6))):  # on the sides where no line ends
+    for power, line in _GROWTH.values():
         end = min(ends[1], ends[0] * (top / start) ** (1 / power))  # not beyond what was measured
         x = np.array([ends[0], end])
-        axes.plot(x, start * (x / ends[0]) ** power, color="0.7", linestyle="--", linewidth=0.9, zorder=1)
-        corner = end, start * (end / ends[0]) ** power
-        axes.annotate(text, corner, place, textcoords="offset points", color="0.5", ha="center")
+        axes.plot(x, start * (x / ends[0]) ** power, color="0.7", linestyle=line, linewidth=0.9, zorder=1)

@@ -25,11 +25,15 @@ def foretell(points: list[tuple[int, float]], tokens: int) -> float:
     return a * tokens**2 + b * tokens
 
 
+_OVERHEAD = 32  # a call of one sample may be nearly all overhead: in a batch samples took down to 1/22 of its time
+
+
 @dataclass
 class Budget:
     """MiB of one call and seconds of sampling at a point, what smaller calls took, and what that has led to so far.
 
-    What calls took is kept for one sample of their batch: the batch has as many times that.
+    What calls took is kept for one sample of their batch: the batch has as many times that. `one_sample` is the budget
+    of the same calls on one sample, by which the first batch of several is judged.
     """
 
     memory_mib: float
@@ -37,13 +41,19 @@ class Budget:
     status: str = OK
     peaks: list[tuple[int, float]] = field(default_factory=list)
     times: list[tuple[int, float]] = field(default_factory=list)
+    one_sample: "Budget | None" = None
 
     def foresee(self, tokens: int, batch_size: int = 1) -> str:
         """Whether a call on such a batch can be afforded; once one cannot, none of more tokens can.
 
         Memory is judged from one point on, as trying too much of it can end the process. Time is judged from two:
-        a single short call is mostly overhead, and calling it quadratic would refuse what was never tried.
+        a single short call is mostly overhead, and calling it quadratic would refuse what was never tried. For the
+        same reason a first batch is over budget only if it would be at `1 / _OVERHEAD` of the time of its samples.
         """
+        if (one := self.one_sample) is not None and not (self.peaks or self.times):
+            self.stop(one.status)
+            peak, seconds = foretell(one.peaks, tokens), foretell(one.times, tokens)
+            self._judge(batch_size * peak, batch_size * seconds / _OVERHEAD)
         seconds = foretell(self.times, tokens) if len(self.times) > 1 else 0.0
         self._judge(batch_size * foretell(self.peaks, tokens), batch_size * seconds)
         return self.status

@@ -1,7 +1,7 @@
 """Cost against the number of tokens, of a block or a model beside ``fused``, up to a memory and time budget."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import isqrt
 
@@ -18,8 +18,9 @@ ONE, TOKENS = BATCHES = "one", "tokens"
 
 
 def batch_sizes(tokens: int, tokens_per_batch: int) -> dict[str, int]:
-    """Samples of each kind of batch: one sample, and about a fixed number of tokens."""
-    return {ONE: 1, TOKENS: max(1, tokens_per_batch // tokens)}
+    """Samples of each kind of batch: one sample, and about a fixed number of tokens if these are several samples."""
+    size = tokens_per_batch // tokens
+    return {ONE: 1} | ({TOKENS: size} if size > 1 else {})
 
 
 def measure_scaling(
@@ -40,7 +41,7 @@ def measure_scaling(
     Args:
         subject: the block or model.
         tokens: token counts, each 1 + n².
-        tokens_per_batch: tokens that the larger batch has at most, but for a sample that has more by itself.
+        tokens_per_batch: tokens that the larger batch has at most; it is left out where that is one sample.
         memory_mib: MiB that a pass may take.
         budget_s: seconds spent on sampling each point.
         device: cpu or cuda.
@@ -51,22 +52,17 @@ def measure_scaling(
         machine that other processes took meanwhile, and whether that makes the point ``contended``. Times and bytes
         are those of one sample.
     """
-    sides = {
-        (batch, mode): tuple(
-            _Side(s, mode, device, Budget(memory_mib, budget_s)) for s in (subject, subject.baseline())
-        )
-        for batch in BATCHES
-        for mode in MODES
-    }
+    sides: dict[tuple[str, str], tuple[_Side, _Side]] = {}
+    for mode in MODES:
+        one = [_Side(s, mode, device, Budget(memory_mib, budget_s)) for s in (subject, subject.baseline())]
+        several = [replace(s, budget=Budget(memory_mib, budget_s, one_sample=s.budget)) for s in one]
+        sides[ONE, mode], sides[TOKENS, mode] = (one[0], one[1]), (several[0], several[1])
     for count in with_probes(subject, tokens):
-        sizes = batch_sizes(count, tokens_per_batch)
-        points: dict[tuple[int, str], list[Row]] = {}  # where both batches are the same, so is what they cost
         rows: list[Row] = []
-        for batch, size in sizes.items():
+        for batch, size in batch_sizes(count, tokens_per_batch).items():
             for mode in MODES:
-                if (size, mode) not in points:
-                    points[size, mode] = _point(count, size, *sides[batch, mode])
-                rows += [{"scope": subject.scope, "batch": batch} | row for row in points[size, mode]]
+                points = _point(count, size, *sides[batch, mode])
+                rows += [{"scope": subject.scope, "batch": batch} | row for row in points]
         if count in tokens:
             yield rows
 

@@ -32,6 +32,7 @@ _BY_IMAGE = (
     "Bars: 95\N{NO-BREAK SPACE}% interval of each trained model over test images (Wilson), as there is one seed: "
     "training varies besides; of a latency, that of the ratio."
 )
+_TITLE = {"anchor": "start", "fontSize": 12, "fontWeight": "normal"}
 _ORDER = ["block", "model", "one", "tokens", *QUANTITIES, *PASSES]
 
 
@@ -147,6 +148,10 @@ def _scaling_spec(rows: pd.DataFrame, quantity: str, description: str) -> dict[s
         beside=beside,
     )
     tips = {"label": "Mechanism", "length": "Length", "shown": name, "beside": "Beside Fused"}
+    busy = "contended" in rows and bool(rows["contended"].any())
+    if busy:
+        data["contended"] = ["beside other work" if c else "alone" for c in rows["contended"]]
+        tips["contended"] = "Measured"
     band = {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "color": _colour(rows)}
     points = _points(rows, tips)
     layers: list[dict[str, Any]] = [
@@ -158,7 +163,13 @@ def _scaling_spec(rows: pd.DataFrame, quantity: str, description: str) -> dict[s
         {"mark": {"type": "line", "strokeWidth": 2}, "encoding": {"x": x, "y": y, "color": _colour(rows)}},
         points | {"encoding": points["encoding"] | {"x": x, "y": y}},
     ]
-    return _chart(data, layers, description, 380)
+    if not busy:
+        return _chart(data.drop(columns="contended", errors="ignore"), layers, description, 380)
+    layers[-1]["encoding"]["fillOpacity"] = {
+        "condition": {"test": "datum.contended == 'beside other work'", "value": 0},
+        "value": 0.3,
+    }
+    return _chart(data, layers, description, 380) | {"title": _TITLE | {"text": "Hollow: measured beside other work"}}
 
 
 def _ratios(rows: pd.DataFrame) -> list[list[float]]:
@@ -197,7 +208,7 @@ def _points(rows: pd.DataFrame, tips: dict[str, str]) -> dict[str, Any]:
 
 def _chart(data: pd.DataFrame, layers: list[dict[str, Any]], description: str, height: int) -> dict[str, Any]:
     columns = ["attention", "label", "tokens", "cost", "low", "high", "top1", "top1_low", "top1_high"]
-    columns += ["accuracy", "length", "shown", "beside"]
+    columns += ["accuracy", "length", "shown", "beside", "contended"]
     kept = data[[c for c in columns if c in data]].astype(object)
     font = {"labelFontSize": 12, "titleFontSize": 13, "titleFontWeight": "normal", "gridColor": "#e8e8e8"}
     return {

@@ -11,7 +11,7 @@ import pandas as pd
 from effvit.report import wording as w
 from effvit.report.compare import at_largest_batch
 from effvit.report.representations import similarity_to_fused
-from effvit.report.resolution import PASSES, QUANTITIES
+from effvit.report.resolution import HOW_LENGTHS_ARE_KNOWN, PASSES, QUANTITIES, length_interval, length_text, slope
 from effvit.report.tables import Study, by_attention, records
 
 
@@ -119,42 +119,49 @@ def _top1(row: dict[str, Any]) -> Cell:
 def efficiency(study: Study) -> Table:
     """From which length each mechanism takes less than `fused`, with the slope of its forward time."""
     costs = [(quantity, mode) for quantity in QUANTITIES for mode in PASSES]
-    rows = []
+    rows, shortest = [], int(study.scaling["tokens"].min())
     for key, group in study.efficiency.groupby(["scope", "batch", "attention"], sort=False):
         scope, batch, attention = map(str, key)
         found = {(row["quantity"], row["mode"]): row for row in records(group)}
         forward = found.get(costs[0], {})
-        if attention != "fused":
-            rows.append(
-                [
-                    mechanism(attention),
-                    text(f"{scope}, {'one sample' if batch == 'one' else 'equal tokens'}"),
-                    *(_pays_off(found.get(cost)) for cost in costs),
-                    number(forward.get("predicted_length"), w.about),
-                    number(forward.get("slope"), lambda x: f"{x:.2f}"),
-                    number(forward.get("macs_slope"), lambda x: f"{x:.2f}"),
-                ]
-            )
+        rows.append(
+            [
+                mechanism(attention),
+                text(f"{scope}, {'one sample' if batch == 'one' else 'equal tokens'}"),
+                *(_pays_off(found.get(cost), shortest) for cost in costs),
+                number(forward.get("predicted_length", nan), partial(length_text, shortest=shortest)),
+                number(forward.get("slope", nan), partial(_slope, row=forward)),
+                number(forward.get("macs_slope", nan), lambda x: f"{x:.2f}"),
+                number(forward.get("slope_to", nan), partial(_slope_range, row=forward)),
+            ]
+        )
     what = [f"{QUANTITIES[quantity].capitalize()}, {PASSES[mode].split(' ', 1)[1]}" for quantity, mode in costs]
-    columns = ["Mechanism", "Of", *what, "Time, as MACs predict", "Slope of time", "Slope of MACs"]
+    columns = ["Mechanism", "Of", *what, "Time, as MACs predict", "Slope of time", "Slope of MACs", "Slopes over"]
     note = (
-        "Tokens from which a mechanism takes less than Fused, with the 95"
-        f"{w.SPACE}% interval. Slope: the power of the length with which the forward pass grows."
+        f"Tokens from which a mechanism takes less than Fused, with the 95{w.SPACE}% interval; “only”: less between "
+        "these measured lengths, and not at the longest. Slope: the power of the length with which the time of the "
+        f"forward pass grows, with its 95{w.SPACE}% interval. {HOW_LENGTHS_ARE_KNOWN}."
     )
     return Table("Efficiency lengths", columns, rows, note)
 
 
-def _pays_off(row: dict[str, Any] | None) -> Cell:
-    if row is None:
+def _slope(_: float, row: dict[str, Any]) -> str:
+    return slope(row, 2)
+
+
+def _slope_range(last: float, row: dict[str, Any]) -> str:
+    return f"{row['slope_from']:,.0f} to {last:,.0f}"
+
+
+def _pays_off(row: dict[str, Any] | None, shortest: int) -> Cell:
+    if row is None or row["attention"] == "fused" or pd.isna(row["measured_to"]):
         return Cell("–")
-    if pd.isna(row["length"]) and isfinite(row["measured_to"]):
-        return Cell(f"> {row['measured_to']:,.0f}", 1e18)  # never so far: after every length that is one
-    return number(row["length"], partial(_length, row=row))
-
-
-def _length(length: float, row: dict[str, Any]) -> str:
-    low, high = row["length_low"], row["length_high"]
-    return w.about(length) + (f" ({w.about(low)} to {w.about(high)})" if isfinite(low) and isfinite(high) else "")
+    if pd.notna(row["cheaper_to"]):
+        first, last = row["cheaper_from"], row["cheaper_to"]
+        return Cell((f"{first:,.0f} to {last:,.0f}" if first < last else f"{last:,.0f}") + " only", 1e17)
+    if pd.isna(row["length"]):
+        return Cell(f">{w.SPACE}{row['measured_to']:,.0f}", 1e18)  # never so far: after every length that is one
+    return Cell(length_text(row["length"], shortest) + length_interval(row, shortest), row["length"])
 
 
 def fidelity(study: Study, dataset: str) -> Table:

@@ -1,7 +1,7 @@
 """How the gains change with sequence length: ratios at the ends, efficiency lengths, slopes."""
 
 from collections.abc import Iterator
-from math import isfinite
+from math import isfinite, nan
 from typing import Any
 
 import pandas as pd
@@ -12,6 +12,9 @@ from effvit.report.tables import Study, records
 
 PASSES = {"forward": "the forward pass", "train": "a training step"}
 QUANTITIES = {"time": "time", "memory": "peak memory"}
+HOW_LENGTHS_ARE_KNOWN = (
+    "Lengths are interpolated between the measured ones, and their intervals cover the timing noise of one run alone"
+)
 
 
 def resolution(study: Study) -> Iterator[str]:
@@ -28,6 +31,7 @@ def resolution(study: Study) -> Iterator[str]:
         ends = [_at(forward, int(tokens)) for tokens in sorted({done.min(), done.max()})]
         yield f"In the forward pass of one block: {'; '.join(ends)}."
     yield from _efficiency(study)
+    yield from _contended(rows)
     yield from _stopped(rows)
 
 
@@ -57,34 +61,76 @@ def _efficiency(study: Study) -> Iterator[str]:
     if table.empty:
         yield "From which length on each mechanism pays off was not computed."
         return
-    shortest = study.scaling["tokens"].min()
+    shortest = int(study.scaling["tokens"].min())
     for quantity, noun in QUANTITIES.items():
         for mode, text in PASSES.items():
             rows = table[(table["quantity"] == quantity) & (table["mode"] == mode) & (table["attention"] != "fused")]
-            if rows.empty:
-                continue
-            pays = rows.dropna(subset=["length"]).sort_values("length", kind="stable")
-            listed = [_length(row, shortest) for row in records(pays)]
-            never = rows[rows["length"].isna() & rows["measured_to"].notna()]
-            parts = [f"{w.several(listed)}"] if listed else []
-            if len(never):
-                end = int(never["measured_to"].max())
-                parts.append(f"never up to {end:,} tokens: {w.names(list(never['attention']))}")
-            if parts:
-                yield f"Less {noun} than Fused in {text}: {'; '.join(parts)}."
-    slopes = table[(table["quantity"] == "time") & (table["mode"] == "forward")].dropna(subset=["slope"])
-    if len(slopes):
-        listed = [f"{row['slope']:.1f} for {w.name(row['attention'])}" for row in records(slopes)]
-        yield f"The time of the forward pass grows as a power of the length: {w.several(listed)}."
+            if len(rows):
+                yield f"Less {noun} than Fused in {text}: {'; '.join(_pays(rows, shortest))}."
+    measured = w.several(f"{tokens:,}" for tokens in sorted(one_block(study.scaling)["tokens"].unique()))
+    yield f"{HOW_LENGTHS_ARE_KNOWN}; measured were {measured} tokens."
+    yield from _slopes(table[(table["quantity"] == "time") & (table["mode"] == "forward")])
+
+
+def _pays(rows: pd.DataFrame, shortest: int) -> Iterator[str]:
+    pays = rows.dropna(subset=["length"]).sort_values("length", kind="stable")
+    if len(pays):
+        yield w.several(_length(row, shortest) for row in records(pays))
+    rest = rows[rows["length"].isna()]
+    for row in records(rest.dropna(subset=["cheaper_to"])):
+        first, last, end = (int(row[key]) for key in ("cheaper_from", "cheaper_to", "measured_to"))
+        where = f"from {first:,} to {last:,} tokens" if first < last else f"at {last:,} tokens"
+        beyond = f"not at {end:,}" if last < end else "but stopped beyond"
+        yield f"{w.name(row['attention'])} {where}, {beyond}"
+    rest = rest[rest["cheaper_to"].isna()]
+    for longest, never in rest.groupby("measured_to", sort=False):
+        yield f"never up to {longest:,.0f} tokens: {w.names(list(never['attention']))}"
+    if len(unknown := rest[rest["measured_to"].isna()]):
+        yield f"not measured: {w.names(list(unknown['attention']))}"
 
 
 def _length(row: dict[str, Any], shortest: int) -> str:
-    label = w.name(row["attention"])
-    if row["length"] <= shortest:
-        return f"{label} at every length"
-    low, high = row["length_low"], row["length_high"]
-    interval = f" ({w.about(low)} to {w.about(high)})" if isfinite(low) and isfinite(high) else ""
-    return f"{label} from about {w.about(row['length'])} tokens{interval}"
+    about = "at every length" if row["length"] <= shortest else f"from about {w.about(row['length'])} tokens"
+    return f"{w.name(row['attention'])} {about}{length_interval(row, shortest)}"
+
+
+def length_text(length: float, shortest: int) -> str:
+    """A length of which no more is known than that it is not above the shortest measured one says so."""
+    return f"≤{w.SPACE}{shortest:,}" if length <= shortest else w.about(length)
+
+
+def length_interval(row: dict[str, Any], shortest: int) -> str:
+    """The interval of an efficiency length in brackets; empty where it is the length itself, as that of memory is."""
+    low, high = (float(row.get(f"length_{end}", nan)) for end in ("low", "high"))
+    if not isfinite(low):
+        return ""
+    ends = (
+        length_text(low, shortest),
+        length_text(high, shortest) if isfinite(high) else f">{w.SPACE}{row['measured_to']:,.0f}",
+    )
+    return "" if ends[0] == ends[1] else f" ({ends[0]} to {ends[1]})"
+
+
+def _slopes(rows: pd.DataFrame) -> Iterator[str]:
+    parts = []
+    for (first, last), group in rows.dropna(subset=["slope"]).groupby(["slope_from", "slope_to"], sort=False):
+        listed = w.several(f"{slope(row, 1)} for {w.name(row['attention'])}" for row in records(group))
+        parts.append(f"from {first:,.0f} to {last:,.0f} tokens {listed}")
+    if parts:
+        yield f"The time of the forward pass grows as a power of the length: {'; '.join(parts)}."
+
+
+def slope(row: dict[str, Any], digits: int) -> str:
+    """An exponent with its interval, which two points do not have."""
+    low, high = row["slope_low"], row["slope_high"]
+    interval = f" ({low:.{digits}f} to {high:.{digits}f})" if isfinite(low) and isfinite(high) else ""
+    return f"{row['slope']:.{digits}f}{interval}".replace("-", w.MINUS)
+
+
+def _contended(rows: pd.DataFrame) -> Iterator[str]:
+    timed = rows[(rows["quantity"] == "time") & (rows["status"] == "ok")]
+    if beside := int(timed["contended"].sum()):
+        yield f"Not to be trusted, as measured beside other work: {beside} of the {len(timed)} times here."
 
 
 def _stopped(rows: pd.DataFrame) -> Iterator[str]:

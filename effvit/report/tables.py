@@ -13,6 +13,10 @@ from effvit.errors import UserError
 _KEY = {"dataset": str, "attention": str}
 _CASE = dict.fromkeys(("attention", "scope", "batch", "mode", "quantity"), str)
 _RATIO = dict.fromkeys(("ratio_to_fused", "ratio_low", "ratio_high"), float)
+_LENGTHS = (
+    *("length", "length_low", "length_high", "predicted_length", "cheaper_from", "cheaper_to", "measured_to"),
+    *("slope_from", "slope_to"),
+)
 _RUNTIMES = ("", "onnx_", "int8_")
 _COLUMNS: dict[str, dict[str, Any]] = {
     "accuracy": _KEY
@@ -20,7 +24,7 @@ _COLUMNS: dict[str, dict[str, Any]] = {
     | dict.fromkeys(("top1", "top1_low", "top1_high", "gmacs"), float),
     "cost": _KEY | {"quantity": str, "batch_size": float, "median": float} | _RATIO,
     "tradeoff": _KEY | dict.fromkeys(("top1_images_low", "top1_images_high"), float),
-    "scaling": _CASE | {"tokens": int, "median": float} | _RATIO | {"status": str},
+    "scaling": _CASE | {"tokens": int, "median": float} | _RATIO | {"status": str, "contended": bool},
     "confusion": _KEY | {"actual": str, "predicted": str, "count": int},
     "curves": _KEY | {"epoch": int},
     "provenance": dict.fromkeys(("stage", "time", "git_revision", "python", "platform", "cpu"), str)
@@ -30,8 +34,8 @@ _COLUMNS: dict[str, dict[str, Any]] = {
     | dict.fromkeys(("difference", "difference_low", "difference_high", "p_holm"), float)
     | {"verdict": str},
     "efficiency": _CASE
-    | dict.fromkeys(("length", "length_low", "length_high", "predicted_length", "measured_to"), float)
-    | dict.fromkeys(("slope", "macs_slope"), float),
+    | dict.fromkeys(_LENGTHS, float)
+    | dict.fromkeys(("slope", "slope_low", "slope_high", "macs_slope"), float),
     "fidelity": _KEY
     | {"source": str, "option": str, "value": float, "error": float, "mixing_macs": int, "fused_macs": int},
     "replaced": _KEY | {"option": str, "value": float, "top1": float, "top1_fused": float, "n_images": int},
@@ -58,30 +62,10 @@ _KNOWN = {
     *("error", "top1_fused", "cka", "distance_px", "entropy_nats", "share", "fused_latency_ms", "model_bytes"),
 }
 _POSITIVE = {
-    *(
-        "n_seeds",
-        "n_images",
-        "parameters",
-        "gmacs",
-        "batch_size",
-        "tokens",
-        "epoch",
-        "threads",
-        "value",
-        "mixing_macs",
-        "fused_macs",
-    ),
-    *(
-        "length",
-        "length_low",
-        "length_high",
-        "predicted_length",
-        "measured_to",
-        "fused_latency_ms",
-        "peak_memory_bytes",
-    ),
+    *("n_seeds", "n_images", "parameters", "gmacs", "batch_size", "tokens", "epoch", "threads", "value", "mixing_macs"),
+    *("fused_macs", "fused_latency_ms", "peak_memory_bytes", "median", "model_bytes"),
+    *_LENGTHS,
     *(runtime + column for runtime in _RUNTIMES for column in (*_RATIO, "peak_rss_bytes", "bytes", "speedup")),
-    *("median", "model_bytes"),
 }
 _FRACTIONS = {"top1", "top1_fused", "int8_top1", "share", "p_holm", "top1_images_low", "top1_images_high"}
 
