@@ -148,7 +148,7 @@ def _scaling_spec(rows: pd.DataFrame, quantity: str, description: str) -> dict[s
         beside=beside,
     )
     tips = {"label": "Mechanism", "length": "Length", "shown": name, "beside": "Beside Fused"}
-    busy = "contended" in rows and bool(rows["contended"].any())
+    busy = bool(rows["contended"].any())
     if busy:
         data["contended"] = ["beside other work" if c else "alone" for c in rows["contended"]]
         tips["contended"] = "Measured"

@@ -1,7 +1,7 @@
 """How the gains change with sequence length: ratios at the ends, efficiency lengths, slopes."""
 
 from collections.abc import Iterator
-from math import isfinite, nan
+from math import isfinite
 from typing import Any
 
 import pandas as pd
@@ -101,7 +101,7 @@ def length_text(length: float, shortest: int) -> str:
 
 def length_interval(row: dict[str, Any], shortest: int) -> str:
     """The interval of an efficiency length in brackets; empty where it is the length itself, as that of memory is."""
-    low, high = (float(row.get(f"length_{end}", nan)) for end in ("low", "high"))
+    low, high = row["length_low"], row["length_high"]
     if not isfinite(low):
         return ""
     ends = (
