@@ -33,7 +33,9 @@ _HARDWARE = [
 _FIDELITY = {"attention": str, "source": str, "option": str, "value": "Int64", "layer": "Int64"}
 _REPLACED = {"attention": str, "option": str, "value": "Int64", "top1": float, "top1_fused": float, "n_images": int}
 _CKA = {"attention_a": str, "layer_a": int, "attention_b": str, "layer_b": int, "cka": float, "n_images": int}
-_HEADS = {"attention": str, "layer": int, "head": int, "distance_px": float, "entropy_nats": float}
+_HEADS = {"attention": str, "layer": int, "head": int} | dict.fromkeys(
+    ("distance_px", "entropy_nats", "uniform_distance_px", "uniform_entropy_nats"), float
+)
 _GATES = {"attention": str, "layer": int, "branch": str, "share": float}
 _UNREADABLE = (ValueError, TypeError, OverflowError)  # what pandas raises of a file that is no such table
 _KINDS = {int: "a whole number", "Int64": "a whole number or nothing", float: "a number", bool: "True or False"}

@@ -217,6 +217,7 @@ def _analysis(directory, attentions, images):
                 replaced.append(key | {"top1": 0.9 - error, "top1_fused": 0.9, "n_images": 145})
         for layer, head in ((1, 1), (1, 2), (2, 1), (2, 2)):
             looks = {"distance_px": rng.uniform(4, 16), "entropy_nats": rng.uniform(1, 4), "n_images": 145}
+            looks |= {"uniform_distance_px": 16.5, "uniform_entropy_nats": 4.17}
             exact = attention in ("standard", "fused")
             heads.append({"attention": attention, "layer": layer, "head": head} | looks | {"implied": not exact})
     names = ["attention", "option", "value", "top1", "top1_fused", "n_images"]

@@ -35,6 +35,13 @@ def full(tmp_path_factory):
     return replace(study_of(tmp_path_factory.mktemp("full"), ATTENTIONS), **optional_tables())
 
 
+def test_every_table_that_aggregate_writes_is_read(tmp_path):
+    write_study(tmp_path / "metrics")
+    aggregate(tmp_path / "metrics", tmp_path / "data", ["digits"], ATTENTIONS, [0])
+    study = read(tmp_path / "data")
+    assert [name for name, table in vars(study).items() if isinstance(table, pd.DataFrame) and table.empty] == []
+
+
 def with_accuracy(study, seeds=3, **intervals):
     """Mechanisms with these (low, high) of top-1; NaN for one seed."""
     table = study.accuracy.assign(n_seeds=seeds)
