@@ -5,11 +5,14 @@ import os
 os.environ.pop("COLUMNS", None)  # of whoever runs the tests; rich keeps the width that it starts with
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models here are so small that threads only wait for one another
 
+import signal
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs behind it with Ctrl-C ignored
 
 # The smallest ViT that learns the digits at all, and its flags.
 TINY = {

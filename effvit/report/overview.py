@@ -132,7 +132,7 @@ def efficiency(study: Study) -> Table:
                 number(forward.get("predicted_length", nan), partial(length_text, shortest=shortest)),
                 number(forward.get("slope", nan), partial(_slope, row=forward)),
                 number(forward.get("macs_slope", nan), lambda x: f"{x:.2f}"),
-                number(forward.get("slope_to", nan), partial(_slope_range, row=forward)),
+                _slope_range(forward),
             ]
         )
     what = [f"{QUANTITIES[quantity].capitalize()}, {PASSES[mode].split(' ', 1)[1]}" for quantity, mode in costs]
@@ -149,8 +149,9 @@ def _slope(_: float, row: dict[str, Any]) -> str:
     return slope(row, 2)
 
 
-def _slope_range(last: float, row: dict[str, Any]) -> str:
-    return f"{row['slope_from']:,.0f} to {last:,.0f}"
+def _slope_range(row: dict[str, Any]) -> Cell:
+    first, last = row.get("slope_from", nan), row.get("slope_to", nan)
+    return Cell(f"{first:,.0f} to {last:,.0f}", last) if isfinite(first) and isfinite(last) else Cell("–")
 
 
 def _pays_off(row: dict[str, Any] | None, shortest: int) -> Cell:
