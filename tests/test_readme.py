@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -38,3 +41,24 @@ def test_every_model_that_the_readme_uses_is_trained_before():
         assert set(re.findall(r"--model-dir (runs/\S+)", line)) <= made, line
         made |= set(re.findall(r"effvit train .*--output-dir (\S+)", line))
     assert made == {"runs/linformer", "runs/fused"}
+
+
+@pytest.mark.parametrize("file", ["README.md", "docs/cifar10.md"])
+def test_the_tables_of_cifar10_say_what_the_data_say(file):
+    data = ROOT / "docs/cifar10/data"
+    accuracy, paired = (pd.read_csv(data / f"{name}.csv").set_index("attention") for name in ("accuracy", "paired"))
+    cost = pd.read_csv(data / "cost.csv").set_index(["attention", "quantity", "batch_size"])
+    text = (ROOT / file).read_text(encoding="utf-8")
+    for attention, row in accuracy.iterrows():
+        (line,) = re.findall(rf"^\| `{attention}` \| \d.*%.*\|$", text, re.MULTILINE)
+        latency = cost.loc[(attention, "latency", 64)]
+        memory = cost.loc[(attention, "train_memory", 64), "ratio_to_fused"]
+        said = [
+            f"{100 * row['top1']:.1f} %",
+            f"{latency['ratio_to_fused']:.2f} ({latency['ratio_low']:.2f} to {latency['ratio_high']:.2f})",
+        ]
+        if attention != "fused":
+            of = paired.loc[attention, ["difference", "difference_low", "difference_high"]]
+            difference, low, high = (f"{100 * x:+.1f}".replace("-", "−") for x in of)
+            said += [f"{difference} ({low} to {high})", f" {memory:.2f} |"]
+        assert [each for each in said if each not in line] == [], line
