@@ -7,6 +7,14 @@ from effvit import linear as module
 from effvit.linear import Linear, LinearMap, linear, suits_onednn
 
 needs_onednn = pytest.mark.skipif(module._ONEDNN is None, reason="this build of PyTorch has no oneDNN")
+
+
+@pytest.fixture
+def not_intels(monkeypatch):
+    """Linear maps as on a processor where oneDNN is the faster one."""
+    monkeypatch.setattr(module, "_FASTER_THAN_MKL", True)
+
+
 SHAPES = [((2, 17, 12), 20), ((2, 17, 20), 12), ((7, 5), 5), ((5,), 3), ((0, 4), 2), ((2, 3, 1), 1)]
 
 
@@ -20,7 +28,9 @@ def inputs(shape, out, bias=True, dtype=torch.float32):
 @pytest.mark.parametrize("rewriting_pays", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("shape", "out"), SHAPES)
-def test_result_and_gradients_are_those_of_torchs_own_map(shape, out, bias, rewriting_pays, monkeypatch):
+@pytest.mark.parametrize("faster", [True, False])
+def test_result_and_gradients_are_those_of_torchs_own_map(shape, out, bias, faster, rewriting_pays, monkeypatch):
+    monkeypatch.setattr(module, "_FASTER_THAN_MKL", faster)
     monkeypatch.setattr(module, "_REWRITING_PAYS", rewriting_pays)
     tensors = inputs(shape, out, bias)
     exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
@@ -32,6 +42,7 @@ def test_result_and_gradients_are_those_of_torchs_own_map(shape, out, bias, rewr
         torch.testing.assert_close(a.double(), e, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("not_intels")
 def test_rows_that_are_a_view_give_the_same():
     x, weight, bias = inputs((17, 12, 2), 20)
     x, weight = x.mT, torch.randn(20, 12)
@@ -39,6 +50,7 @@ def test_rows_that_are_a_view_give_the_same():
 
 
 @needs_onednn
+@pytest.mark.usefixtures("not_intels")
 def test_float32_on_a_cpu_is_onednns_and_nothing_else(monkeypatch):
     calls = []
     onednn = module._ONEDNN
@@ -54,6 +66,13 @@ def test_float32_on_a_cpu_is_onednns_and_nothing_else(monkeypatch):
     assert not calls
 
 
+def test_on_a_processor_of_intels_it_is_torchs_own_map(monkeypatch):
+    monkeypatch.setattr(module, "_FASTER_THAN_MKL", False)
+    x, weight, bias = inputs((3, 4), 2)
+    assert not suits_onednn(x)
+    assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+
+
 def test_without_onednn_it_is_torchs_own_map(monkeypatch):
     monkeypatch.setattr(module, "_ONEDNN", None)
     x, weight, bias = inputs((3, 4), 2)
@@ -61,6 +80,7 @@ def test_without_onednn_it_is_torchs_own_map(monkeypatch):
     assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
 
 
+@pytest.mark.usefixtures("not_intels")
 @pytest.mark.parametrize("bias", [True, False])
 def test_gradients_of_gradients_exist(bias):
     tensors = inputs((2, 3, 4), 5, bias, torch.float64)
@@ -72,6 +92,7 @@ def test_gradients_of_gradients_exist(bias):
     torch.testing.assert_close(second, 2 * (weight.T @ weight).sum(0).expand_as(x))
 
 
+@pytest.mark.usefixtures("not_intels")
 def test_only_the_gradients_asked_for_are_computed():
     x, weight, bias = inputs((3, 4), 2)
     linear(x.detach(), weight, bias).sum().backward()
@@ -79,6 +100,7 @@ def test_only_the_gradients_asked_for_are_computed():
     assert linear(x, weight.detach(), bias.detach()).grad_fn is not None
 
 
+@pytest.mark.usefixtures("not_intels")
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_it_maps_over_samples():
     x, weight, _ = (tensor.detach() for tensor in inputs((6, 3, 4), 5))
@@ -87,6 +109,7 @@ def test_it_maps_over_samples():
     torch.testing.assert_close(per_sample, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("not_intels")
 def test_the_module_has_torchs_parameters_and_compiles_and_exports():
     torch.manual_seed(0)
     ours, theirs = Linear(4, 6), nn.Linear(4, 6)
