@@ -20,6 +20,7 @@ from effvit.data.prepared import PreparedDataset
 from effvit.errors import UserError
 from effvit.measure.latency import interleaved
 from effvit.optimization import build_optimizer
+from effvit.parallel import make_fabric
 from effvit.training import Epoch, Training
 from effvit.vit import ViT, ViTConfig
 
@@ -43,7 +44,7 @@ def measure_throughput(
     Args:
         config: model to train.
         dataset: prepared images.
-        recipe: batch, augmentation and optimiser.
+        recipe: batch, augmentation, optimiser, precision and whether to compile, timm's model as well.
         horizontal_flip: whether images are mirrored.
         peer: whether timm's model of the same size makes the same step as well.
         budget_s: seconds of sampling.
@@ -56,7 +57,7 @@ def measure_throughput(
         rounds), with its 95 % interval ``speed_low, speed_high``.
 
     Raises:
-        UserError: fewer training images than a sample needs.
+        UserError: fewer training images than a sample needs, or the device does not have the precision.
     """
     if dataset.counts["train"] < STEPS * recipe.batch_size:
         raise UserError(
@@ -121,13 +122,15 @@ def _endless_batches(
 
 
 def _step(model: nn.Module, images: Tensor, targets: Tensor, recipe: TrainConfig) -> SelfTimed:
-    model.to(images.device).train()
-    optimizer = build_optimizer(model, recipe)
+    fabric = make_fabric(recipe.device, precision=recipe.precision)
+    module: nn.Module = torch.compile(model, dynamic=False) if recipe.compile else model  # type: ignore[assignment]
+    forward, optimizer = fabric.setup(module.train(), build_optimizer(model, recipe))
 
     def step() -> None:
-        F.cross_entropy(model(images), targets, label_smoothing=recipe.label_smoothing).backward()
+        logits = forward(images).float()
+        fabric.backward(F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing))
         if recipe.clip_norm:
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+            fabric.clip_gradients(forward, optimizer, max_norm=recipe.clip_norm, error_if_nonfinite=False)
         optimizer.step()
         optimizer.zero_grad()
 

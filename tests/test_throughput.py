@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from effvit import ViT
+from effvit import ViT, throughput
 from effvit.config import TrainConfig
 from effvit.errors import UserError
 from effvit.throughput import first_images, measure_throughput, print_throughput, timm_model
@@ -33,6 +33,27 @@ def test_every_part_has_its_speed_relative_to_the_step(rows):
         assert row["n"] >= 3 and 0 < row["q25_ms"] <= row["median_ms"] <= row["q75_ms"]
         assert row["images_per_second"] == pytest.approx(16 / row["median_ms"] * 1e3)
     assert next(row["speed"] for row in rows if row["what"] == "step") == 1
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)])
+def test_steps_run_in_the_precision_of_the_recipe(digits, tiny_config, monkeypatch, precision, dtype):
+    seen = []
+
+    def hooked(build):
+        def built(*args):
+            model = build(*args)
+            model.head.register_forward_hook(lambda module, inputs, logits: seen.append(logits.dtype))
+            return model
+
+        return built
+
+    monkeypatch.setattr(throughput, "ViT", hooked(ViT))
+    monkeypatch.setattr(throughput, "timm_model", hooked(timm_model))
+    monkeypatch.setattr(throughput, "_loop", lambda *args: lambda: 1e-3)  # steps of the training loop itself
+    recipe = RECIPE.model_copy(update={"precision": precision})
+    options = {"horizontal_flip": False, "peer": "timm" in PARTS, "budget_s": 0.01, "device": torch.device("cpu")}
+    measure_throughput(tiny_config(), digits, recipe, **options)
+    assert set(seen) == {dtype}
 
 
 def test_what_is_printed_follows_from_the_rows(capsys):
@@ -69,16 +90,34 @@ def test_too_few_images_are_an_error_that_says_how_many(digits, tiny_config):
 
 def test_the_command_writes_a_table_and_how_it_came_about(effvit, digits_dir, tmp_path):
     sizes = ["--hidden-size", 16, "--num-hidden-layers", 1, "--num-attention-heads", 2, "--intermediate-size", 16]
-    flags = [*sizes, "--batch-size", 8, "--budget-s", 0.01, "--attention", "linformer", "-o", "k=3", "--device", "cpu"]
+    flags = [
+        *sizes,
+        "--batch-size",
+        8,
+        "--precision",
+        "bf16-mixed",
+        "--budget-s",
+        0.01,
+        "--attention",
+        "linformer",
+        "-o",
+        "k=3",
+        "--device",
+        "cpu",
+    ]
     outcome = effvit("bench-data", "--dataset-dir", digits_dir, "--output-dir", tmp_path / "out", *flags)
     assert outcome.code == 0, outcome.err
     assert "of a step of the loop" in " ".join(outcome.out.split())
     assert list(pd.read_csv(tmp_path / "out" / "throughput.csv")["what"]) == PARTS
     record = json.loads((tmp_path / "out" / "provenance.json").read_text())["config"]
     assert record["model"]["attention_options"] == {"k": 3} and record["train"]["batch_size"] == 8
+    assert record["train"]["precision"] == "bf16-mixed"
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--budget-s", 0), ("--batch-size", 0), ("--threads", -1)])
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--budget-s", 0), ("--batch-size", 0), ("--threads", -1), ("--precision", "8"), ("--precision", "16-mixed")],
+)
 def test_bad_input_is_named_and_leaves_nothing(effvit, digits_dir, tmp_path, flag, value):
     outcome = effvit("bench-data", "--dataset-dir", digits_dir, "--output-dir", tmp_path / "out", flag, value)
     assert outcome.code == 1 and flag.strip("-").replace("-", "_") in outcome.err

@@ -21,6 +21,8 @@ def bench_data(
     clip_norm: Annotated[float, typer.Option(help="Largest norm of the gradient; 0 for no limit.")] = 1.0,
     crop_padding: Annotated[int, typer.Option(help="Random crops from images padded by this many pixels.")] = 4,
     horizontal_flip: Annotated[bool, typer.Option(help="Mirror half of the images.")] = True,
+    precision: options.Precision = "32-true",
+    compile: options.Compile = False,
     budget_s: Annotated[float, typer.Option(help="Seconds of sampling.")] = 30.0,
     threads: options.Threads = None,
     device: options.Device = "auto",
@@ -53,7 +55,8 @@ def bench_data(
     mechanism_options = options.parse_options(option)
     try:
         values = {"batch_size": batch_size, "clip_norm": clip_norm, "crop_padding": crop_padding, "device": device}
-        recipe = TrainConfig.model_validate({"epochs": 1, "lr": 1e-3, **values})
+        speed = {"precision": precision, "compile": compile}
+        recipe = TrainConfig.model_validate({"epochs": 1, "lr": 1e-3, **values, **speed})
     except ValidationError as error:
         raise UserError(explain(error, "train")) from error
     dataset = PreparedDataset.load(dataset_dir)

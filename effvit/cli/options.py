@@ -17,6 +17,8 @@ DatasetDir = Annotated[Path, typer.Option(help="Directory that `effvit prepare` 
 ModelDir = Annotated[Path, typer.Option(help="Directory that `effvit train` wrote.")]
 OutputDir = Annotated[Path, typer.Option(help="Directory to write; replaced as a whole when all of it is there.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Precision = Annotated[str, typer.Option(help="32-true, bf16-mixed or, on CUDA, 16-mixed.")]
+Compile = Annotated[bool, typer.Option(help="Compile the model with torch.compile.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads of the measurement; PyTorch's default if not given.")]
 ImageSize = Annotated[int, typer.Option(help="Height and width of the input in pixels.")]
 PatchSize = Annotated[int, typer.Option(help="Height and width of a patch in pixels.")]
