@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from scipy.stats import gmean
 
 ROOT = Path(__file__).parents[1]
 
@@ -62,3 +63,17 @@ def test_the_tables_of_cifar10_say_what_the_data_say(file):
             difference, low, high = (f"{100 * x:+.1f}".replace("-", "−") for x in of)
             said += [f"{difference} ({low} to {high})", f" {memory:.2f} |"]
         assert [each for each in said if each not in line] == [], line
+
+
+def test_the_table_of_public_modules_says_what_the_data_say():
+    points = pd.read_csv(ROOT / "docs/peers/peers.csv")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for attention, rows in points[points["peer"].notna()].groupby("attention"):
+        (line,) = re.findall(rf"^\| `{attention}` \| (?:timm|`).*\|$", text, re.MULTILINE)
+        said = []
+        for mode in ("forward", "train"):
+            ratios = rows.loc[rows["mode"] == mode, "ratio"]
+            said.append(f"{gmean(ratios):.2f} ({ratios.min():.2f} – {ratios.max():.2f})")
+        (longest,) = rows.query("tokens == 4097 and hidden_size == 192 and mode == 'train'").itertuples()
+        said.append(f"{longest.peer_bytes / longest.ours_bytes:.2f} |")
+        assert " | ".join(said) in line, said
