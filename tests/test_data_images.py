@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from effvit.data.images import load_image, read_image
+from effvit.data.images import load_image, read_image, read_jpeg
 from effvit.errors import UserError
 
 NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
@@ -49,6 +49,14 @@ def test_content_decides_and_not_the_suffix(tmp_path):
     path = tmp_path / "really_a_png.JPEG"
     Image.fromarray(NOISE).save(path, format="PNG")
     assert np.array_equal(load_image(path, 32), NOISE)
+
+
+@pytest.mark.parametrize(
+    ("size", "stored"), [((70000, 2), (40, 2)), ((200, 68000), (82, 1640)), ((1640, 82), (1640, 82))]
+)
+def test_strip_is_stored_as_far_as_a_view_can_show_it(tmp_path, size, stored):
+    jpeg, done = read_jpeg(save(tmp_path / "a.png", Image.new("RGB", size, (90, 90, 90))), 72)
+    assert Image.open(io.BytesIO(jpeg)).size == stored and done == (["reduced"] if size[0] == 200 else [])
 
 
 @pytest.mark.parametrize("shape", [(64, 128, 3), (128, 64, 3)])

@@ -9,11 +9,26 @@ from effvit.data.views import evaluation_view, random_box, random_view
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8))
 
 
-@pytest.mark.parametrize("shape", [(300, 200), (200, 300), (128, 128), (100, 64), (1000, 129), (128, 301)])
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300), (128, 128), (100, 64), (1000, 129), (128, 301), (1300, 65)])
 def test_evaluation_view_is_torchvision_resize_and_centre_crop(shape):
     image = NOISE.resize(shape)
     peer = CenterCrop(112)(Resize(128, InterpolationMode.BICUBIC)(image))
     assert np.array_equal(np.asarray(evaluation_view(image, 112)), np.asarray(peer))
+
+
+@pytest.mark.parametrize("shape", [(4001, 1), (1, 4001), (65000, 2), (3000, 140)])
+def test_strip_is_seen_in_its_middle_and_never_enlarged_as_a_whole(monkeypatch, shape):
+    sizes = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, size, *rest: sizes.append(size) or resize(self, size, *rest)
+    )
+    bars = np.zeros((*shape[::-1], 3), np.uint8)
+    middle = tuple(slice(length // 2 - 3 * min(shape), length // 2 + 3 * min(shape)) for length in bars.shape[:2])
+    bars[tuple(part if part.start > 0 else slice(None) for part in middle)] = 200
+    view = np.asarray(evaluation_view(Image.fromarray(bars), 112))
+    assert view.shape == (112, 112, 3) and np.all(view == 200)
+    assert all(width * height <= 20 * 128 * 128 for width, height in sizes)
 
 
 def test_random_boxes_are_distributed_as_torchvision_draws_them():

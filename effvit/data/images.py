@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from effvit.data.encoded import decode
-from effvit.data.views import evaluation_view, resize_shorter, shorter_side
+from effvit.data.views import cut_strip, evaluation_view, resize_shorter, shorter_side
 from effvit.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
@@ -43,7 +43,8 @@ def read_image(path: Path, size: int) -> tuple[np.ndarray, list[str]]:
 def read_jpeg(path: Path, size: int) -> tuple[bytes, list[str]]:
     """Read an image file as an RGB JPEG for views of ``size`` pixels, and say what was done to it.
 
-    The shorter side is reduced to `shorter_side`; a JPEG that is no larger stays as it is, byte by byte.
+    The shorter side is reduced to `shorter_side`; a JPEG that is no larger stays as it is, byte by byte. Of what is
+    encoded anew and longer than `cut_strip` leaves it, the ends go.
 
     Raises `UserError` when it is not a whole image.
     """
@@ -51,9 +52,11 @@ def read_jpeg(path: Path, size: int) -> tuple[bytes, list[str]]:
     side = shorter_side(size)
     if min(file.image.size) > side:
         file.done.append("reduced")
-        file.image = resize_shorter(file.image, side)
+        file.image = resize_shorter(cut_strip(file.image), side)
     elif file.ready:
         return path.read_bytes(), file.done
+    else:
+        file.image = cut_strip(file.image)
     buffer = io.BytesIO()
     file.image.save(buffer, "JPEG", quality=_QUALITY)
     return buffer.getvalue(), file.done

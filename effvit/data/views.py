@@ -8,11 +8,22 @@ from PIL import Image
 _MARGIN = 8 / 7  # ImageNet's custom: 224 pixels of the centre of an image whose shorter side is 256
 _LEAST_LOG_RATIO, _LARGEST_LOG_RATIO = math.log(3 / 4), math.log(4 / 3)
 _ATTEMPTS = 10
+_LARGEST_RATIO = 20  # of the sides: of a longer strip no view shows the ends, and enlarged it takes gigabytes
 
 
 def shorter_side(size: int) -> int:
     """Pixels of the shorter side of an image before ``size`` pixels of its centre are cut out."""
     return round(size * _MARGIN)
+
+
+def cut_strip(image: Image.Image) -> Image.Image:
+    """Cut a strip down to its middle, 20 times as long as it is wide; other images stay as they are."""
+    longest = _LARGEST_RATIO * min(image.size)
+    if max(image.size) <= longest:
+        return image
+    width, height = (min(length, longest) for length in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def resize_shorter(image: Image.Image, side: int) -> Image.Image:
@@ -26,7 +37,7 @@ def resize_shorter(image: Image.Image, side: int) -> Image.Image:
 
 def evaluation_view(image: Image.Image, size: int) -> Image.Image:
     """Resize the shorter side to `shorter_side`, cut out ``size`` pixels square of the centre."""
-    image = resize_shorter(image, shorter_side(size))
+    image = resize_shorter(cut_strip(image), shorter_side(size))
     left, top = (round((length - size) / 2) for length in image.size)
     return image.crop((left, top, left + size, top + size))
 
