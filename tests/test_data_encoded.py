@@ -102,9 +102,26 @@ def test_images_travel_to_another_process_by_path_and_not_by_content(images):
     assert np.array_equal(pickle.loads(sent)[:], images[:])
 
 
+def write_column(path, values, kind):
+    table = pa.table({"jpeg": pa.array(values, kind)})
+    with pa.ipc.new_file(path, table.schema) as sink:
+        sink.write_table(table)
+
+
+def as_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
+        as_folder,
+        lambda path: write_column(path, ["text"], pa.string()),
+        lambda path: write_column(path, [1, 2], pa.int64()),
+        lambda path: write_column(path, FILES[:2], pa.binary()),
+        lambda path: write_column(path, [FILES[0], None], pa.large_binary()),
+        lambda path: path.write_bytes(b"ARROW1\0\0" + bytes(200) + b"\x40\0\0\0ARROW1"),
         lambda path: path.write_bytes(path.read_bytes()[:-300]),
         lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(b"not an Arrow file, but long enough to be one"),
@@ -115,3 +132,30 @@ def test_damaged_shard_is_named_with_the_remedy(shards, spoil):
     spoil(shards[1])
     with pytest.raises(UserError, match=r"5\.arrow: truncated or not a shard .* run `effvit prepare` again"):
         JpegShards(shards)
+
+
+def grey():
+    buffer = io.BytesIO()
+    Image.new("L", (90, 90), 100).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("options", [{"workers": 0}, {"workers": 1}, {"workers": 1, "min_crop_area": 0.3}])
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        (bytes(2000), "not a JPEG"),
+        (b"", "not a JPEG"),
+        (FILES[7][:-200], "image file is truncated"),
+        (grey(), "its mode is L, expected RGB"),
+    ],
+)
+def test_damaged_row_is_named_with_its_shard_and_the_remedy_in_one_line(shards, file, reason, options):
+    write_shard(shards[1], [*FILES[5:7], file, *FILES[8:10]])
+    images = EncodedImages(JpegShards(shards), np.array([11, 3, 7]), 72)
+    message = rf"^\S*5\.arrow: row 2 is damaged \({reason}.*\); run `effvit prepare` again$"
+    with pytest.raises(UserError, match=message):
+        images[2]
+    with pytest.raises(UserError, match=message):
+        list(images.batches([np.array([0, 1]), np.array([1, 2])], seed=0, **options))
+    assert images[:2].shape == (2, 72, 72, 3)

@@ -66,9 +66,29 @@ def objects(directory):
     np.save(directory / "test_labels.npy", np.array([{}] * 12, dtype=object), allow_pickle=True)
 
 
+def as_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def without_validation(directory):
+    np.save(directory / "train_indices.npy", np.arange(60))
+    np.save(directory / "validation_indices.npy", np.arange(0))
+    edit_meta(directory, counts={"train": 60, "validation": 0, "test": 12})
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
+        (lambda d: edit_meta(d, image_size=0), r"meta\.json: image_size=0: .* greater than 0"),
+        (lambda d: edit_meta(d, image_size=-5), r"meta\.json: image_size=-5: .* greater than 0"),
+        (lambda d: edit_meta(d, std=[0.5, 0, 0.5]), r"meta\.json: std\.1=0\.?0?: .* greater than 0"),
+        (lambda d: edit_meta(d, std=[0.5, -0.2, 0.5]), r"meta\.json: std\.1=-0\.2: .* greater than 0"),
+        (lambda d: edit_meta(d, std=[0.5, 0.5, float("nan")]), r"meta\.json: std\.2=nan: "),
+        (lambda d: edit_meta(d, mean=[float("inf"), 0.5, 0.5]), r"meta\.json: mean\.0=inf: "),
+        (without_validation, "validation has no images"),
+        (lambda d: as_folder(d / "train_images.npy"), r"train_images\.npy: truncated or not an array"),
+        (lambda d: as_folder(d / "test_labels.npy"), r"test_labels\.npy: truncated or not an array"),
         (lambda d: edit_meta(d, format_version=2), "format version 2, this effvit reads version 1"),
         (lambda d: edit_meta(d, format_version=None), "format version None"),
         (lambda d: edit_meta(d, mean=[0.5, "x", 0.5]), r"meta\.json: mean\.1='x'"),

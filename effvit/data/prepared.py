@@ -14,10 +14,10 @@ A prepared directory holds
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from effvit.data.encoded import EncodedImages, JpegShards
 from effvit.data.stored import Images, PixelImages
@@ -30,6 +30,9 @@ META_FILE = "meta.json"
 SPLITS = ("train", "validation", "test")
 STORED = ("train", "test")
 _ARRAYS = ("train_labels", "test_labels", "train_indices", "validation_indices")
+
+_Level = Annotated[float, Field(ge=0, le=1)]
+_Deviation = Annotated[float, Field(gt=0, le=1)]  # images are divided by it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +47,10 @@ class Meta:
     format_version: int
     name: str
     classes: tuple[str, ...]
-    image_size: int
+    image_size: Annotated[int, Field(gt=0)]
     counts: dict[str, int]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[_Level, _Level, _Level]
+    std: tuple[_Deviation, _Deviation, _Deviation]
     source: str
     notes: dict[str, dict[str, int]]
     storage: Literal["pixels", "jpeg"] = "pixels"
@@ -111,7 +114,7 @@ def _read_array(path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray
         array = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
     except FileNotFoundError as error:
         raise UserError(f"{path}: missing; run `effvit prepare` again") from error
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, IsADirectoryError) as error:
         raise UserError(f"{path}: truncated or not an array; run `effvit prepare` again") from error
     return array.view(np.ndarray)  # a plain array over the map: np.memmap bookkeeping slows every indexing
 
@@ -136,4 +139,7 @@ def _find_mismatch(
         return "train_indices.npy and validation_indices.npy do not partition the training images"
     lengths = (len(arrays["train_indices"]), len(arrays["validation_indices"]), len(arrays["test_labels"]))
     counts = dict(zip(SPLITS, lengths, strict=True))
+    for name, count in counts.items():
+        if not count:
+            return f"{name} has no images"
     return None if counts == meta.counts else f"{META_FILE} counts {meta.counts}, the arrays hold {counts}"
