@@ -57,6 +57,31 @@ def test_plain_files_and_folders_are_unpacked(tmp_path, folder):
     assert (folder / "sub" / "file").read_bytes() == b"x" * 9000
 
 
+def test_archive_of_the_current_folder_is_unpacked(tmp_path, folder):
+    names = ("./", "", "./sub")
+    folders = [member(name, type=tarfile.DIRTYPE, mode=0o755) for name in names]
+    path = pack(tmp_path / "a.tar.gz", *folders, member("./sub/file", b"x"))
+    extract(path, folder, LARGEST)
+    assert (folder / "sub" / "file").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        [member("a", b"x"), member("a/b", b"x")],
+        [member("a/b", b"x"), member("a", b"x")],
+        [member("./", b"x")],
+        [member("", b"x")],
+    ],
+)
+def test_file_in_the_place_of_a_folder_is_refused(tmp_path, folder, members):
+    path = pack(tmp_path / "odd.tar.gz", *members)
+    with pytest.raises(
+        UserError, match=r"odd\.tar\.gz: refused to extract it \('.*' needs a folder where there is a file"
+    ):
+        extract(path, folder, LARGEST)
+
+
 @pytest.mark.parametrize(
     ("evil", "reason"),
     [

@@ -22,12 +22,13 @@ def extract(archive: Path, directory: Path, largest: int) -> None:
 
     Raises:
         UserError: the archive is damaged; a member leads out of ``directory``, is a link, a device or anything else
-            but a file or a folder; there is more in it than ``largest`` bytes, as declared or as unpacked.
+            but a file or a folder; a file has the name of a folder, or is to hold others; there is more in it than
+            ``largest`` bytes, as declared or as unpacked.
     """
     try:
         with gzip.open(archive) as unpacked, tarfile.open(fileobj=_Limited(unpacked, largest), mode="r|") as tar:
             for member in _checked(tar, largest):
-                tar.extract(member, directory, filter="data")
+                _extract(tar, member, directory)
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, _TooLarge) as error:
         raise UserError(f"{archive}: refused to extract it ({error})") from error
 
@@ -36,7 +37,7 @@ def _checked(tar: tarfile.TarFile, largest: int) -> Iterator[tarfile.TarInfo]:
     total = 0
     for member in tar:
         path = PurePosixPath(member.name.replace("\\", "/"))
-        if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+        if path.is_absolute() or ".." in path.parts or ":" in "".join(path.parts[:1]):  # "." has no parts
             raise tarfile.TarError(f"{member.name!r} leads out of its folder")
         if not (member.isfile() or member.isdir()):
             raise tarfile.TarError(f"{member.name!r} is neither a file nor a folder")
@@ -44,6 +45,13 @@ def _checked(tar: tarfile.TarFile, largest: int) -> Iterator[tarfile.TarInfo]:
         if total > largest:
             raise _TooLarge(f"more than the {largest:,} bytes expected")
         yield member
+
+
+def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo, directory: Path) -> None:
+    try:
+        tar.extract(member, directory, filter="data")
+    except (FileExistsError, IsADirectoryError, NotADirectoryError) as error:
+        raise tarfile.TarError(f"{member.name!r} needs a folder where there is a file, or the reverse") from error
 
 
 class _TooLarge(Exception):
