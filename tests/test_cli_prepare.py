@@ -91,12 +91,14 @@ def test_folder_of_something_else_is_not_replaced(tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_bad_image_ends_in_one_line_and_leaves_nothing(tmp_path):
+@pytest.mark.parametrize(("splits", "left"), [(["train"], [".out.partial"]), (["train", "test"], [])])
+def test_bad_image_ends_in_one_line_and_leaves_no_more_than_what_was_finished(tmp_path, splits, left):
     root = make_tree(tmp_path / "images")
-    (root / "train" / "dog" / "9999.jpg").write_bytes(b"\xff\xd8\xff\xe0 no jpeg")
+    for split in splits:
+        (root / split / "dog" / "9999.jpg").write_bytes(b"\xff\xd8\xff\xe0 no jpeg")
     result = run("--dataset", "cifar10", "--root", root, "--output-dir", tmp_path / "out")
     assert_one_line_error(result, "9999.jpg")
-    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*left, "images"]
 
 
 TOO_MUCH = pytest.mark.parametrize(("size", "side", "per_class"), [(64, 8, 60), (144, 150, 45)])  # pixels and JPEG

@@ -113,6 +113,34 @@ def test_damaged_image_is_named_and_what_was_finished_is_kept_until_it_is_mended
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out", "whole"]
 
 
+@pytest.mark.parametrize(("size", "workers"), [(16, 1), (16, 2), (96, 1), (96, 2)])
+def test_all_damaged_images_are_told_at_once_and_the_rest_is_not_read_again(tmp_path, tree, written, size, workers):
+    prepare("folder", tree, size, tmp_path / "whole")
+    damaged = [tree / "train" / "cat" / "00003.jpg", tree / "train" / "dog" / "00059.jpg"]
+    damaged.append(tree / "test" / "cat" / "00000.jpg")
+    originals = [path.read_bytes() for path in damaged]
+    for path in damaged:
+        path.write_bytes(b"\xff\xd8\xff\xe0 no jpeg")
+    with pytest.raises(UserError, match=r"^3 images are damaged: ") as caught:
+        prepare("folder", tree, size, tmp_path / "out", workers=workers)
+    assert all(f"{path}: " in str(caught.value) for path in damaged) and "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    for path, content in zip(damaged, originals, strict=True):
+        path.write_bytes(content)
+    written.clear()
+    prepare("folder", tree, size, tmp_path / "out")
+    assert written == ["train-000000000", "train-000000100", "test-000000000"]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_of_many_damaged_images_twenty_are_named(tmp_path, tree):
+    for path in (tree / "train" / "dog").iterdir():
+        path.write_bytes(b"\xff\xd8\xff\xe0 no jpeg")
+    with pytest.raises(UserError, match=r"^60 images are damaged: .*; and 40 more$") as caught:
+        prepare("folder", tree, 16, tmp_path / "out")
+    assert str(caught.value).count("/dog/") == 20
+
+
 def interrupt(tree, size, output, after):
     """Leave a preparation behind as a kill does, with ``after`` images read."""
     count = 0

@@ -16,24 +16,44 @@ from PIL import Image
 
 from effvit.data import encoded, images, views
 from effvit.data.source import Files
+from effvit.errors import UserError
 from effvit.files import name_file, write_json
 
 SHARD_ROWS = 2048
 _BATCH_ROWS = 256  # of an Arrow record batch, which is held in memory
 _BUFFER_BYTES = 8 * 2**20
+_MOST_NAMED = 20  # damaged images in one message
 
 
 @dataclass
 class Tally:
-    """What was done to images, and how often each level occurs in each channel of some of them: int64 ``(3, 256)``."""
+    """What was done to images, and how often each level occurs in each channel of some of them: int64 ``(3, 256)``.
+
+    ``damaged`` counts files that are not whole images; ``reasons`` names the first ones, and what is wrong.
+    """
 
     notes: Counter[str] = field(default_factory=Counter)
     levels: np.ndarray = field(default_factory=lambda: np.zeros((3, 256), dtype=np.int64))
+    damaged: int = 0
+    reasons: list[str] = field(default_factory=list)
 
     def add(self, other: "Tally") -> None:
         """Add what another one counted."""
         self.notes.update(other.notes)
         self.levels += other.levels
+        self.damaged += other.damaged
+        self.reasons = (self.reasons + other.reasons)[:_MOST_NAMED]
+
+    def note_damage(self, error: UserError) -> None:
+        """Count a file that is not a whole image."""
+        self.add(Tally(damaged=1, reasons=[str(error)]))
+
+    def check(self) -> None:
+        """Raise `UserError` where there were damaged images."""
+        if self.damaged:
+            count = f"{self.damaged:,} images are damaged: " if self.damaged > 1 else ""
+            more = f"; and {self.damaged - len(self.reasons):,} more" if self.damaged > len(self.reasons) else ""
+            raise UserError(f"{count}{'; '.join(sorted(self.reasons))}{more}")
 
     def count_levels(self, image: Image.Image) -> None:
         """Add the pixels of an RGB image."""
@@ -96,8 +116,7 @@ class Shard:
     def write(self, on_image: Callable[[], None]) -> Tally:
         """Read the files and write the shard, then its record; ``on_image`` is called after each image.
 
-        Raises:
-            UserError: a file is not a whole image; it is named.
+        Damaged images are counted in what is returned. A shard with one has no record, and is written again.
         """
         fingerprint = self.fingerprint()
         self.record.unlink(missing_ok=True)
@@ -107,6 +126,8 @@ class Shard:
         except OSError as error:
             name_file(error, self.path)
             raise
+        if tally.damaged:
+            return tally
         counted = {"notes": dict(tally.notes), "levels": tally.levels.tolist()}
         write_json(self.record, {"fingerprint": fingerprint} | counted)
         return tally
@@ -116,11 +137,15 @@ class Shard:
         with self.path.open("r+b", buffering=_BUFFER_BYTES) as file:
             file.seek(start)
             for path, in_mean in zip(self.files.paths, self.in_mean, strict=True):
-                pixels, done = images.read_image(self.files.root / path, self.size)
-                file.write(pixels.tobytes())
-                tally.notes.update(done)
-                if in_mean:
-                    tally.count_levels(Image.fromarray(pixels))
+                try:
+                    pixels, done = images.read_image(self.files.root / path, self.size)
+                except UserError as error:
+                    tally.note_damage(error)
+                else:
+                    file.write(pixels.tobytes())
+                    tally.notes.update(done)
+                    if in_mean:
+                        tally.count_levels(Image.fromarray(pixels))
                 on_image()
             _to_disk(file)
 
@@ -139,9 +164,13 @@ class Shard:
 
     def _jpegs(self, tally: Tally, on_image: Callable[[], None]) -> Iterator[bytes]:
         for path, in_mean in zip(self.files.paths, self.in_mean, strict=True):
-            jpeg, done = images.read_jpeg(self.files.root / path, self.size)
+            try:
+                jpeg, done = images.read_jpeg(self.files.root / path, self.size)
+            except UserError as error:
+                tally.note_damage(error)
+                jpeg, done = b"", []
             tally.notes.update(done)
-            if in_mean:
+            if in_mean and jpeg:
                 tally.count_levels(views.evaluation_view(encoded.decode(jpeg), self.size))
             on_image()
             yield jpeg

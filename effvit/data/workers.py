@@ -20,10 +20,11 @@ _POLL_SECONDS = 0.25
 def write_shards(shards: Sequence[Shard], workers: int, bar: str) -> Tally:
     """Write all shards of one stored part that are not finished, with up to ``workers`` processes and a progress bar.
 
-    Memory is bounded by the number of workers: each holds one image and one record batch of JPEGs.
+    Damaged images are counted in what is returned; the others are read nevertheless. Memory is bounded by the number of
+    workers: each holds one image and one record batch of JPEGs.
 
     Raises:
-        UserError: a file is not a whole image, or a worker was killed.
+        UserError: a worker was killed.
     """
     earlier = [shard.finished() for shard in shards]
     missing = [shard for shard, tally in zip(shards, earlier, strict=True) if tally is None]

@@ -29,6 +29,10 @@ def write_prepared(source: Source, name: str, image_size: int, output_dir: Path,
 
     Files are read by up to ``workers`` processes. What a killed run finished of them stays beside the output, in
     ``.<name of output_dir>.partial``, and is taken from there by the next run, as far as nothing changed since.
+
+    Raises:
+        UserError: a class with too few images to hold one out; damaged images, after all were read; what `workspace`
+            and `write_shards` raise.
     """
     train_indices, validation_indices = _partition(source)
     in_mean = np.zeros(len(source.train.labels), dtype=bool)
@@ -37,7 +41,7 @@ def write_prepared(source: Source, name: str, image_size: int, output_dir: Path,
     from_files = isinstance(source.train.images, Files)
     storage: Literal["pixels", "jpeg"] = "jpeg" if from_files and image_size > LARGEST_PIXELS else "pixels"
     with workspace(output_dir) as work:
-        levels, notes = np.zeros((3, 256), dtype=np.int64), {}
+        total, notes = Tally(), {}
         for stored, (split, counted) in splits.items():
             bar = f"{name} {stored}"
             if isinstance(split.images, Files):
@@ -45,12 +49,13 @@ def write_prepared(source: Source, name: str, image_size: int, output_dir: Path,
             else:
                 path = work / "data" / f"{stored}_images.npy"
                 tally = _write_arrays(path, split.images, (len(counted), image_size, image_size, 3), counted, bar)
-            levels += tally.levels
+            total.add(tally)
             notes[stored] = dict(sorted((split.notes + tally.notes).items()))
             np.save(work / "data" / f"{stored}_labels.npy", split.labels)
+        total.check()  # not before all are read, to name all that are damaged at once
         np.save(work / "data" / "train_indices.npy", train_indices)
         np.save(work / "data" / "validation_indices.npy", validation_indices)
-        mean, std = channel_statistics(levels)
+        mean, std = channel_statistics(total.levels)
         lengths = (len(train_indices), len(validation_indices), len(source.test.labels))
         meta = Meta(
             format_version=FORMAT_VERSION,
