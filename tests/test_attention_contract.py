@@ -184,7 +184,8 @@ def check_compiled(name, options, backend):
     torch._dynamo.reset()
     compiled = torch.compile(attention, fullgraph=True, backend=backend)
     results = [(y, *torch.autograd.grad(y.square().sum(), inputs)) for y in (compiled(x), attention(x))]
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    for actual, expected in zip(*results, strict=True):  # sums in another order round at the scale of the largest
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * max(1.0, expected.abs().max().item()))
 
 
 @pytest.mark.parametrize("name, options", CASES)
