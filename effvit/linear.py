@@ -72,16 +72,17 @@ class LinearMap(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, weight, bias = inputs
+        x, weight, _ = inputs
         ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         (gradient,) = gradients
-        d_x = product(gradient, weight.T) if ctx.needs_input_grad[0] else None
-        return d_x, weight_gradient(gradient, x), gradient.flatten(0, -2).sum(0) if ctx.has_bias else None
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        d_x = product(gradient, weight.T) if needs_x else None
+        d_weight = weight_gradient(gradient, x) if needs_weight else None
+        return d_x, d_weight, gradient.flatten(0, -2).sum(0) if needs_bias else None
 
 
 def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:

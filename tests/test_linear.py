@@ -3,7 +3,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from effvit import build_attention
 from effvit import linear as module
+from effvit.attention import base
 from effvit.linear import Linear, LinearMap, linear, suits_onednn
 
 needs_onednn = pytest.mark.skipif(module._ONEDNN is None, reason="this build of PyTorch has no oneDNN")
@@ -93,11 +95,18 @@ def test_gradients_of_gradients_exist(bias):
 
 
 @pytest.mark.usefixtures("not_intels")
-def test_only_the_gradients_asked_for_are_computed():
+def test_only_the_gradients_asked_for_are_computed(monkeypatch):
     x, weight, bias = inputs((3, 4), 2)
     linear(x.detach(), weight, bias).sum().backward()
     torch.testing.assert_close(weight.grad, x.detach().sum(0).expand(2, -1))
-    assert linear(x, weight.detach(), bias.detach()).grad_fn is not None
+    frozen = build_attention("fused", 12, 3, (2, 2)).requires_grad_(False)
+    tokens = torch.randn(2, 5, 12, requires_grad=True)
+    for of in (module, base):
+        monkeypatch.setattr(of, "weight_gradient", lambda *args: pytest.fail("a gradient nobody asked for"))
+    linear(x, weight.detach(), bias.detach()).sum().backward()
+    torch.testing.assert_close(x.grad, weight.detach().sum(0).expand(3, -1))
+    frozen(tokens).sum().backward()
+    assert tokens.grad is not None
 
 
 @pytest.mark.usefixtures("not_intels")

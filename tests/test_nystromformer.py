@@ -43,6 +43,16 @@ def test_it_is_three_softmaxes_and_a_pseudo_inverse_and_the_convolution():
     torch.testing.assert_close(attention(x), attention.proj(mixed.transpose(1, 2).flatten(2)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("m", [2, 8])
+def test_landmarks_of_many_tokens_do_not_overflow_half_precision(m):
+    attention = nystromformer(m, (64, 64))
+    x = torch.full((1, 3, 4097, 4), 50.0, dtype=torch.float16)
+    torch.testing.assert_close(attention.landmarks(x), torch.full((1, 3, m, 4), 50.0, dtype=torch.float16))
+    exact = torch.randn(1, 3, 4097, 4)
+    rounding = (attention.landmarks(exact.bfloat16()).double() - attention.landmarks(exact.double())).abs()
+    assert rounding.max() < 2**-8 * exact.abs().max()  # one rounding of a token and one of a mean
+
+
 def test_the_error_falls_as_landmarks_are_added():
     x = torch.randn(4, 65, 12)
     fused = build_attention("fused", 12, 3, (8, 8))

@@ -89,29 +89,17 @@ def test_too_few_images_are_an_error_that_says_how_many(digits, tiny_config):
 
 
 def test_the_command_writes_a_table_and_how_it_came_about(effvit, digits_dir, tmp_path):
-    sizes = ["--hidden-size", 16, "--num-hidden-layers", 1, "--num-attention-heads", 2, "--intermediate-size", 16]
-    flags = [
-        *sizes,
-        "--batch-size",
-        8,
-        "--precision",
-        "bf16-mixed",
-        "--budget-s",
-        0.01,
-        "--attention",
-        "linformer",
-        "-o",
-        "k=3",
-        "--device",
-        "cpu",
-    ]
+    sizes = "--hidden-size 16 --num-hidden-layers 1 --num-attention-heads 2 --intermediate-size 16 --batch-size 8"
+    recipe = "--precision bf16-mixed --optimizer muon --randaugment 9 --budget-s 0.01 --device cpu"
+    flags = f"{sizes} {recipe} --attention linformer -o k=3".split()
     outcome = effvit("bench-data", "--dataset-dir", digits_dir, "--output-dir", tmp_path / "out", *flags)
     assert outcome.code == 0, outcome.err
     assert "of a step of the loop" in " ".join(outcome.out.split())
     assert list(pd.read_csv(tmp_path / "out" / "throughput.csv")["what"]) == PARTS
     record = json.loads((tmp_path / "out" / "provenance.json").read_text())["config"]
     assert record["model"]["attention_options"] == {"k": 3} and record["train"]["batch_size"] == 8
-    assert record["train"]["precision"] == "bf16-mixed"
+    expected = {"precision": "bf16-mixed", "optimizer": "muon", "randaugment": 9}
+    assert {key: record["train"][key] for key in expected} == expected
 
 
 @pytest.mark.parametrize(

@@ -174,18 +174,18 @@ class QKVMaps(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, weight, bias = inputs
+        x, weight, _ = inputs
         ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         w_q, w_k, w_v = weight.chunk(3)
         q, k, v = gradients
-        d_x = product(q, w_q.T) + product(k, w_k.T) + product(v, w_v.T) if ctx.needs_input_grad[0] else None
-        d_weight = torch.cat([weight_gradient(g, x) for g in gradients])
-        d_bias = torch.cat([g.flatten(0, -2).sum(0) for g in gradients]) if ctx.has_bias else None
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        d_x = product(q, w_q.T) + product(k, w_k.T) + product(v, w_v.T) if needs_x else None
+        d_weight = torch.cat([weight_gradient(g, x) for g in gradients]) if needs_weight else None
+        d_bias = torch.cat([g.flatten(0, -2).sum(0) for g in gradients]) if needs_bias else None
         return d_x, d_weight, d_bias
 
 

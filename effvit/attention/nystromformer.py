@@ -52,7 +52,10 @@ class NystromformerAttention(Attention):
         self.exact = self.num_landmarks >= self.num_tokens
         if not self.exact:
             # Derived from the grid, hence not in the state dict.
-            self.register_buffer("members", landmark_members(grid_size, self.num_landmarks), persistent=False)
+            members = landmark_members(grid_size, self.num_landmarks)
+            # Ones become the power of two that makes sums of tokens no larger than tokens: exact in every precision.
+            members = torch.ldexp(members, -torch.frexp(members.sum(dim=-1, keepdim=True)).exponent)
+            self.register_buffer("members", members, persistent=False)
         w = options.conv_kernel_size
         # Depthwise over tokens: one kernel a head, the same for each of its channels.
         self.conv = (
@@ -87,11 +90,10 @@ class NystromformerAttention(Attention):
 
     def landmarks(self, x: Tensor) -> Tensor:
         """Tokens ``(B, H, N, d)`` to landmarks ``(B, H, m, d)``."""
-        # Sums over members as one product, which neither gathers the tokens nor, backward, scatters their gradients;
-        # of ones and zeros, which every precision holds exactly.
-        members = self.get_buffer("members").to(x.dtype)  # (m, N)
-        sums = torch.bmm(members.expand(x.shape[0], -1, -1), x.transpose(1, 2).flatten(2))  # (B, m, C)
-        return self.split_heads(sums / members.sum(dim=-1, keepdim=True))
+        # Sums over members as one product, which neither gathers the tokens nor, backward, scatters their gradients.
+        members = self.get_buffer("members")  # (m, N)
+        sums = torch.bmm(members.to(x.dtype).expand(x.shape[0], -1, -1), x.transpose(1, 2).flatten(2))  # (B, m, C)
+        return self.split_heads((sums / members.sum(dim=-1, keepdim=True)).to(x.dtype))
 
     def mixing_macs(self) -> int:
         """6NmC + 2m²C + 4THm³ with landmarks, 2N²C where exact; wNC for the convolution."""

@@ -17,10 +17,14 @@ def bench_data(
     num_hidden_layers: options.NumLayers = 4,
     num_attention_heads: options.NumHeads = 4,
     intermediate_size: options.IntermediateSize = 192,
-    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 128,
-    clip_norm: Annotated[float, typer.Option(help="Largest norm of the gradient; 0 for no limit.")] = 1.0,
-    crop_padding: Annotated[int, typer.Option(help="Random crops from images padded by this many pixels.")] = 4,
-    horizontal_flip: Annotated[bool, typer.Option(help="Mirror half of the images.")] = True,
+    batch_size: options.BatchSize = 128,
+    optimizer: options.Optimizer = "adamw",
+    clip_norm: options.ClipNorm = 1.0,
+    crop_padding: options.CropPadding = 4,
+    min_crop_area: options.MinCropArea = 1.0,
+    randaugment: options.RandAugment = 0,
+    horizontal_flip: options.HorizontalFlip = True,
+    workers: options.Workers = 0,
     precision: options.Precision = "32-true",
     compile: options.Compile = False,
     budget_s: Annotated[float, typer.Option(help="Seconds of sampling.")] = 30.0,
@@ -54,9 +58,22 @@ def bench_data(
     require_positive(budget_s=budget_s, threads=threads)
     mechanism_options = options.parse_options(option)
     try:
-        values = {"batch_size": batch_size, "clip_norm": clip_norm, "crop_padding": crop_padding, "device": device}
-        speed = {"precision": precision, "compile": compile}
-        recipe = TrainConfig.model_validate({"epochs": 1, "lr": 1e-3, **values, **speed})
+        recipe = TrainConfig.model_validate(
+            {
+                "epochs": 1,
+                "lr": 1e-3,
+                "batch_size": batch_size,
+                "optimizer": optimizer,
+                "clip_norm": clip_norm,
+                "crop_padding": crop_padding,
+                "min_crop_area": min_crop_area,
+                "randaugment": randaugment,
+                "workers": workers,
+                "precision": precision,
+                "compile": compile,
+                "device": device,
+            }
+        )
     except ValidationError as error:
         raise UserError(explain(error, "train")) from error
     dataset = PreparedDataset.load(dataset_dir)

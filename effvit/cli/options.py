@@ -17,6 +17,16 @@ DatasetDir = Annotated[Path, typer.Option(help="Directory that `effvit prepare` 
 ModelDir = Annotated[Path, typer.Option(help="Directory that `effvit train` wrote.")]
 OutputDir = Annotated[Path, typer.Option(help="Directory to write; replaced as a whole when all of it is there.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Optimizer = Annotated[str, typer.Option(help="adamw, or muon for the matrices of the blocks.")]
+CropPadding = Annotated[int, typer.Option(help="Random crops from images padded by this many pixels.")]
+MinCropArea = Annotated[
+    float, typer.Option(help="Least share of a large stored image that a random crop keeps; 1 for the centre.")
+]
+RandAugment = Annotated[int, typer.Option(help="Magnitude of RandAugment, to 30; 9 is usual.")]
+Workers = Annotated[int, typer.Option(help="Processes that decode images, where they are stored as files.")]
+HorizontalFlip = Annotated[bool, typer.Option(help="Mirror half of the images.")]
+ClipNorm = Annotated[float, typer.Option(help="Largest norm of the gradient; 0 for no limit.")]
+BatchSize = Annotated[int, typer.Option(help="Images a step.")]
 Precision = Annotated[str, typer.Option(help="32-true, bf16-mixed or, on CUDA, 16-mixed.")]
 Compile = Annotated[bool, typer.Option(help="Compile the model with torch.compile.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads of the measurement; PyTorch's default if not given.")]

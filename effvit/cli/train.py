@@ -29,19 +29,17 @@ def train(
         Path | None, typer.Option(help="Weights to start from: timm's (.safetensors, .pth) or a model directory.")
     ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 10,
-    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 128,
-    optimizer: Annotated[str, typer.Option(help="adamw, or muon for the matrices of the blocks.")] = "adamw",
+    batch_size: options.BatchSize = 128,
+    optimizer: options.Optimizer = "adamw",
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     weight_decay: Annotated[float, typer.Option(help="Decay of weight matrices.")] = 0.05,
     warmup_epochs: Annotated[float, typer.Option(help="Epochs of linear warm-up before the cosine.")] = 0.0,
     label_smoothing: Annotated[float, typer.Option(help="Share of the target spread over all classes.")] = 0.0,
-    clip_norm: Annotated[float, typer.Option(help="Largest norm of the gradient; 0 for no limit.")] = 0.0,
-    crop_padding: Annotated[int, typer.Option(help="Random crops from images padded by this many pixels.")] = 0,
-    min_crop_area: Annotated[
-        float, typer.Option(help="Least share of a large stored image that a random crop keeps; 1 for the centre.")
-    ] = 1.0,
-    horizontal_flip: Annotated[bool, typer.Option(help="Mirror half of the images.")] = False,
-    randaugment: Annotated[int, typer.Option(help="Magnitude of RandAugment, to 30; 9 is usual.")] = 0,
+    clip_norm: options.ClipNorm = 0.0,
+    crop_padding: options.CropPadding = 0,
+    min_crop_area: options.MinCropArea = 1.0,
+    horizontal_flip: options.HorizontalFlip = False,
+    randaugment: options.RandAugment = 0,
     random_erasing: Annotated[float, typer.Option(help="Probability that a box of an image is erased.")] = 0.0,
     mixup: Annotated[float, typer.Option(help="Alpha of mixup.")] = 0.0,
     cutmix: Annotated[float, typer.Option(help="Alpha of CutMix; with mixup, either by turns of chance.")] = 0.0,
@@ -52,7 +50,7 @@ def train(
     device: options.Device = "auto",
     devices: Annotated[int, typer.Option(help="Devices on this machine, one process each; not under torchrun.")] = 1,
     micro_batch_size: Annotated[int, typer.Option(help="Images at once on a device; 0 for all of a step.")] = 0,
-    workers: Annotated[int, typer.Option(help="Processes that decode images, where they are stored as files.")] = 0,
+    workers: options.Workers = 0,
     checkpoint_s: Annotated[float, typer.Option(help="Seconds between savings of an unfinished run.")] = 60.0,
 ) -> None:
     """Train one model; keep the weights that are best on the validation split.
