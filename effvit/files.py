@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def staged_dir(final: Path, known_by: str | None = None) -> Iterator[Path]:
+def staged_dir(final: Path, known_by: str | Callable[[Path], bool] | None = None) -> Iterator[Path]:
     """Yield an empty directory beside ``final`` that replaces it on success and vanishes on any failure.
 
     Raises:
@@ -35,21 +35,23 @@ def staged_dir(final: Path, known_by: str | None = None) -> Iterator[Path]:
         raise
 
 
-def check_replaceable(final: Path, known_by: str | None = None) -> None:
+def check_replaceable(final: Path, known_by: str | Callable[[Path], bool] | None = None) -> None:
     """Make the directory that shall hold ``final``, and fail where ``final`` could not be replaced in it.
 
     Args:
         final: directory to write.
-        known_by: a file that earlier results have: a directory without it is somebody else's, and is kept. Without a
-            name anything is replaced.
+        known_by: a file that earlier results have, or what tells whether a directory is one: any other directory is
+            somebody else's, and is kept. Without it anything is replaced.
 
     Raises:
         UserError: ``final`` is or holds the current directory, or holds something else than earlier results.
         PermissionError: the directory that shall hold it cannot be written to.
     """
-    occupied = final.is_dir() and any(final.iterdir()) and known_by is not None and not (final / known_by).is_file()
-    if occupied or (known_by and final.exists() and not final.is_dir()):
-        raise UserError(f"{final}: holds something else (no {known_by}); expected a new or an empty directory")
+    if known_by and final.exists():
+        known = (lambda: known_by(final)) if callable(known_by) else (final / known_by).is_file
+        if not final.is_dir() or (any(final.iterdir()) and not known()):
+            missed = f" (no {known_by})" if isinstance(known_by, str) else ""
+            raise UserError(f"{final}: holds something else{missed}; expected a new or an empty directory")
     if Path.cwd().is_relative_to(final.resolve()):
         raise UserError(f"{final}: is replaced as a whole, and with it the current directory; name another")
     final.parent.mkdir(parents=True, exist_ok=True)

@@ -147,7 +147,7 @@ def test_a_directory_of_somebody_else_is_not_replaced(tmp_path):
     (tmp_path / "photos" / "photo.jpg").touch()
     (tmp_path / "file").touch()
     for name in ("photos", "file"):
-        with pytest.raises(UserError, match="holds something else"), staged_dir(tmp_path / name, "config.json"):
+        with pytest.raises(UserError, match="holds something else"), staged_dir(tmp_path / name, "result.json"):
             pass
     assert names(tmp_path) == ["file", "photos"] and names(tmp_path / "photos") == ["photo.jpg"]
 
@@ -155,8 +155,8 @@ def test_a_directory_of_somebody_else_is_not_replaced(tmp_path):
 def test_earlier_results_and_empty_directories_are_replaced(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "earlier").mkdir()
-    (tmp_path / "earlier" / "config.json").touch()
+    (tmp_path / "earlier" / "result.json").touch()
     for name in ("empty", "earlier", "new"):
-        with staged_dir(tmp_path / name, "config.json") as aside:
+        with staged_dir(tmp_path / name, "result.json") as aside:
             (aside / "result").touch()
         assert names(tmp_path / name) == ["result"]
