@@ -1,4 +1,4 @@
-"""Results appear whole or not at all: everything is written aside and renamed into place."""
+"""Results appear whole or not at all: all is written aside and renamed into place, with directories synced to disk."""
 
 import errno
 import json
@@ -28,7 +28,9 @@ def staged_dir(final: Path, known_by: str | Callable[[Path], bool] | None = None
     aside.chmod(0o777 & ~_umask())  # mkdtemp makes it private to the owner
     try:
         yield aside
+        _sync_tree(aside)
         replace_dir(aside, final)
+        sync_directory(final.parent)
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
         name_file(error, final, aside)
@@ -54,7 +56,10 @@ def check_replaceable(final: Path, known_by: str | Callable[[Path], bool] | None
             raise UserError(f"{final}: holds something else{missed}; expected a new or an empty directory")
     if Path.cwd().is_relative_to(final.resolve()):
         raise UserError(f"{final}: is replaced as a whole, and with it the current directory; name another")
+    missing = [parent for parent in final.parents if not parent.exists()]
     final.parent.mkdir(parents=True, exist_ok=True)
+    for directory in missing:
+        sync_directory(directory.parent)
     if not os.access(final.parent, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(final))
 
@@ -99,6 +104,33 @@ def name_file(error: BaseException, final: Path, aside: Path | None = None) -> N
     unnamed = (None, str(aside)) if aside else (None,)
     if isinstance(error, OSError) and error.errno is not None and error.filename in unnamed:
         error.filename, error.filename2 = str(final), None
+
+
+def sync_directory(directory: Path) -> None:
+    """Make what was made or renamed in the directory outlive a loss of power, where the system can."""
+    if os.name == "posix":
+        try:
+            _sync(directory)
+        except OSError as error:  # a directory that may not be read, a file system without
+            if error.errno not in (errno.EACCES, errno.EINVAL, errno.ENOTSUP):
+                raise
+
+
+def _sync_tree(directory: Path) -> None:
+    for path in directory.rglob("*"):
+        if path.is_dir():
+            sync_directory(path)
+        elif os.name == "posix":
+            _sync(path)
+    sync_directory(directory)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from effvit.config import TrainConfig
 from effvit.data.prepared import Meta, PreparedDataset
+from effvit.files import sync_directory
 from effvit.vit import ViTConfig
 
 _FORGOTTEN_S = 60 * 86400  # a run that nobody continued for so long is removed
@@ -110,7 +111,7 @@ class Store:
                 file.flush()
                 os.fsync(file.fileno())
             aside.replace(self._file)
-            _sync_directory(self.directory)
+            sync_directory(self.directory)
         except OSError as error:
             error.filename = error.filename or str(self._file)
             raise
@@ -173,13 +174,3 @@ def _metadata(content: bytes) -> dict[str, str]:
 
 def _checksum(content: bytes) -> bytes:
     return zlib.crc32(content).to_bytes(4, "little")
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make a rename in the directory outlive a loss of power, where the system can."""
-    if os.name == "posix":
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -126,6 +126,21 @@ def test_full_disk_leaves_the_old_directory(small_disk):
     assert names(small_disk) == ["out"] and names(final) == ["old"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="directories of POSIX")
+def test_a_directory_that_does_not_reach_the_disk_leaves_the_old_one(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+
+    def failing(descriptor):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError) as caught, staged_dir(tmp_path / "out") as aside:
+        (aside / "new").touch()
+    assert caught.value.filename == str(tmp_path / "out")
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["old"]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
 def test_directory_that_may_not_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()

@@ -181,6 +181,27 @@ def test_damaged_state_is_told_in_one_line_and_ignored(run, tmp_path, capsys, da
     assert str(state) in line
 
 
+@pytest.mark.skipif(os.name != "posix", reason="directories of POSIX")
+def test_outputs_are_on_the_disk_before_the_state_is_gone(run, tmp_path, monkeypatch):
+    synced, checked = set(), []
+    fsync, remove = os.fsync, Store.remove
+
+    def noted(descriptor):
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    def checking(store):
+        outputs = [path for name in ("run", "run-log") for path in (tmp_path / name, *(tmp_path / name).rglob("*"))]
+        checked.extend(outputs)
+        assert [path for path in (tmp_path, *outputs) if path.stat().st_ino not in synced] == []
+        remove(store)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(Store, "remove", checking)
+    run(epochs=2, save_every=1)
+    assert tmp_path / "run" / "epoch-001" / "model.safetensors" in checked
+
+
 def test_a_write_that_fails_leaves_the_state_before(tmp_path, monkeypatch):
     store = Store(tmp_path, print)
     store.save({"a": torch.ones(2)}, {"step": 1, "loss": 0.1})
