@@ -15,7 +15,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from platformdirs import user_state_path
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -120,12 +121,10 @@ class Store:
         """Tensors and numbers as they were saved; None, after one line, where the file is not whole."""
         if not self._file.exists():
             return None
-        content = self._file.read_bytes()
-        content, checksum = content[:-4], content[-4:]
-        if _checksum(content) != checksum:
+        state = _read(self._file)
+        if state is None:
             self._tell(f"{self._file}: damaged, so the run starts from the beginning")
-            return None
-        return load(content), json.loads(_metadata(content)["numbers"])
+        return state
 
     def kept(self, epoch: int) -> Path:
         """Where the weights of an epoch are kept until the run is over."""
@@ -140,13 +139,16 @@ class Store:
 def open_store(name: str, tell: Callable[[str], None]) -> Iterator[Store]:
     """Give the directory of the run of this name to this process alone.
 
-    If another process trains the same at the same time, each has a directory of its own.
+    If another process trains the same at the same time, each has a directory of its own; the one that is started again
+    after a kill gets back a directory with a state, whichever of them is over.
     """
     root = Path(os.environ.get("EFFVIT_STATE") or user_state_path("effvit")) / "runs"
     root.mkdir(parents=True, exist_ok=True)
     _remove_forgotten(root)
-    for number in count():
-        directory = root / f"{name}-{number}"
+    earlier = sorted(root.glob(f"{name}-*"))
+    if len(earlier) > 1:  # reading takes a while: only for a choice
+        earlier.sort(key=lambda directory: _read(directory / "state") is None)
+    for directory in chain(earlier, (root / f"{name}-{number}" for number in count())):
         directory.mkdir(exist_ok=True)
         lock = FileLock(directory / "lock")
         try:
@@ -165,6 +167,18 @@ def _remove_forgotten(root: Path) -> None:
         state = directory / "state"
         if state.exists() and time.time() - state.stat().st_mtime > _FORGOTTEN_S:
             shutil.rmtree(directory, ignore_errors=True)
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Give back what is in the file; None where it is not there or not whole."""
+    try:
+        content = file.read_bytes()
+        content, checksum = content[:-4], content[-4:]
+        if _checksum(content) == checksum:
+            return load(content), json.loads(_metadata(content)["numbers"])
+    except (FileNotFoundError, SafetensorError, KeyError, ValueError):
+        pass  # zeros are a sound checksum of nothing, and another's file can have one too
+    return None
 
 
 def _metadata(content: bytes) -> dict[str, str]:

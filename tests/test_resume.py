@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import TINY, TINY_FLAGS
+from safetensors.torch import save
 
 from effvit import resume
 from effvit.config import TrainConfig
@@ -160,10 +161,17 @@ def test_a_state_of_another_run_is_not_gone_on_from(run, digits, change):
     assert run("stopped")[2] == 33 - 15, "the one that is stopped still has its own"
 
 
+def sealed(content):
+    return content + resume._checksum(content)
+
+
 DAMAGES = {
     "half": lambda content: content[: len(content) // 2],
     "all but a byte": lambda content: content[:-1],
     "empty": lambda content: b"",
+    "zeros": lambda content: bytes(4),
+    "no numbers": lambda content: sealed(save({"a": torch.ones(2)})),
+    "numbers that are none": lambda content: sealed(save({}, {"numbers": "{"})),
     "a bit flipped": lambda content: content[:-900] + bytes([content[-900] ^ 1]) + content[-899:],
 }
 
@@ -223,6 +231,21 @@ def test_two_processes_with_the_same_run_do_not_share_a_directory(tmp_path, monk
         assert one.directory != two.directory
     with open_store("name", print) as again:
         assert again.directory == one.directory
+
+
+@pytest.mark.parametrize("other", ["removed", "empty", "damaged"])
+def test_of_two_processes_with_the_same_run_the_one_that_is_killed_finds_its_state(tmp_path, monkeypatch, other):
+    monkeypatch.setenv("EFFVIT_STATE", str(tmp_path))
+    with open_store("name", print) as one, open_store("name", print) as two:
+        two.save({"a": torch.ones(2)}, {"step": 1})
+        if other == "damaged":
+            (one.directory / "state").write_bytes(b"half")
+    if other == "removed":
+        one.remove()
+    with open_store("name", print) as again:
+        assert again.directory == two.directory and again.load()
+        with open_store("name", print) as new:
+            assert new.directory == one.directory
 
 
 def test_runs_that_nobody_went_on_with_are_removed(tmp_path, monkeypatch):
