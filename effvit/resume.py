@@ -15,12 +15,12 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from filelock import FileLock, Timeout
 from platformdirs import user_state_path
 from safetensors import SafetensorError
@@ -35,6 +35,8 @@ from effvit.vit import ViTConfig
 _FORGOTTEN_S = 60 * 86400  # a run that nobody continued for so long is removed
 _SAMPLED_BYTES = 2**28  # all of CIFAR; of images of 224 pixels some 1,800
 _MOVES_NO_RESULT = {"devices", "workers", "checkpoint_s"}
+# Of other packages: arithmetic, RandAugment, decoding and resizing, precision.
+_DECIDING = ("torch", "numpy", "torchvision", "pillow", "lightning-fabric")
 _NO_PART_OF_TRAINING = ("cli", "measure", "analysis")
 
 
@@ -60,7 +62,7 @@ def fingerprint(
         "horizontal_flip": horizontal_flip,
         "start": start,
         "data": meta,
-        "versions": [sys.version, torch.__version__, np.__version__],
+        "versions": [sys.version, *map(version, _DECIDING)],
     }
     digest.update(json.dumps(values, sort_keys=True).encode())
     for split in ("train", "validation"):

@@ -276,6 +276,16 @@ def test_the_name_of_a_run_changes_with_what_moves_its_result_and_with_nothing_e
     assert len({base, *others}) == 1 + len(others)
 
 
+@pytest.mark.parametrize("package", ["torch", "numpy", "torchvision", "pillow", "lightning-fabric"])
+def test_the_version_of_a_package_is_in_the_name_of_a_run(digits, tiny_config, monkeypatch, package):
+    def name():
+        return fingerprint(tiny_config(), digits, TrainConfig(**RECIPE), seed=0, horizontal_flip=False)
+
+    base, version = name(), resume.version
+    monkeypatch.setattr(resume, "version", lambda asked: version(asked) + ".1" * (asked == package))
+    assert name() != base
+
+
 def test_code_that_the_stage_depends_on_is_in_the_name_of_a_run():
     deps = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["train"]["deps"]
     deps = {dep.replace("${item.attention}", "linformer") for dep in deps}
