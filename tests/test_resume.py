@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import signal
@@ -35,10 +36,10 @@ EVERYTHING = {
     "ema_decay": 0.9,
     "save_every": 2,
     "device": "cpu",
-    "checkpoint_s": 0.0,
 }
 
-# Trains in a child of a process that has the slow libraries already; kills it at random moments, twenty times.
+# Trains in a child of a process that has the slow libraries already; kills it at random moments, twenty times. By turns
+# the state is saved after each step, and so rarely that a kill falls several steps later, which are then done again.
 KILLS = """
 import json, os, random, signal, sys, time
 from pathlib import Path
@@ -46,16 +47,26 @@ import torch
 from effvit.config import TrainConfig
 from effvit.data.prepared import PreparedDataset
 from effvit.runs import train_to
+from effvit.training import Training
 from effvit.vit import ViTConfig
 
 job = json.loads(sys.argv[1])
 dataset = PreparedDataset.load(Path(job["dataset"]))
 
-def start(name):
+take_step = Training._take_step
+
+def start(name, checkpoint_s=0.0):
     child = os.fork()
     if not child:
         os.environ["EFFVIT_STATE"] = name + "-state"
-        config, recipe = ViTConfig(**job["model"]), TrainConfig(**job["recipe"])
+        log = os.open(name + "-steps", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+
+        def counted(self, *args):
+            os.write(log, b"%d\\n" % (self.epoch * self.steps_per_epoch + self.step))
+            return take_step(self, *args)
+
+        Training._take_step = counted
+        config, recipe = ViTConfig(**job["model"]), TrainConfig(**job["recipe"], checkpoint_s=checkpoint_s)
         train_to(Path(name), Path(name + "-log"), config, dataset, recipe, seed=0, horizontal_flip=True)
         os._exit(0)
     return child
@@ -69,7 +80,7 @@ seconds = time.monotonic() - began
 moments = random.Random(0)
 killed = 0
 while killed < 20:
-    child = start("killed")
+    child = start("killed", checkpoint_s=seconds / 30 if killed % 2 else 0.0)
     time.sleep(moments.uniform(0, seconds / 15))
     os.kill(child, signal.SIGKILL)
     code = end(child)
@@ -100,6 +111,9 @@ def test_twenty_kills_change_no_byte(tmp_path, digits_dir):
         assert whole and whole.keys() == killed.keys()
         assert [name for name in whole if whole[name] != killed[name]] == []
     assert "going on at" in result.stderr
+    steps = [int(step) for step in (tmp_path / "killed-steps").read_text().split()]
+    again = [last - first + 1 for last, first in itertools.pairwise(steps)]
+    assert max(again) >= 3, "some kills fall several steps after the state was saved"
     assert list((tmp_path / "killed-state" / "runs").iterdir()) == [], "it is removed when the run is over"
 
 
