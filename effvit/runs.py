@@ -136,7 +136,8 @@ def train_to(
     Raises:
         DivergedError: the loss is not finite.
         UserError: ``init_from`` has no weights that fit.
-        SystemExit: after SIGINT or SIGTERM, with status 130 or 143, when the run has been saved.
+        SystemExit: after SIGINT or SIGTERM, with status 130 or 143, when the run has been saved. After the last step
+            there is none: the run is written in full.
     """
     check_replaceable(output_dir, is_model_dir)
     check_replaceable(log_dir, _HISTORY)
@@ -188,7 +189,11 @@ def train_to(
 
 
 def _follow(run: Run, request: Request) -> None:
-    """Train to the end, or until all processes stop because one was asked to."""
+    """Train to the end, or until all processes stop because one was asked to.
+
+    They stop after a step, where they agree on it: asked to during a validation, after the first step that follows. The
+    last validation has none after it: the run is complete, and ends as if it had not been asked.
+    """
     training, shown = run.training, 0.0
     total = training.recipe.epochs * training.dataset.counts["train"]
     with _progress(run.console) as progress:

@@ -158,6 +158,24 @@ def test_a_run_that_is_asked_to_stop_ends_after_its_step_and_goes_on_there(run, 
     assert rest == steps - 15
 
 
+def test_a_run_that_is_asked_to_stop_while_it_validates_takes_one_more_step_or_is_over(run, monkeypatch, capsys):
+    whole = run("whole")
+    validate = Training._validate
+
+    def asked(self):
+        if self.epoch + 1 == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return validate(self)
+
+    monkeypatch.setattr(Training, "_validate", asked)
+    at = 1
+    with pytest.raises(SystemExit) as caught:
+        run("stopped")
+    assert caught.value.code == 143 and "stopped at epoch 2, step 2 of 11" in capsys.readouterr().err
+    at = 3
+    assert run("last")[:2] == whole[:2]
+
+
 def brightened(digits):
     """The digits with one training image a little lighter."""
     images = digits.images["train"].copy()
