@@ -1,6 +1,7 @@
 """A trained model on disk: ``model.safetensors`` and ``config.json`` in one directory."""
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -23,6 +24,21 @@ def save_model(model: ViT, directory: Path) -> None:
     # Written here, as safetensors' own writer tells of a full disk in an error that is no OSError.
     (directory / WEIGHTS).write_bytes(to_safetensors(tensors))
     write_json(directory / CONFIG, model.config.model_dump())
+
+
+def is_model_dir(directory: Path) -> bool:
+    """Whether the directory is what a training wrote, and no more: whether it can be replaced at no one's loss.
+
+    Others have a ``config.json`` too, some beside a ``model.safetensors``: theirs does not read as a `ViTConfig`.
+    """
+    try:
+        others = {path.name for path in directory.iterdir()} - {WEIGHTS, CONFIG}
+        values = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        ViTConfig(**values)
+    except (OSError, ValueError, TypeError):
+        return False
+    whole = "attention" in values and (directory / WEIGHTS).is_file()  # {} reads as well: all has a default
+    return whole and all(re.fullmatch(r"epoch-\d+", name) and is_model_dir(directory / name) for name in others)
 
 
 def load_model(directory: Path | str, device: str | torch.device = "cpu") -> ViT:

@@ -1,11 +1,11 @@
-"""Results appear whole or not at all: everything is written aside and renamed into place."""
+"""Results appear whole or not at all: all is written aside and renamed into place, with directories synced to disk."""
 
 import errno
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def staged_dir(final: Path, known_by: str | None = None) -> Iterator[Path]:
+def staged_dir(final: Path, known_by: str | Callable[[Path], bool] | None = None) -> Iterator[Path]:
     """Yield an empty directory beside ``final`` that replaces it on success and vanishes on any failure.
 
     Raises:
@@ -28,31 +28,38 @@ def staged_dir(final: Path, known_by: str | None = None) -> Iterator[Path]:
     aside.chmod(0o777 & ~_umask())  # mkdtemp makes it private to the owner
     try:
         yield aside
+        _sync_tree(aside)
         replace_dir(aside, final)
+        sync_directory(final.parent)
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
         name_file(error, final, aside)
         raise
 
 
-def check_replaceable(final: Path, known_by: str | None = None) -> None:
+def check_replaceable(final: Path, known_by: str | Callable[[Path], bool] | None = None) -> None:
     """Make the directory that shall hold ``final``, and fail where ``final`` could not be replaced in it.
 
     Args:
         final: directory to write.
-        known_by: a file that earlier results have: a directory without it is somebody else's, and is kept. Without a
-            name anything is replaced.
+        known_by: a file that earlier results have, or what tells whether a directory is one: any other directory is
+            somebody else's, and is kept. Without it anything is replaced.
 
     Raises:
         UserError: ``final`` is or holds the current directory, or holds something else than earlier results.
         PermissionError: the directory that shall hold it cannot be written to.
     """
-    occupied = final.is_dir() and any(final.iterdir()) and known_by is not None and not (final / known_by).is_file()
-    if occupied or (known_by and final.exists() and not final.is_dir()):
-        raise UserError(f"{final}: holds something else (no {known_by}); expected a new or an empty directory")
+    if known_by and final.exists():
+        known = (lambda: known_by(final)) if callable(known_by) else (final / known_by).is_file
+        if not final.is_dir() or (any(final.iterdir()) and not known()):
+            missed = f" (no {known_by})" if isinstance(known_by, str) else ""
+            raise UserError(f"{final}: holds something else{missed}; expected a new or an empty directory")
     if Path.cwd().is_relative_to(final.resolve()):
         raise UserError(f"{final}: is replaced as a whole, and with it the current directory; name another")
+    missing = [parent for parent in final.parents if not parent.exists()]
     final.parent.mkdir(parents=True, exist_ok=True)
+    for directory in missing:
+        sync_directory(directory.parent)
     if not os.access(final.parent, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(final))
 
@@ -97,6 +104,33 @@ def name_file(error: BaseException, final: Path, aside: Path | None = None) -> N
     unnamed = (None, str(aside)) if aside else (None,)
     if isinstance(error, OSError) and error.errno is not None and error.filename in unnamed:
         error.filename, error.filename2 = str(final), None
+
+
+def sync_directory(directory: Path) -> None:
+    """Make what was made or renamed in the directory outlive a loss of power, where the system can."""
+    if os.name == "posix":
+        try:
+            _sync(directory)
+        except OSError as error:  # a directory that may not be read, a file system without
+            if error.errno not in (errno.EACCES, errno.EINVAL, errno.ENOTSUP):
+                raise
+
+
+def _sync_tree(directory: Path) -> None:
+    for path in directory.rglob("*"):
+        if path.is_dir():
+            sync_directory(path)
+        elif os.name == "posix":
+            _sync(path)
+    sync_directory(directory)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:

@@ -21,6 +21,9 @@ def make_fabric(device: str, devices: int = 1, precision: str = "32-true") -> Fa
     Raises:
         UserError: there is no such device, or it does not have the precision.
     """
+    # Before Fabric is built, which would tell of another precision in lines of its own.
+    if precision == "16-mixed" and device != "cuda" and (device != "auto" or not torch.cuda.is_available()):
+        raise UserError("precision=16-mixed: needs a CUDA device; try bf16-mixed or 32-true")
     # cuBLAS is deterministic only with a workspace of fixed size, set before its first call.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     nodes = 1
@@ -35,8 +38,6 @@ def make_fabric(device: str, devices: int = 1, precision: str = "32-true") -> Fa
     except (RuntimeError, ValueError) as error:
         where = f"device={device}" + (f", devices={devices}" if devices > 1 else "")
         raise UserError(f"{where}: not usable here, try auto or cpu ({error})") from error
-    if precision == "16-mixed" and fabric.device.type != "cuda":
-        raise UserError("precision=16-mixed: needs a CUDA device; try bf16-mixed or 32-true")
     fabric.launch()
     return fabric
 

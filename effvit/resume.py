@@ -15,24 +15,28 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import count
+from importlib.metadata import version
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from filelock import FileLock, Timeout
 from platformdirs import user_state_path
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from effvit.config import TrainConfig
 from effvit.data.prepared import Meta, PreparedDataset
+from effvit.files import sync_directory
 from effvit.vit import ViTConfig
 
 _FORGOTTEN_S = 60 * 86400  # a run that nobody continued for so long is removed
 _SAMPLED_BYTES = 2**28  # all of CIFAR; of images of 224 pixels some 1,800
 _MOVES_NO_RESULT = {"devices", "workers", "checkpoint_s"}
+# Of other packages: arithmetic, RandAugment, decoding and resizing, precision.
+_DECIDING = ("torch", "numpy", "torchvision", "pillow", "lightning-fabric")
 _NO_PART_OF_TRAINING = ("cli", "measure", "analysis")
 
 
@@ -58,7 +62,7 @@ def fingerprint(
         "horizontal_flip": horizontal_flip,
         "start": start,
         "data": meta,
-        "versions": [sys.version, torch.__version__, np.__version__],
+        "versions": [sys.version, *map(version, _DECIDING)],
     }
     digest.update(json.dumps(values, sort_keys=True).encode())
     for split in ("train", "validation"):
@@ -110,7 +114,7 @@ class Store:
                 file.flush()
                 os.fsync(file.fileno())
             aside.replace(self._file)
-            _sync_directory(self.directory)
+            sync_directory(self.directory)
         except OSError as error:
             error.filename = error.filename or str(self._file)
             raise
@@ -119,12 +123,10 @@ class Store:
         """Tensors and numbers as they were saved; None, after one line, where the file is not whole."""
         if not self._file.exists():
             return None
-        content = self._file.read_bytes()
-        content, checksum = content[:-4], content[-4:]
-        if _checksum(content) != checksum:
+        state = _read(self._file)
+        if state is None:
             self._tell(f"{self._file}: damaged, so the run starts from the beginning")
-            return None
-        return load(content), json.loads(_metadata(content)["numbers"])
+        return state
 
     def kept(self, epoch: int) -> Path:
         """Where the weights of an epoch are kept until the run is over."""
@@ -139,13 +141,16 @@ class Store:
 def open_store(name: str, tell: Callable[[str], None]) -> Iterator[Store]:
     """Give the directory of the run of this name to this process alone.
 
-    If another process trains the same at the same time, each has a directory of its own.
+    If another process trains the same at the same time, each has a directory of its own; the one that is started again
+    after a kill gets back a directory with a state, whichever of them is over.
     """
     root = Path(os.environ.get("EFFVIT_STATE") or user_state_path("effvit")) / "runs"
     root.mkdir(parents=True, exist_ok=True)
     _remove_forgotten(root)
-    for number in count():
-        directory = root / f"{name}-{number}"
+    earlier = sorted(root.glob(f"{name}-*"))
+    if len(earlier) > 1:  # reading takes a while: only for a choice
+        earlier.sort(key=lambda directory: _read(directory / "state") is None)
+    for directory in chain(earlier, (root / f"{name}-{number}" for number in count())):
         directory.mkdir(exist_ok=True)
         lock = FileLock(directory / "lock")
         try:
@@ -166,6 +171,18 @@ def _remove_forgotten(root: Path) -> None:
             shutil.rmtree(directory, ignore_errors=True)
 
 
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Give back what is in the file; None where it is not there or not whole."""
+    try:
+        content = file.read_bytes()
+        content, checksum = content[:-4], content[-4:]
+        if _checksum(content) == checksum:
+            return load(content), json.loads(_metadata(content)["numbers"])
+    except (FileNotFoundError, SafetensorError, KeyError, ValueError):
+        pass  # zeros are a sound checksum of nothing, and another's file can have one too
+    return None
+
+
 def _metadata(content: bytes) -> dict[str, str]:
     length = int.from_bytes(content[:8], "little")
     return json.loads(content[8 : 8 + length])["__metadata__"]
@@ -173,13 +190,3 @@ def _metadata(content: bytes) -> dict[str, str]:
 
 def _checksum(content: bytes) -> bytes:
     return zlib.crc32(content).to_bytes(4, "little")
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make a rename in the directory outlive a loss of power, where the system can."""
-    if os.name == "posix":
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from effvit.checkpoint import CONFIG, save_model
+from effvit.checkpoint import is_model_dir, save_model
 from effvit.config import TrainConfig
 from effvit.data.prepared import PreparedDataset
 from effvit.files import check_replaceable, staged_dir, write_csv, write_json
@@ -136,9 +136,10 @@ def train_to(
     Raises:
         DivergedError: the loss is not finite.
         UserError: ``init_from`` has no weights that fit.
-        SystemExit: after SIGINT or SIGTERM, with status 130 or 143, when the run has been saved.
+        SystemExit: after SIGINT or SIGTERM, with status 130 or 143, when the run has been saved. After the last step
+            there is none: the run is written in full.
     """
-    check_replaceable(output_dir, CONFIG)
+    check_replaceable(output_dir, is_model_dir)
     check_replaceable(log_dir, _HISTORY)
     console = Console(stderr=True)
     tell = partial(console.print, highlight=False, soft_wrap=True)
@@ -188,7 +189,11 @@ def train_to(
 
 
 def _follow(run: Run, request: Request) -> None:
-    """Train to the end, or until all processes stop because one was asked to."""
+    """Train to the end, or until all processes stop because one was asked to.
+
+    They stop after a step, where they agree on it: asked to during a validation, after the first step that follows. The
+    last validation has none after it: the run is complete, and ends as if it had not been asked.
+    """
     training, shown = run.training, 0.0
     total = training.recipe.epochs * training.dataset.counts["train"]
     with _progress(run.console) as progress:
@@ -211,13 +216,13 @@ def _follow(run: Run, request: Request) -> None:
 
 def _rescue(best: Best, config: ViTConfig, output_dir: Path) -> None:
     if best.epoch is not None:
-        with staged_dir(output_dir.with_name(f"{output_dir.name}.diverged"), CONFIG) as rescued:
+        with staged_dir(output_dir.with_name(f"{output_dir.name}.diverged"), is_model_dir) as rescued:
             best.save(config, rescued)
 
 
 def _write(run: Run, store: Store, start: StartReport | None, output_dir: Path, log_dir: Path) -> None:
     training, config = run.training, run.training.model.config
-    with staged_dir(output_dir, CONFIG) as model_dir, staged_dir(log_dir, _HISTORY) as logs:
+    with staged_dir(output_dir, is_model_dir) as model_dir, staged_dir(log_dir, _HISTORY) as logs:
         run.best.save(config, model_dir)
         for epoch in run.kept_epochs():
             shutil.copytree(store.kept(epoch), model_dir / store.kept(epoch).name)

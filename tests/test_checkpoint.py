@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from effvit.attention import available_attention
-from effvit.checkpoint import load_model, save_model
+from effvit.checkpoint import is_model_dir, load_model, save_model
 from effvit.errors import UserError
+from effvit.files import check_replaceable
 from effvit.vit import ViT
 
 
@@ -139,3 +140,30 @@ def test_weights_with_a_tensor_too_many_are_refused(copy):
     weights = load_file(copy / "model.safetensors")
     save_file(weights | {"extra": torch.zeros(1)}, copy / "model.safetensors")
     assert "extra" in refused(copy)
+
+
+FOREIGN = {
+    "config of Hugging Face": ("config.json", '{"architectures": ["ViTForImageClassification"], "hidden_size": 48}'),
+    "config of nothing": ("config.json", "{}"),
+    "config of Docker": ("config.json", '{"auths": {}}'),
+    "no object": ("config.json", "[1]"),
+    "no JSON": ("config.json", "\0"),
+    "a file more": ("notes.txt", "mine"),
+    "a file in the place of an epoch": ("epoch-004", "mine"),
+    "a file more in an epoch": ("epoch-001/notes.txt", "mine"),
+}
+
+
+@pytest.mark.parametrize("foreign", FOREIGN)
+def test_a_directory_that_no_training_wrote_is_not_replaced(copy, foreign):
+    check_replaceable(copy, is_model_dir)
+    name, text = FOREIGN[foreign]
+    (copy / name).write_text(text)
+    with pytest.raises(UserError, match="holds something else"):
+        check_replaceable(copy, is_model_dir)
+
+
+def test_a_configuration_without_weights_is_not_replaced(copy):
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="holds something else"):
+        check_replaceable(copy, is_model_dir)

@@ -126,6 +126,21 @@ def test_full_disk_leaves_the_old_directory(small_disk):
     assert names(small_disk) == ["out"] and names(final) == ["old"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="directories of POSIX")
+def test_a_directory_that_does_not_reach_the_disk_leaves_the_old_one(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+
+    def failing(descriptor):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError) as caught, staged_dir(tmp_path / "out") as aside:
+        (aside / "new").touch()
+    assert caught.value.filename == str(tmp_path / "out")
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["old"]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
 def test_directory_that_may_not_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
@@ -147,7 +162,7 @@ def test_a_directory_of_somebody_else_is_not_replaced(tmp_path):
     (tmp_path / "photos" / "photo.jpg").touch()
     (tmp_path / "file").touch()
     for name in ("photos", "file"):
-        with pytest.raises(UserError, match="holds something else"), staged_dir(tmp_path / name, "config.json"):
+        with pytest.raises(UserError, match="holds something else"), staged_dir(tmp_path / name, "result.json"):
             pass
     assert names(tmp_path) == ["file", "photos"] and names(tmp_path / "photos") == ["photo.jpg"]
 
@@ -155,8 +170,8 @@ def test_a_directory_of_somebody_else_is_not_replaced(tmp_path):
 def test_earlier_results_and_empty_directories_are_replaced(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "earlier").mkdir()
-    (tmp_path / "earlier" / "config.json").touch()
+    (tmp_path / "earlier" / "result.json").touch()
     for name in ("empty", "earlier", "new"):
-        with staged_dir(tmp_path / name, "config.json") as aside:
+        with staged_dir(tmp_path / name, "result.json") as aside:
             (aside / "result").touch()
         assert names(tmp_path / name) == ["result"]

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from contextlib import ExitStack
 
 import pandas as pd
@@ -135,6 +136,15 @@ def test_device_that_is_not_there_is_a_user_error():
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="device=cuda"):
             make_fabric("cuda")
-        with pytest.raises(UserError, match="precision=16-mixed"):
-            make_fabric("cpu", precision="16-mixed")
+        with pytest.raises(UserError, match="device=cuda"):
+            make_fabric("cuda", precision="16-mixed")
     assert make_fabric("cpu").device.type == "cpu"
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_float16_without_cuda_is_a_user_error_and_nothing_else(monkeypatch, capfd, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with warnings.catch_warnings(record=True) as warned, pytest.raises(UserError, match="precision=16-mixed"):
+        warnings.simplefilter("always")
+        make_fabric(device, precision="16-mixed")
+    assert warned == [] and capfd.readouterr() == ("", "")

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import TINY, TINY_FLAGS
+from safetensors.torch import save
 
 from effvit import resume
 from effvit.config import TrainConfig
@@ -34,10 +36,10 @@ EVERYTHING = {
     "ema_decay": 0.9,
     "save_every": 2,
     "device": "cpu",
-    "checkpoint_s": 0.0,
 }
 
-# Trains in a child of a process that has the slow libraries already; kills it at random moments, twenty times.
+# Trains in a child of a process that has the slow libraries already; kills it at random moments, twenty times. By turns
+# the state is saved after each step, and so rarely that a kill falls several steps later, which are then done again.
 KILLS = """
 import json, os, random, signal, sys, time
 from pathlib import Path
@@ -45,16 +47,26 @@ import torch
 from effvit.config import TrainConfig
 from effvit.data.prepared import PreparedDataset
 from effvit.runs import train_to
+from effvit.training import Training
 from effvit.vit import ViTConfig
 
 job = json.loads(sys.argv[1])
 dataset = PreparedDataset.load(Path(job["dataset"]))
 
-def start(name):
+take_step = Training._take_step
+
+def start(name, checkpoint_s=0.0):
     child = os.fork()
     if not child:
         os.environ["EFFVIT_STATE"] = name + "-state"
-        config, recipe = ViTConfig(**job["model"]), TrainConfig(**job["recipe"])
+        log = os.open(name + "-steps", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+
+        def counted(self, *args):
+            os.write(log, b"%d\\n" % (self.epoch * self.steps_per_epoch + self.step))
+            return take_step(self, *args)
+
+        Training._take_step = counted
+        config, recipe = ViTConfig(**job["model"]), TrainConfig(**job["recipe"], checkpoint_s=checkpoint_s)
         train_to(Path(name), Path(name + "-log"), config, dataset, recipe, seed=0, horizontal_flip=True)
         os._exit(0)
     return child
@@ -68,7 +80,7 @@ seconds = time.monotonic() - began
 moments = random.Random(0)
 killed = 0
 while killed < 20:
-    child = start("killed")
+    child = start("killed", checkpoint_s=seconds / 30 if killed % 2 else 0.0)
     time.sleep(moments.uniform(0, seconds / 15))
     os.kill(child, signal.SIGKILL)
     code = end(child)
@@ -99,6 +111,9 @@ def test_twenty_kills_change_no_byte(tmp_path, digits_dir):
         assert whole and whole.keys() == killed.keys()
         assert [name for name in whole if whole[name] != killed[name]] == []
     assert "going on at" in result.stderr
+    steps = [int(step) for step in (tmp_path / "killed-steps").read_text().split()]
+    again = [last - first + 1 for last, first in itertools.pairwise(steps)]
+    assert max(again) >= 3, "some kills fall several steps after the state was saved"
     assert list((tmp_path / "killed-state" / "runs").iterdir()) == [], "it is removed when the run is over"
 
 
@@ -143,6 +158,24 @@ def test_a_run_that_is_asked_to_stop_ends_after_its_step_and_goes_on_there(run, 
     assert rest == steps - 15
 
 
+def test_a_run_that_is_asked_to_stop_while_it_validates_takes_one_more_step_or_is_over(run, monkeypatch, capsys):
+    whole = run("whole")
+    validate = Training._validate
+
+    def asked(self):
+        if self.epoch + 1 == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return validate(self)
+
+    monkeypatch.setattr(Training, "_validate", asked)
+    at = 1
+    with pytest.raises(SystemExit) as caught:
+        run("stopped")
+    assert caught.value.code == 143 and "stopped at epoch 2, step 2 of 11" in capsys.readouterr().err
+    at = 3
+    assert run("last")[:2] == whole[:2]
+
+
 def brightened(digits):
     """The digits with one training image a little lighter."""
     images = digits.images["train"].copy()
@@ -160,10 +193,17 @@ def test_a_state_of_another_run_is_not_gone_on_from(run, digits, change):
     assert run("stopped")[2] == 33 - 15, "the one that is stopped still has its own"
 
 
+def sealed(content):
+    return content + resume._checksum(content)
+
+
 DAMAGES = {
     "half": lambda content: content[: len(content) // 2],
     "all but a byte": lambda content: content[:-1],
     "empty": lambda content: b"",
+    "zeros": lambda content: bytes(4),
+    "no numbers": lambda content: sealed(save({"a": torch.ones(2)})),
+    "numbers that are none": lambda content: sealed(save({}, {"numbers": "{"})),
     "a bit flipped": lambda content: content[:-900] + bytes([content[-900] ^ 1]) + content[-899:],
 }
 
@@ -179,6 +219,27 @@ def test_damaged_state_is_told_in_one_line_and_ignored(run, tmp_path, capsys, da
     assert run("stopped") == whole
     (line,) = [line for line in capsys.readouterr().err.splitlines() if ": damaged" in line]
     assert str(state) in line
+
+
+@pytest.mark.skipif(os.name != "posix", reason="directories of POSIX")
+def test_outputs_are_on_the_disk_before_the_state_is_gone(run, tmp_path, monkeypatch):
+    synced, checked = set(), []
+    fsync, remove = os.fsync, Store.remove
+
+    def noted(descriptor):
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    def checking(store):
+        outputs = [path for name in ("run", "run-log") for path in (tmp_path / name, *(tmp_path / name).rglob("*"))]
+        checked.extend(outputs)
+        assert [path for path in (tmp_path, *outputs) if path.stat().st_ino not in synced] == []
+        remove(store)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(Store, "remove", checking)
+    run(epochs=2, save_every=1)
+    assert tmp_path / "run" / "epoch-001" / "model.safetensors" in checked
 
 
 def test_a_write_that_fails_leaves_the_state_before(tmp_path, monkeypatch):
@@ -202,6 +263,21 @@ def test_two_processes_with_the_same_run_do_not_share_a_directory(tmp_path, monk
         assert one.directory != two.directory
     with open_store("name", print) as again:
         assert again.directory == one.directory
+
+
+@pytest.mark.parametrize("other", ["removed", "empty", "damaged"])
+def test_of_two_processes_with_the_same_run_the_one_that_is_killed_finds_its_state(tmp_path, monkeypatch, other):
+    monkeypatch.setenv("EFFVIT_STATE", str(tmp_path))
+    with open_store("name", print) as one, open_store("name", print) as two:
+        two.save({"a": torch.ones(2)}, {"step": 1})
+        if other == "damaged":
+            (one.directory / "state").write_bytes(b"half")
+    if other == "removed":
+        one.remove()
+    with open_store("name", print) as again:
+        assert again.directory == two.directory and again.load()
+        with open_store("name", print) as new:
+            assert new.directory == one.directory
 
 
 def test_runs_that_nobody_went_on_with_are_removed(tmp_path, monkeypatch):
@@ -230,6 +306,16 @@ def test_the_name_of_a_run_changes_with_what_moves_its_result_and_with_nothing_e
     monkeypatch.setattr(resume, "_code", lambda attention: list(code(attention))[1:])
     others.append(name())
     assert len({base, *others}) == 1 + len(others)
+
+
+@pytest.mark.parametrize("package", ["torch", "numpy", "torchvision", "pillow", "lightning-fabric"])
+def test_the_version_of_a_package_is_in_the_name_of_a_run(digits, tiny_config, monkeypatch, package):
+    def name():
+        return fingerprint(tiny_config(), digits, TrainConfig(**RECIPE), seed=0, horizontal_flip=False)
+
+    base, version = name(), resume.version
+    monkeypatch.setattr(resume, "version", lambda asked: version(asked) + ".1" * (asked == package))
+    assert name() != base
 
 
 def test_code_that_the_stage_depends_on_is_in_the_name_of_a_run():
