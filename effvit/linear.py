@@ -1,4 +1,4 @@
-"""Linear maps whose products oneDNN computes where they run eagerly in float32 on a CPU that is not Intel's.
+"""Linear maps whose products oneDNN computes where they run eagerly in float32 on a CPU of AMD's.
 
 PyTorch sends such products to MKL, which measures about half of oneDNN's speed at a ViT's shapes on an AMD processor
 with AVX-512 (many rows, few columns: 80 against 180 GFLOP/s on one Zen 5 core), and 0.9 of it with AVX2 (Zen 3). On a
@@ -6,30 +6,22 @@ processor of Intel's (Sapphire Rapids) both are as fast forward, MKL 1.3 to 2.5 
 weights, and 3 times for 65 rows of 48 columns. Everywhere else this is ``torch.nn.functional``.
 """
 
-import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from effvit.processor import is_amds
+
 # What torch.compile's CPU backend itself emits for a linear map; builds without oneDNN lack it.
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
-
-def _is_intels() -> bool:
-    try:
-        processor = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        processor = platform.processor()  # which ends in the vendor on Windows
-    return "GenuineIntel" in processor
-
-
-_FASTER_THAN_MKL = not _is_intels()
-# oneDNN writes ∂y and x anew for the product ∂yᵀ x. Its AVX-512 kernels make up for that; with AVX2 it takes 1.4 to 2
-# times as long as MKL, which reads them where they lie (8,320 rows of 48 and 192 columns, Zen 3).
-_REWRITING_PAYS = torch.backends.cpu.get_cpu_capability() == "AVX512"
+_FASTER_THAN_MKL = is_amds()
+# oneDNN writes ∂y and x anew for the product ∂yᵀ x, where MKL reads them as they lie. Its products make up for that on
+# Zen 5 (0.7 to 0.9 of MKL's time, 16 K rows of 192 and 384 columns); on Zen 4 it takes 1.15 times as long, on Zen 3
+# 1.4 to 2 times.
+_REWRITING_PAYS = is_amds(least_family=26)
 
 
 class Linear(nn.Linear):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from effvit.files import write_json
+from effvit.processor import describe
 
 _PACKAGES = ("effvit", "torch", "torchvision", "numpy", "lightning-fabric", "ptflops", "onnxruntime", "dvc")
 _CODE = ("effvit", "stages")
@@ -28,7 +29,7 @@ def _environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: version(name) for name in _PACKAGES},
         "platform": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_name(),
+        "cpu": describe().get("model name", ""),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -47,12 +48,3 @@ def _git_revision() -> str | None:
 
 def _git(*arguments: str) -> str:
     return subprocess.run(("git", *arguments), capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()

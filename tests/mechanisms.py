@@ -9,7 +9,7 @@ from effvit.attention.standard import standard_to_fused
 # Options that fit a grid of 3 x 5 patches (16 tokens). A mechanism not named here is tested with its defaults.
 SMALL = {
     "linformer": [{"k": 5, "share": share} for share in ("none", "heads", "kv", "layers")],
-    "performer": [{"num_features": 11}, {"num_features": 11, "kernel": "relu"}],
+    "performer": [{"num_features": 11}, {"num_features": 11, "kernel": "relu"}, {"num_features": 4}],
     "nystromformer": [{"num_landmarks": 5}, {"num_landmarks": 5, "conv_kernel_size": 0}, {"num_landmarks": 40}],
     "hybrid": [{"window_size": 2}, {"window_size": 3, "branches": ["linear"]}],
 }

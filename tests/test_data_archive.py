@@ -133,3 +133,11 @@ def test_archive_cut_short_is_refused(tmp_path, folder):
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(UserError, match="refused to extract"):
         extract(path, folder, LARGEST)
+
+
+def test_an_early_python_without_filters_is_told_apart_from_a_damaged_archive(folder, tmp_path, monkeypatch):
+    archive = pack(tmp_path / "some.tar.gz", member("file", b"content"))
+    monkeypatch.delattr(tarfile, "data_filter")
+    with pytest.raises(UserError, match=r"some\.tar\.gz: Python .* expected 3\.10\.12, 3\.11\.4, 3\.12 or later"):
+        extract(archive, folder, LARGEST)
+    assert not any(folder.iterdir())

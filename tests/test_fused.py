@@ -4,6 +4,7 @@ from mechanisms import qkv_of
 from torch.nn import functional as F
 
 from effvit import build_attention
+from effvit.attention import base
 from effvit.attention.base import QKVMaps, softmax_attention
 
 
@@ -81,8 +82,31 @@ def test_short_sequences_in_half_precision_are_trained_as_in_float32(compiled):
         assert torch.equal(a, e.bfloat16())
 
 
-@pytest.mark.parametrize("tokens, trained", [(9, False), (200, True)])
-def test_half_precision_is_torchs_own_where_nothing_is_trained_or_sequences_are_long(tokens, trained):
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize(
+    "rows, columns, trained", [(9, 9, False), (200, 200, True), (9, 1030, False), (1030, 9, False)]
+)
+def test_half_precision_is_torchs_own_where_nothing_is_trained_or_sequences_are_long(
+    rows, columns, trained, tiles, monkeypatch
+):
+    monkeypatch.setattr(base, "multiplies_bfloat16_tiles", lambda: tiles)
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, tokens, 4, dtype=torch.bfloat16, requires_grad=trained) for _ in range(3))
+    shapes = [(2, 3, rows, 4), (2, 3, columns, 4), (2, 3, columns, 4)]
+    q, k, v = (torch.randn(shape, dtype=torch.bfloat16, requires_grad=trained) for shape in shapes)
+    assert torch.equal(softmax_attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("at_once", [1, 2, 5])
+def test_long_sequences_in_half_precision_pass_in_float32_but_where_the_processor_has_tiles(
+    dtype, at_once, monkeypatch
+):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(5, 3, 1030, 4, dtype=dtype) for _ in range(3))
+    monkeypatch.setattr(base, "_COPIED_NUMBERS", at_once * q[0].numel())
+    monkeypatch.setattr(base, "multiplies_bfloat16_tiles", lambda: False)
+    with torch.autocast("cpu", dtype=dtype):
+        y = softmax_attention(q, k, v)
+    assert torch.equal(y, F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(dtype))
+    monkeypatch.setattr(base, "multiplies_bfloat16_tiles", lambda: True)
     assert torch.equal(softmax_attention(q, k, v), F.scaled_dot_product_attention(q, k, v))

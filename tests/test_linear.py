@@ -12,7 +12,7 @@ needs_onednn = pytest.mark.skipif(module._ONEDNN is None, reason="this build of 
 
 
 @pytest.fixture
-def not_intels(monkeypatch):
+def on_amds(monkeypatch):
     """Linear maps as on a processor where oneDNN is the faster one."""
     monkeypatch.setattr(module, "_FASTER_THAN_MKL", True)
 
@@ -44,7 +44,7 @@ def test_result_and_gradients_are_those_of_torchs_own_map(shape, out, bias, fast
         torch.testing.assert_close(a.double(), e, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("not_intels")
+@pytest.mark.usefixtures("on_amds")
 def test_rows_that_are_a_view_give_the_same():
     x, weight, bias = inputs((17, 12, 2), 20)
     x, weight = x.mT, torch.randn(20, 12)
@@ -52,7 +52,7 @@ def test_rows_that_are_a_view_give_the_same():
 
 
 @needs_onednn
-@pytest.mark.usefixtures("not_intels")
+@pytest.mark.usefixtures("on_amds")
 def test_float32_on_a_cpu_is_onednns_and_nothing_else(monkeypatch):
     calls = []
     onednn = module._ONEDNN
@@ -68,7 +68,7 @@ def test_float32_on_a_cpu_is_onednns_and_nothing_else(monkeypatch):
     assert not calls
 
 
-def test_on_a_processor_of_intels_it_is_torchs_own_map(monkeypatch):
+def test_on_other_processors_it_is_torchs_own_map(monkeypatch):
     monkeypatch.setattr(module, "_FASTER_THAN_MKL", False)
     x, weight, bias = inputs((3, 4), 2)
     assert not suits_onednn(x)
@@ -82,7 +82,7 @@ def test_without_onednn_it_is_torchs_own_map(monkeypatch):
     assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
 
 
-@pytest.mark.usefixtures("not_intels")
+@pytest.mark.usefixtures("on_amds")
 @pytest.mark.parametrize("bias", [True, False])
 def test_gradients_of_gradients_exist(bias):
     tensors = inputs((2, 3, 4), 5, bias, torch.float64)
@@ -94,7 +94,7 @@ def test_gradients_of_gradients_exist(bias):
     torch.testing.assert_close(second, 2 * (weight.T @ weight).sum(0).expand_as(x))
 
 
-@pytest.mark.usefixtures("not_intels")
+@pytest.mark.usefixtures("on_amds")
 def test_only_the_gradients_asked_for_are_computed(monkeypatch):
     x, weight, bias = inputs((3, 4), 2)
     linear(x.detach(), weight, bias).sum().backward()
@@ -109,7 +109,7 @@ def test_only_the_gradients_asked_for_are_computed(monkeypatch):
     assert tokens.grad is not None
 
 
-@pytest.mark.usefixtures("not_intels")
+@pytest.mark.usefixtures("on_amds")
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 def test_it_maps_over_samples():
     x, weight, _ = (tensor.detach() for tensor in inputs((6, 3, 4), 5))
@@ -118,7 +118,7 @@ def test_it_maps_over_samples():
     torch.testing.assert_close(per_sample, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("not_intels")
+@pytest.mark.usefixtures("on_amds")
 def test_the_module_has_torchs_parameters_and_compiles_and_exports():
     torch.manual_seed(0)
     ours, theirs = Linear(4, 6), nn.Linear(4, 6)

@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -251,3 +253,30 @@ def test_features_are_folded_into_the_maps_where_that_takes_fewer_products():
         folded, apart = 4 * n * c**2 + 2 * d * c**2 + 2 * n * m * c, 4 * n * c**2 + 4 * n * m * c
         fewest = min(folded, apart) if m == d else apart
         assert performer(m=m, grid=grid).macs() == fewest + n * m * heads
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_in_float16_features_are_not_folded_as_they_are_out_of_range_before_the_keys_are(autocast):
+    attention = performer(m=4, qkv_bias=False)
+    with torch.no_grad():
+        attention.qkv.weight[12:24] = 2e4 * torch.eye(12)
+        attention.omega.mul_(4)
+    x = torch.ones(8, 13, 12)
+    assert attention.folds(len(x))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.float16, enabled=autocast):
+        y = attention(x) if autocast else attention.half()(x.half())
+    assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_folded_features_in_bfloat16_have_the_errors_of_rounding_maps_and_tokens(autocast):
+    attention = performer(m=4).requires_grad_(False)
+    attention.load_state_dict({name: value.bfloat16().float() for name, value in attention.state_dict().items()})
+    x = torch.randn(8, 13, 12).bfloat16()
+    exact = copy.deepcopy(attention).double()(x.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        y = attention(x) if autocast else attention.bfloat16()(x)
+    assert y.dtype == torch.bfloat16
+    # Rounded: ΩW, Ωk̂ and Ωq̂, whose exponentials are wrong by as much of their exponents, v, the sum, y.
+    exponents = (attention.double().qkv(x.double()).abs().amax() * attention.omega.double().norm(dim=1).amax()).item()
+    assert relative_error(y.double(), exact) < torch.finfo(torch.bfloat16).eps * (2 + exponents)

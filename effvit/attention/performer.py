@@ -4,6 +4,7 @@ Choromanski et al. 2021 (arXiv 2009.14794, lemma 1 and section 2.4).
 """
 
 from collections.abc import Iterator
+from math import e, log2
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from effvit.attention.base import Attention, AttentionOptions, Grid, register
 
 _EPS = {"softmax": 1e-6, "relu": 1e-3}
+_LOG2_E = log2(e)
 _BLOCK_NUMBERS = 2**18  # per thread: 1 MiB of float32, as a block needs a handful of such tensors
 
 
@@ -43,18 +45,22 @@ class PerformerAttention(Attention):
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Tokens to q, k, v; where that takes fewer products, to Ωq̂, Ωk̂, v and 1 / ‖Ωᵢ‖ ``(m,)``."""
-        rounded = torch.is_autocast_enabled(x.device.type)  # Ωk̂ would be, and with it the norms taken from it
-        if rounded or torch.compiler.is_compiling() or not self.folds(len(x)):
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        half = dtype == torch.float16  # in which Ωk̂ is out of range before k̂ is
+        if half or torch.compiler.is_compiling() or not self.folds(len(x)):
             return super().project(x)
         # Ω(W x + b) = (ΩW) x + Ωb: with m = d the folded maps are no larger than the maps.
-        omega = self.omega.to(x.dtype) * self.head_dim**-0.25
         w_qk, w_v = self.qkv.weight.split([2 * self.dim, self.dim])
-        weight = torch.cat([(omega @ w_qk.unflatten(0, (-1, self.head_dim))).flatten(0, 1), w_v])
-        folded_bias = None
-        if self.qkv.bias is not None:
-            b_qk, b_v = self.qkv.bias.split([2 * self.dim, self.dim])
-            folded_bias = torch.cat([(omega * b_qk.view(-1, 1, self.head_dim)).sum(dim=-1).flatten(), b_v])
-        return *self.split_maps(x, weight, folded_bias), self.omega.to(x.dtype).norm(dim=1).reciprocal()
+        with torch.autocast(device, enabled=False):  # ΩW is rounded once, as W would be
+            omega = self.omega.to(w_qk.dtype) * self.head_dim**-0.25
+            weight = torch.cat([(omega @ w_qk.unflatten(0, (-1, self.head_dim))).flatten(0, 1), w_v])
+            folded_bias = None
+            if self.qkv.bias is not None:
+                b_qk, b_v = self.qkv.bias.split([2 * self.dim, self.dim])
+                folded_bias = torch.cat([(omega * b_qk.view(-1, 1, self.head_dim)).sum(dim=-1).flatten(), b_v])
+        norms = self.omega.to(torch.promote_types(w_qk.dtype, torch.float32)).norm(dim=1)
+        return *self.split_maps(x, weight, folded_bias), norms.reciprocal()
 
     def folds(self, samples: int) -> bool:
         """Whether Ω goes into the query and key maps: 2dC² products a batch in place of 2mC a token."""
@@ -105,8 +111,8 @@ def query_features(h: Tensor, kernel: str, out: Tensor | None = None) -> Tensor:
     """
     if kernel == "relu":
         return torch.clamp(h, min=0, out=out)
-    # In place, as a difference does not need its result backward, and exp no other.
-    return torch.sub(h, h.detach().amax(dim=-1, keepdim=True), out=out).exp_()
+    # In place, as neither a difference nor a multiple needs its result backward, and 2^x no other.
+    return exp_(torch.sub(h, h.detach().amax(dim=-1, keepdim=True), out=out))
 
 
 def key_features(h: Tensor, half_norms: Tensor, kernel: str, out: Tensor | None = None) -> Tensor:
@@ -117,7 +123,12 @@ def key_features(h: Tensor, half_norms: Tensor, kernel: str, out: Tensor | None 
     if kernel == "relu":
         return torch.clamp(h, min=0, out=out)
     h = torch.sub(h, half_norms, out=out)
-    return h.sub_(h.detach().amax(dim=(-2, -1), keepdim=True)).exp_()
+    return exp_(h.sub_(h.detach().amax(dim=(-2, -1), keepdim=True)))
+
+
+def exp_(x: Tensor) -> Tensor:
+    """e^x in place of x, as 2^(x log₂e): on a CPU of AMD's in half the time or less, with the pass for the factor."""
+    return x.mul_(_LOG2_E).exp2_()
 
 
 def half_norms(x: Tensor, scale: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import platform
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -23,8 +24,13 @@ def extract(archive: Path, directory: Path, largest: int) -> None:
     Raises:
         UserError: the archive is damaged; a member leads out of ``directory``, is a link, a device or anything else
             but a file or a folder; a file has the name of a folder, or is to hold others; there is more in it than
-            ``largest`` bytes, as declared or as unpacked.
+            ``largest`` bytes, as declared or as unpacked; this Python does not have ``tarfile``'s filters.
     """
+    if not hasattr(tarfile, "data_filter"):
+        raise UserError(
+            f"{archive}: Python {platform.python_version()} cannot extract it safely, expected 3.10.12, 3.11.4, 3.12 "
+            "or later"
+        )
     try:
         with gzip.open(archive) as unpacked, tarfile.open(fileobj=_Limited(unpacked, largest), mode="r|") as tar:
             for member in _checked(tar, largest):
