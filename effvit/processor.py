@@ -26,8 +26,3 @@ def is_amds(least_family: int = 0) -> bool:
     """Whether this is AMD's, of ``least_family`` or a later one: 25 is Zen 3 and Zen 4, 26 Zen 5."""
     cpu = describe()
     return cpu.get("vendor_id") == "AuthenticAMD" and int(cpu.get("cpu family") or 0) >= least_family
-
-
-def multiplies_bfloat16_tiles() -> bool:
-    """Whether it has Intel's AMX, whose products of bfloat16 take a fraction of float32's time."""
-    return "amx_bf16" in describe().get("flags", "").split()

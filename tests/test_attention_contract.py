@@ -75,13 +75,14 @@ def test_rows_of_the_map_are_weights_that_sum_to_one(name, options):
     torch.testing.assert_close(matrix.sum(dim=-1), torch.ones(2, HEADS, TOKENS))
 
 
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("name, options", CASES)
-def test_a_sample_does_not_depend_on_its_batch(name, options):
+def test_a_sample_does_not_depend_on_its_batch(name, options, half):
     attention = small(name, options)
     x = torch.randn(1, TOKENS, WIDTH)
     mates = [torch.randn(1, TOKENS, WIDTH) * scale for scale in (1e-3, 1, 30)]
     mates += [torch.zeros_like(x), torch.ones_like(x)]
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
         alone, among = attention(x), attention(torch.cat([*mates, x]))[-1:]
     torch.testing.assert_close(among, alone, rtol=1e-5, atol=1e-6)
 

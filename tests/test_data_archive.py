@@ -121,7 +121,7 @@ def test_many_files_count_together(tmp_path, folder):
         extract(path, folder, LARGEST)
 
 
-@pytest.mark.parametrize("content", [b"", b"no archive", gzip.compress(b"no tar at all" * 100)])
+@pytest.mark.parametrize("content", [b"", b"no archive", gzip.compress(b"no tar at all" * 100)], ids=len)
 def test_what_is_no_archive_is_refused(tmp_path, folder, content):
     (tmp_path / "none.tar.gz").write_bytes(content)
     with pytest.raises(UserError, match=r"none\.tar\.gz: refused to extract"):

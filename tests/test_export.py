@@ -51,6 +51,12 @@ def test_the_file_is_whole_valid_and_of_the_stated_opset(exported, attention):
     assert str(module.__file__).encode() not in (exported[attention] / "model.onnx").read_bytes()
 
 
+def test_performers_exponentials_stay_exponentials(exported):
+    # 2^x, which is what eager PyTorch may compute, would be a power: ten times as slow in onnxruntime.
+    nodes = onnx.load(exported["performer"] / "model.onnx").graph.node
+    assert [node.op_type for node in nodes].count("Exp") == 2  # of the queries and of the keys
+
+
 def test_weights_are_the_checkpoints_own(exported):
     model = load_model(exported["fused"])
     stored = [numpy_helper.to_array(t) for t in onnx.load(exported["fused"] / "model.onnx").graph.initializer]

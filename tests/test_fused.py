@@ -82,14 +82,14 @@ def test_short_sequences_in_half_precision_are_trained_as_in_float32(compiled):
         assert torch.equal(a, e.bfloat16())
 
 
-@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize("pays", [False, True])
 @pytest.mark.parametrize(
     "rows, columns, trained", [(9, 9, False), (200, 200, True), (9, 1030, False), (1030, 9, False)]
 )
 def test_half_precision_is_torchs_own_where_nothing_is_trained_or_sequences_are_long(
-    rows, columns, trained, tiles, monkeypatch
+    rows, columns, trained, pays, monkeypatch
 ):
-    monkeypatch.setattr(base, "multiplies_bfloat16_tiles", lambda: tiles)
+    monkeypatch.setattr(base, "_FLOAT32_PAYS", pays)
     torch.manual_seed(0)
     shapes = [(2, 3, rows, 4), (2, 3, columns, 4), (2, 3, columns, 4)]
     q, k, v = (torch.randn(shape, dtype=torch.bfloat16, requires_grad=trained) for shape in shapes)
@@ -97,16 +97,15 @@ def test_half_precision_is_torchs_own_where_nothing_is_trained_or_sequences_are_
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("at_once", [1, 2, 5])
-def test_long_sequences_in_half_precision_pass_in_float32_but_where_the_processor_has_tiles(
-    dtype, at_once, monkeypatch
-):
+@pytest.mark.parametrize("samples, at_once", [(0, 1), (5, 1), (5, 2), (5, 5)])
+def test_long_sequences_in_half_precision_pass_in_float32_where_that_pays(dtype, samples, at_once, monkeypatch):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(5, 3, 1030, 4, dtype=dtype) for _ in range(3))
-    monkeypatch.setattr(base, "_COPIED_NUMBERS", at_once * q[0].numel())
-    monkeypatch.setattr(base, "multiplies_bfloat16_tiles", lambda: False)
+    q, k, v = (torch.randn(samples, 1030, 3, 4, dtype=dtype).transpose(1, 2) for _ in range(3))
+    monkeypatch.setattr(base, "_COPIED_NUMBERS", at_once * 1030 * 3 * 4)
+    monkeypatch.setattr(base, "_FLOAT32_PAYS", True)
     with torch.autocast("cpu", dtype=dtype):
         y = softmax_attention(q, k, v)
     assert torch.equal(y, F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(dtype))
-    monkeypatch.setattr(base, "multiplies_bfloat16_tiles", lambda: True)
+    assert y.transpose(1, 2).is_contiguous()
+    monkeypatch.setattr(base, "_FLOAT32_PAYS", False)
     assert torch.equal(softmax_attention(q, k, v), F.scaled_dot_product_attention(q, k, v))

@@ -8,7 +8,7 @@ from scipy import stats
 from torch.nn import functional as F
 
 from effvit import build_attention
-from effvit.attention.performer import blocks, draw_features, half_norms, key_features, query_features
+from effvit.attention.performer import blocks, draw_features, exp_, half_norms, key_features, query_features
 
 D = 4
 
@@ -240,7 +240,7 @@ def test_features_folded_into_the_maps_change_neither_output_nor_gradients(kerne
     x.requires_grad_()
     results = []
     for folds in (True, False):
-        monkeypatch.setattr(attention, "folds", lambda samples, folds=folds: folds)
+        monkeypatch.setattr(attention, "folds", lambda *args, folds=folds: folds)
         y, matrix = attention(x, return_map=True)
         results.append((y.detach(), matrix.detach(), *torch.autograd.grad(y, [x, *attention.parameters()], gradient)))
     torch.testing.assert_close(*results)
@@ -280,3 +280,34 @@ def test_folded_features_in_bfloat16_have_the_errors_of_rounding_maps_and_tokens
     # Rounded: ΩW, Ωk̂ and Ωq̂, whose exponentials are wrong by as much of their exponents, v, the sum, y.
     exponents = (attention.double().qkv(x.double()).abs().amax() * attention.omega.double().norm(dim=1).amax()).item()
     assert relative_error(y.double(), exact) < torch.finfo(torch.bfloat16).eps * (2 + exponents)
+
+
+@pytest.mark.parametrize("samples", [1, 8])
+def test_folded_maps_are_rounded_once_under_autocast_whatever_the_batch(samples, monkeypatch):
+    attention = performer(m=4, grid=(2, 2))
+    given = []
+    split_maps = attention.split_maps
+    monkeypatch.setattr(attention, "split_maps", lambda *args: given.append(args) or split_maps(*args))
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            attention(torch.randn(samples, 5, 12))
+    (_, folded, bias), (_, apart, _) = given
+    assert apart is attention.qkv.weight
+    omega, weight = attention.omega.double() * 4**-0.25, attention.qkv.weight.double()
+    exact = torch.cat([omega @ rows for rows in weight[:24].split(4)] + [weight[24:]])
+    torch.testing.assert_close(folded.double(), exact, rtol=1e-5, atol=1e-6)
+    exact = torch.cat([omega @ rows for rows in attention.qkv.bias.double()[:24].split(4)])
+    torch.testing.assert_close(bias.double()[:24], exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_exponentials_are_those_of_e(pays, monkeypatch):
+    monkeypatch.setattr("effvit.attention.performer._POWERS_OF_TWO_PAY", pays)
+    x = torch.linspace(-90, 2, 1001, requires_grad=True)
+    y = exp_(x * 1)
+    exact = x.detach().double().exp()
+    # Rounding x log₂e is an error of as much of the exponent, here up to 130.
+    torch.testing.assert_close(y.double(), exact, rtol=131 * 2.0**-24 + 2.0**-22, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(y.sum(), x)[0].double(), exact, rtol=131 * 2.0**-24 + 2.0**-22, atol=0
+    )

@@ -12,11 +12,12 @@ from torch.nn import functional as F
 
 from effvit.errors import UserError
 from effvit.linear import Linear, product, weight_gradient
-from effvit.processor import multiplies_bfloat16_tiles
+from effvit.processor import is_amds
 
 Grid = tuple[int, int]
 _SHORT, _LONG = 128, 1024  # tokens
 _COPIED_NUMBERS = 2**21  # 8 MiB of float32
+_FLOAT32_PAYS = is_amds()
 
 
 class AttentionOptions(BaseModel):
@@ -158,13 +159,13 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -
     if half and trained and max(rows, columns) <= _SHORT:
         # In half precision the CPU's backward pass over sequences this short takes up to four times as long.
         return _attention_in_float32(q, k, v, dropout_p)
-    compiling = torch.compiler.is_compiling()
-    if half and not trained and min(rows, columns) >= _LONG and not compiling and not multiplies_bfloat16_tiles():
-        # The CPU's kernel over sequences this long takes 1.05 to 1.1 times as long in bfloat16, 1.8 in float16. A few
-        # samples at a time, as copies of all of them would be memory that is new at every call.
-        at_once = max(1, _COPIED_NUMBERS // q[0].numel())
+    eager = not torch.compiler.is_compiling()
+    if half and not trained and min(rows, columns) >= _LONG and eager and _FLOAT32_PAYS:
+        # Over sequences this long AMD's processors (Zen 4, Zen 5) take 1.05 to 1.1 times as long in bfloat16, 1.8 in
+        # float16. A few samples at a time: copies of all of them would be memory that is new at every call.
+        at_once = max(1, _COPIED_NUMBERS // max(tensor.shape[1:].numel() for tensor in (q, k, v)))
         parts = zip(q.split(at_once), k.split(at_once), v.split(at_once), strict=True)
-        return torch.cat([_attention_in_float32(*part, dropout_p) for part in parts])
+        return torch.cat([_attention_in_float32(*part, dropout_p).transpose(1, 2) for part in parts]).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
 
 
