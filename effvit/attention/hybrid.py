@@ -106,16 +106,21 @@ class HybridAttention(Attention):
         return self.gate(x[:, 1:]).softmax(dim=-1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
-        branches = [self.window_branch(q, k, v, r) for r in self.dilations]
-        if self.linear:
-            branches.append(self.linear_branch(q, k, v))
-        if self.gate is None:
-            patches = branches[0]
-        else:
-            shares = context[0].to(v.dtype)[:, None].unbind(dim=-1)  # one (B, 1, P) a branch
-            patches = torch.stack([g[..., None] * y for g, y in zip(shares, branches, strict=True)]).sum(dim=0)
-        class_token = F.scaled_dot_product_attention(q[:, :, :1], k, v, dropout_p=self.dropout_p)
-        return torch.cat([class_token, patches], dim=2)
+        dtype, device = v.dtype, q.device.type
+        on_cpu = device == "cpu"
+        with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and not on_cpu):
+            if on_cpu:  # half precision takes four times as long backward on windows this small
+                q, k, v = (tokens.to(torch.promote_types(dtype, torch.float32)) for tokens in (q, k, v))
+            branches = [self.window_branch(q, k, v, r) for r in self.dilations]
+            if self.linear:
+                branches.append(self.linear_branch(q, k, v))
+            if self.gate is None:
+                patches = branches[0]
+            else:
+                shares = context[0].to(v.dtype)[:, None].unbind(dim=-1)  # one (B, 1, P) a branch
+                patches = torch.stack([g[..., None] * y for g, y in zip(shares, branches, strict=True)]).sum(dim=0)
+            class_token = F.scaled_dot_product_attention(q[:, :, :1], k, v, dropout_p=self.dropout_p)
+            return torch.cat([class_token, patches], dim=2).to(dtype)
 
     def window_branch(self, q: Tensor, k: Tensor, v: Tensor, r: int) -> Tensor:
         """Softmax attention of each patch in its window: ``(B, H, P, e)``."""
@@ -126,16 +131,12 @@ class HybridAttention(Attention):
         mask = None
         if windows * size != self.num_patches:
             mask = torch.cat([members.new_zeros(windows, 1), members], dim=1)[None, :, None] >= 0
-        b, dtype = q.shape[0], v.dtype
-        on_cpu = q.device.type == "cpu"
-        with torch.autocast(q.device.type, enabled=torch.is_autocast_enabled(q.device.type) and not on_cpu):
-            q, k, v = (tokens.flatten(0, 1) for tokens in (q, k, v))  # windows take the place of heads
-            if on_cpu:  # half precision takes four times as long backward on windows this small
-                q, k, v = (tokens.to(torch.promote_types(dtype, torch.float32)) for tokens in (q, k, v))
-            y = F.scaled_dot_product_attention(
-                q[:, token], k[:, with_class], v[:, with_class], attn_mask=mask, dropout_p=self.dropout_p
-            )  # (B H, windows, w², e)
-        return y.flatten(1, 2)[:, slots].unflatten(0, (b, self.num_heads)).to(dtype)
+        b = q.shape[0]
+        q, k, v = (tokens.flatten(0, 1) for tokens in (q, k, v))  # windows take the place of heads
+        y = F.scaled_dot_product_attention(
+            q[:, token], k[:, with_class], v[:, with_class], attn_mask=mask, dropout_p=self.dropout_p
+        )  # (B H, windows, w², e)
+        return y.flatten(1, 2)[:, slots].unflatten(0, (b, self.num_heads))
 
     def linear_branch(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """φ(q) (φ(k)ᵀ v) / (φ(q) · Σ φ(k)) for the patches: ``(B, H, P, e)``."""
