@@ -86,9 +86,7 @@ def test_short_sequences_in_half_precision_are_trained_as_in_float32(compiled):
 @pytest.mark.parametrize(
     "rows, columns, trained", [(9, 9, False), (200, 200, True), (9, 1030, False), (1030, 9, False)]
 )
-def test_half_precision_is_torchs_own_where_nothing_is_trained_or_sequences_are_long(
-    rows, columns, trained, pays, monkeypatch
-):
+def test_half_precision_is_torchs_own_where_float32_does_not_pay(rows, columns, trained, pays, monkeypatch):
     monkeypatch.setattr(base, "_FLOAT32_PAYS", pays)
     torch.manual_seed(0)
     shapes = [(2, 3, rows, 4), (2, 3, columns, 4), (2, 3, columns, 4)]
