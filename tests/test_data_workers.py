@@ -230,12 +230,12 @@ def test_killed_preparation_leaves_no_output_and_is_taken_up_where_it_was(tmp_pa
     command = [sys.executable, "-c", PREPARE, "prepare", *map(str, options), "--output-dir"]
     partial = tmp_path / ".out.partial"
     killed = subprocess.Popen([*command, tmp_path / "out"], start_new_session=True, stderr=subprocess.DEVNULL)
-    wait_for(lambda: len(list(partial.glob("done/*.json"))) >= 1)
+    wait_for(lambda: len(list(partial.glob("done/train-*.json"))) >= 1)  # not one that is still written aside
     killed.kill()
     assert killed.wait() == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     wait_for(lambda: not processes_of(killed.pid))  # its workers do not outlive it
-    records = {path: path.stat().st_mtime_ns for path in partial.glob("done/*.json")}
+    records = {path: path.stat().st_mtime_ns for path in partial.glob("done/train-*.json")}
     finished = [partial / "data" / f"train_images-{int(path.stem[6:]) // rows:05}.arrow" for path in records]
     before = {path.name: path.stat().st_ino for path in finished}
 
@@ -273,7 +273,7 @@ def test_killed_worker_is_told_and_what_was_finished_is_kept(tmp_path, tree, mon
     command = [sys.executable, tmp_path / "script.py", tree, tmp_path / "out", tmp_path / "failed"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 1 and "error: a worker was killed" in result.stderr and "Traceback" not in result.stderr
-    assert not (tmp_path / "out").exists() and list(tmp_path.glob(".out.partial/done/*.json"))
+    assert not (tmp_path / "out").exists() and list(tmp_path.glob(".out.partial/done/train-*.json"))
     subprocess.run(command, check=True, capture_output=True)
     prepare("folder", tree, 16, tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
