@@ -52,7 +52,7 @@ def aggregate(
         UserError: an empty selection or one with duplicates; a file of a selected cell that is missing or malformed.
     """
     tables = collect(metrics_dir, datasets, attentions, seeds)
-    with staged_dir(plots_data_dir, "tradeoff.csv") as aside:
+    with staged_dir(plots_data_dir, ("tradeoff.csv", "*.csv")) as aside:
         for field in fields(tables):
             write_csv(aside / f"{field.name}.csv", getattr(tables, field.name))
         write_json(metrics_dir / "summary.json", summarise(tables))

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,12 @@ from effvit.errors import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
+Known = tuple[str, ...] | Callable[[Path], bool]
+"""What tells earlier results: patterns that all their names fit, the first one's file among them; or a function."""
+
 
 @contextmanager
-def staged_dir(final: Path, known_by: str | Callable[[Path], bool] | None = None) -> Iterator[Path]:
+def staged_dir(final: Path, known_by: Known | None = None) -> Iterator[Path]:
     """Yield an empty directory beside ``final`` that replaces it on success and vanishes on any failure.
 
     Raises:
@@ -37,23 +41,22 @@ def staged_dir(final: Path, known_by: str | Callable[[Path], bool] | None = None
         raise
 
 
-def check_replaceable(final: Path, known_by: str | Callable[[Path], bool] | None = None) -> None:
+def check_replaceable(final: Path, known_by: Known | None = None) -> None:
     """Make the directory that shall hold ``final``, and fail where ``final`` could not be replaced in it.
 
     Args:
         final: directory to write.
-        known_by: a file that earlier results have, or what tells whether a directory is one: any other directory is
-            somebody else's, and is kept. Without it anything is replaced.
+        known_by: what tells earlier results: any other directory is somebody else's, and is kept. Without it anything
+            is replaced.
 
     Raises:
         UserError: ``final`` is or holds the current directory, or holds something else than earlier results.
         PermissionError: the directory that shall hold it cannot be written to.
     """
-    if known_by and final.exists():
-        known = (lambda: known_by(final)) if callable(known_by) else (final / known_by).is_file
-        if not final.is_dir() or (any(final.iterdir()) and not known()):
-            missed = f" (no {known_by})" if isinstance(known_by, str) else ""
-            raise UserError(f"{final}: holds something else{missed}; expected a new or an empty directory")
+    if known_by and final.exists() and (not final.is_dir() or any(final.iterdir())):
+        why = _why_unknown(final, known_by)
+        if why is not None:
+            raise UserError(f"{final}: holds something else{why}; expected a new or an empty directory")
     if Path.cwd().is_relative_to(final.resolve()):
         raise UserError(f"{final}: is replaced as a whole, and with it the current directory; name another")
     missing = [parent for parent in final.parents if not parent.exists()]
@@ -62,6 +65,25 @@ def check_replaceable(final: Path, known_by: str | Callable[[Path], bool] | None
         sync_directory(directory.parent)
     if not os.access(final.parent, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(final))
+
+
+def _why_unknown(final: Path, known_by: Known) -> str | None:
+    """None where earlier results are in ``final`` and nothing else, or the reason why not, in brackets."""
+    if callable(known_by):
+        return None if known_by(final) else ""
+    if not (final / known_by[0]).is_file():
+        return f" (no {known_by[0]})"
+    for path in sorted(final.iterdir()):
+        if path.is_dir() or not any(fnmatchcase(path.name, pattern) for pattern in known_by):
+            return f" ({path.name})"
+    return None
+
+
+def check_apart(output_dir: Path, *inputs: Path) -> None:
+    """Raise ``UserError`` where replacing ``output_dir`` as a whole would remove one of ``inputs``."""
+    for path in inputs:
+        if path.resolve().is_relative_to(output_dir.resolve()):
+            raise UserError(f"{output_dir}: is replaced as a whole, and {path} with it; name another output")
 
 
 def replace_dir(aside: Path, final: Path) -> None:

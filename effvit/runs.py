@@ -26,6 +26,7 @@ from effvit.training import DivergedError, Epoch, Step, Training
 from effvit.vit import ViT, ViTConfig
 
 _HISTORY = "history.csv"
+_LOGS = (_HISTORY, "timing.csv", "start.json", "provenance.json")
 _MEASURED = ["seconds", "images_per_second", "peak_memory_mib"]
 _SHOWN_EVERY_S = 0.2
 
@@ -140,7 +141,7 @@ def train_to(
             there is none: the run is written in full.
     """
     check_replaceable(output_dir, is_model_dir)
-    check_replaceable(log_dir, _HISTORY)
+    check_replaceable(log_dir, _LOGS)
     console = Console(stderr=True)
     tell = partial(console.print, highlight=False, soft_wrap=True)
     start: StartReport | None = None
@@ -222,7 +223,7 @@ def _rescue(best: Best, config: ViTConfig, output_dir: Path) -> None:
 
 def _write(run: Run, store: Store, start: StartReport | None, output_dir: Path, log_dir: Path) -> None:
     training, config = run.training, run.training.model.config
-    with staged_dir(output_dir, is_model_dir) as model_dir, staged_dir(log_dir, _HISTORY) as logs:
+    with staged_dir(output_dir, is_model_dir) as model_dir, staged_dir(log_dir, _LOGS) as logs:
         run.best.save(config, model_dir)
         for epoch in run.kept_epochs():
             shutil.copytree(store.kept(epoch), model_dir / store.kept(epoch).name)

@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -87,8 +88,32 @@ def test_image_size_out_of_range_is_refused(tmp_path, size):
 def test_folder_of_something_else_is_not_replaced(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     result = run("--dataset", "digits", "--output-dir", tmp_path)
-    assert_one_line_error(result, "--output-dir", "holds something else")
+    assert_one_line_error(result, str(tmp_path), "holds something else")
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_images_are_not_replaced_by_what_is_prepared_of_them(tmp_path):
+    root = make_tree(tmp_path / "images")
+    (root / "meta.json").write_text('{"license": "mine"}')
+    prepare("folder", root, 16, tmp_path / "out")
+    shutil.copytree(root, tmp_path / "out" / "raw")
+    lists = tmp_path / "listed"
+    prepare("folder", root, 16, lists)
+    (lists / "list.npy").write_text("cat\ndog\n")
+    before = sorted(tmp_path.rglob("*"))
+    for options, says in (
+        (["--root", root, "--output-dir", root], "with it; name another output"),
+        (["--root", root / "train", "--output-dir", root], "with it; name another output"),
+        (["--root", tmp_path / "out/raw", "--output-dir", tmp_path / "out"], "with it; name another output"),
+        (["--root", root, "--output-dir", tmp_path / "out"], "holds something else (raw)"),
+        (["--root", root, "--classes", lists / "list.npy", "--output-dir", lists], "with it; name another output"),
+    ):
+        assert_one_line_error(run("--dataset", "folder", "--image-size", 16, *options), says)
+        assert sorted(tmp_path.rglob("*")) == before
+    shutil.rmtree(tmp_path / "out" / "raw")
+    (tmp_path / "out" / "meta.json").write_text("damaged")
+    prepare("folder", root, 16, tmp_path / "out")
+    assert PreparedDataset.load(tmp_path / "out").classes == ("cat", "dog")
 
 
 @pytest.mark.parametrize(("splits", "left"), [(["train"], [".out.partial"]), (["train", "test"], [])])

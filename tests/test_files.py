@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from effvit.errors import UserError
-from effvit.files import staged_dir, staged_file, write_csv, write_json
+from effvit.files import check_apart, staged_dir, staged_file, write_csv, write_json
 
 
 def names(directory):
@@ -162,9 +162,32 @@ def test_a_directory_of_somebody_else_is_not_replaced(tmp_path):
     (tmp_path / "photos" / "photo.jpg").touch()
     (tmp_path / "file").touch()
     for name in ("photos", "file"):
-        with pytest.raises(UserError, match="holds something else"), staged_dir(tmp_path / name, "result.json"):
+        with pytest.raises(UserError, match="holds something else"), staged_dir(tmp_path / name, ("result.json",)):
             pass
     assert names(tmp_path) == ["file", "photos"] and names(tmp_path / "photos") == ["photo.jpg"]
+
+
+@pytest.mark.parametrize("stranger", ["thesis.txt", "result.json.txt", "parts/result.json"])
+def test_earlier_results_with_something_else_among_them_are_kept(tmp_path, stranger):
+    for name in ("out/result.json", "out/table.csv", f"out/{stranger}"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("years of work")
+    before = sorted((tmp_path / "out").rglob("*"))
+    first = stranger.split("/")[0]
+    with (
+        pytest.raises(UserError, match=rf"holds something else \({first}\)"),
+        staged_dir(tmp_path / "out", ("result.json", "*.csv")),
+    ):
+        pass
+    assert sorted((tmp_path / "out").rglob("*")) == before and names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("below", [".", "inside", "inside/deeper"])
+def test_output_that_holds_an_input_is_refused(tmp_path, below):
+    (tmp_path / below).mkdir(parents=True, exist_ok=True)
+    with pytest.raises(UserError, match="name another output"):
+        check_apart(tmp_path, tmp_path.parent, tmp_path / below)
+    check_apart(tmp_path / "inside", tmp_path, tmp_path / "insider")
 
 
 def test_earlier_results_and_empty_directories_are_replaced(tmp_path):
@@ -172,6 +195,6 @@ def test_earlier_results_and_empty_directories_are_replaced(tmp_path):
     (tmp_path / "earlier").mkdir()
     (tmp_path / "earlier" / "result.json").touch()
     for name in ("empty", "earlier", "new"):
-        with staged_dir(tmp_path / name, "result.json") as aside:
+        with staged_dir(tmp_path / name, ("result.json", "result")) as aside:
             (aside / "result").touch()
         assert names(tmp_path / name) == ["result"]

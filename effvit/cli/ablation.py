@@ -24,7 +24,7 @@ def ablation(
     from effvit.files import staged_dir, write_csv
 
     tables = collect(repository)
-    with staged_dir(output_dir, "accuracy.csv") as aside:
+    with staged_dir(output_dir, ("accuracy.csv", "*.csv", "*.png")) as aside:
         for name, table in vars(tables).items():
             write_csv(aside / f"{name}.csv", table)
         for dataset in pd.unique(tables.accuracy["dataset"]):

@@ -1,6 +1,7 @@
 """The Typer application. Command modules import only Typer at the top, so that ``--help`` answers at once."""
 
 import io
+import signal
 import sys
 from importlib import import_module
 from typing import Any
@@ -50,6 +51,8 @@ def main() -> None:
     with one_line_errors():
         try:
             status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+            if status == 128 + signal.SIGINT:  # Typer's for Ctrl-C, of which it says nothing
+                raise KeyboardInterrupt
         except _ClickException as error:
             tell(error.format_message())
             status = error.exit_code

@@ -47,14 +47,14 @@ def bench_data(
     from effvit.data.prepared import PreparedDataset
     from effvit.device import pick_device
     from effvit.errors import UserError, explain
-    from effvit.files import staged_dir, write_csv
+    from effvit.files import check_apart, staged_dir, write_csv
     from effvit.measure.alone import measuring_alone
     from effvit.measure.compare import require_positive
     from effvit.provenance import write_provenance
     from effvit.throughput import measure_throughput, print_throughput
     from effvit.vit import ViTConfig
 
-    options.check_apart(output_dir, dataset_dir)
+    check_apart(output_dir, dataset_dir)
     require_positive(budget_s=budget_s, threads=threads)
     mechanism_options = options.parse_options(option)
     try:
@@ -94,7 +94,7 @@ def bench_data(
     if threads:
         torch.set_num_threads(threads)
     kept = keep_freed_memory()
-    with staged_dir(output_dir, "throughput.csv") as staged, measuring_alone():
+    with staged_dir(output_dir, ("throughput.csv", "provenance.json")) as staged, measuring_alone():
         rows = measure_throughput(
             config,
             dataset,

@@ -56,7 +56,7 @@ def bench_peers(
         torch.set_num_threads(threads)
     torch.manual_seed(0)
     points = list(grid_of_points(mechanisms, widths, counts))
-    with staged_dir(output_dir, "peers.csv") as staged, measuring_alone():
+    with staged_dir(output_dir, ("peers.csv", "peers.png", "provenance*.json")) as staged, measuring_alone():
         rows = [
             compare_with_peer(point, tokens_per_batch=tokens_per_batch, budget_s=budget_s, dtype=getattr(torch, dtype))
             for point in track(points, "measuring", transient=True)

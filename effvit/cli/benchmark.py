@@ -62,7 +62,7 @@ def benchmark(
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
-    with staged_dir(output_dir, "model.json") as staged, measuring_alone():
+    with staged_dir(output_dir, ("model.json", "cost.csv", "provenance.json")) as staged, measuring_alone():
         size = model_size(config)
         write_json(staged / "model.json", size)
         steps = measure_cost(config, batch_size=batch_size, memory_mib=memory_mib, budget_s=budget_s, device=where)

@@ -18,15 +18,15 @@ def evaluate(
     from effvit.checkpoint import load_model
     from effvit.data.prepared import PreparedDataset
     from effvit.device import pick_device
-    from effvit.files import staged_dir
+    from effvit.files import check_apart, staged_dir
     from effvit.inference import check_fits, map_test_images, score_test_split
     from effvit.provenance import write_provenance
 
-    options.check_apart(output_dir, model_dir, dataset_dir)
+    check_apart(output_dir, model_dir, dataset_dir)
     model = load_model(model_dir, pick_device(device))
     dataset = PreparedDataset.load(dataset_dir)
     check_fits(model, dataset)
-    with staged_dir(output_dir, "evaluation.json") as directory:
+    with staged_dir(output_dir, ("evaluation.json", "*.csv", "attention_maps.*", "provenance.json")) as directory:
         scores = score_test_split(model, dataset, directory, batch_size)
         map_test_images(model, dataset, directory)
         write_provenance(directory, {"model": model.config.model_dump(), "dataset": dataset.name})

@@ -35,11 +35,11 @@ def fidelity(
     from effvit.analysis.fidelity import compare, random_qkv, replaced_accuracy, trained_qkv, variants
     from effvit.data.prepared import PreparedDataset
     from effvit.device import pick_device
-    from effvit.files import staged_dir, write_csv
+    from effvit.files import check_apart, staged_dir, write_csv
     from effvit.probe import accuracy, load_models, normalised, validation_images
     from effvit.provenance import write_provenance
 
-    options.check_apart(output_dir, dataset_dir, *model_dirs)
+    check_apart(output_dir, dataset_dir, *model_dirs)
     where = pick_device(device)
     dataset = PreparedDataset.load(dataset_dir)
     models, places = load_models(model_dirs, dataset, where)
@@ -57,7 +57,7 @@ def fidelity(
 
     errors, replaced = [], []
     tried = [v for a, m in models.items() for v in variants(a, m.config.attention_options, grid)]
-    with staged_dir(output_dir, "fidelity.csv") as directory:
+    with staged_dir(output_dir, ("fidelity.csv", "replaced.csv", "provenance.json")) as directory:
         for variant in track(tried, "comparing with exact attention", transient=True):
             for source, layers in qkv.items():
                 rows = compare(variant, layers, grid)

@@ -25,18 +25,18 @@ def hardware(
     from effvit.data.prepared import PreparedDataset
     from effvit.deploy.display import print_figures
     from effvit.deploy.hardware import deploy, measure, sizes_and_accuracy
-    from effvit.files import staged_dir, write_json
+    from effvit.files import check_apart, staged_dir, write_json
     from effvit.inference import check_fits
     from effvit.measure.alone import measuring_alone
     from effvit.measure.compare import require_positive
     from effvit.provenance import write_provenance
 
     require_positive(budget_s=budget_s)
-    options.check_apart(output_dir, model_dir, dataset_dir)
+    check_apart(output_dir, model_dir, dataset_dir)
     model = load_model(model_dir)
     dataset = PreparedDataset.load(dataset_dir)
     check_fits(model, dataset)
-    with staged_dir(output_dir, "deployment.json") as staged, tempfile.TemporaryDirectory() as exported:
+    with staged_dir(output_dir, ("deployment.json", "*.json")) as staged, tempfile.TemporaryDirectory() as exported:
         files, figures = deploy(model, dataset, Path(exported))
         figures |= sizes_and_accuracy(model, model_dir, dataset, files)
         write_json(staged / "deployment.json", figures)

@@ -44,13 +44,6 @@ Attentions = Annotated[list[str], typer.Option("--attention", help="Mechanism of
 Images = Annotated[list[Path], typer.Argument(help="Image files.", metavar="IMAGE...")]
 
 
-def check_apart(output_dir: Path, *inputs: Path) -> None:
-    """Raise ``UserError`` where replacing ``output_dir`` as a whole would remove one of ``inputs``."""
-    for directory in inputs:
-        if directory.resolve().is_relative_to(output_dir.resolve()):
-            raise UserError(f"{output_dir}: is replaced as a whole, and {directory} with it; name another output")
-
-
 def parse_options(pairs: list[str] | None) -> dict[str, Any]:
     """``["k=64", "share=kv"]`` to ``{"k": 64, "share": "kv"}``; values are read as YAML."""
     options: dict[str, Any] = {}

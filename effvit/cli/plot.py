@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from effvit.cli.options import Attentions, Datasets, MetricsDir, OutputDir, check_apart
+from effvit.cli.options import Attentions, Datasets, MetricsDir, OutputDir
 from effvit.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def plot(
     from effvit import figures
     from effvit.data.prepared import PreparedDataset
     from effvit.data.samples import sample_sheet
-    from effvit.files import staged_dir
+    from effvit.files import check_apart, staged_dir
 
     check_apart(output_dir, data_dir, metrics_dir, prepared_dir, vector_dir)
     check_apart(vector_dir, data_dir, metrics_dir, prepared_dir, output_dir)
@@ -83,7 +83,10 @@ def plot(
         "scaling_model_tokens": figures.scaling(scaling, "model", "tokens"),
         "efficiency": figures.efficiency_lengths(_select(data_dir, "efficiency", attentions)),
     }
-    with staged_dir(vector_dir, "scaling.svg") as vectors, staged_dir(output_dir, "scaling.png") as aside:
+    with (
+        staged_dir(vector_dir, ("scaling.svg", "*.svg")) as vectors,
+        staged_dir(output_dir, ("scaling.png", "*.png")) as aside,
+    ):
 
         def save(figure: "Figure", name: str) -> None:
             figures.save(figure, aside / f"{name}.png")

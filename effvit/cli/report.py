@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from effvit.cli.options import OutputDir, check_apart
+from effvit.cli.options import OutputDir
 
 
 def report(
@@ -15,13 +15,13 @@ def report(
     vector_dir: Annotated[Path | None, typer.Option(help="Directory of the same figures as SVG, if any.")] = None,
 ) -> None:
     """Answer the research questions from the tables and write index.html, which needs no network, and report.md."""
-    from effvit.files import staged_dir
+    from effvit.files import check_apart, staged_dir
     from effvit.report import page, tables
 
     check_apart(output_dir, data_dir, figures_dir, *([vector_dir] if vector_dir else []))
     study = tables.read(data_dir)
     figures = page.pictures(figures_dir, vector_dir, study.datasets)
-    with staged_dir(output_dir, "index.html") as aside:
+    with staged_dir(output_dir, ("index.html", "report.md")) as aside:
         (aside / "index.html").write_text(page.html(study, figures), encoding="utf-8", newline="\n")
         (aside / "report.md").write_text(page.markdown(study, figures, output_dir), encoding="utf-8", newline="\n")
     typer.echo(

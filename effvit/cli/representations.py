@@ -30,15 +30,15 @@ def representations(
     from effvit.analysis.survey import picture_maps, survey
     from effvit.data.prepared import PreparedDataset
     from effvit.device import pick_device
-    from effvit.files import staged_dir, write_csv
+    from effvit.files import check_apart, staged_dir, write_csv
     from effvit.probe import few_classes, load_models, validation_images
     from effvit.provenance import write_provenance
 
-    options.check_apart(output_dir, dataset_dir, *model_dirs)
+    check_apart(output_dir, dataset_dir, *model_dirs)
     dataset = PreparedDataset.load(dataset_dir)
     models, places = load_models(model_dirs, dataset, pick_device(device))
     images, labels = validation_images(dataset, _LOOKED_AT)
-    with staged_dir(output_dir, "cka.csv") as directory:
+    with staged_dir(output_dir, ("cka.csv", "*.csv", "maps.safetensors", "provenance.json")) as directory:
         result = survey(models, images, dataset, batch_size)
         for name, table in vars(result).items():
             write_csv(directory / f"{name}.csv", table)

@@ -77,7 +77,7 @@ def scaling(
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
-    with staged_dir(output_dir, "macs.csv") as staged, measuring_alone():
+    with staged_dir(output_dir, ("macs.csv", "scaling.csv", "provenance.json")) as staged, measuring_alone():
         macs = [
             {"scope": s.scope, "tokens": n, "macs": s.macs(n), "fused_macs": s.baseline().macs(n)}
             for s in subjects

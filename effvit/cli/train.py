@@ -63,13 +63,14 @@ def train(
     from effvit.config import TrainConfig
     from effvit.data.prepared import PreparedDataset
     from effvit.errors import UserError, explain
+    from effvit.files import check_apart
     from effvit.runs import train_to
     from effvit.vit import ViTConfig
 
     log = log_dir or Path(f"{output_dir}-log")
-    start = Path(init_from) if init_from else None
-    options.check_apart(output_dir, dataset_dir, log, *filter(None, [start]))
-    options.check_apart(log, dataset_dir, output_dir, *filter(None, [start]))
+    start = init_from.expanduser() if init_from else None
+    check_apart(output_dir, dataset_dir, log, *filter(None, [start]))
+    check_apart(log, dataset_dir, output_dir, *filter(None, [start]))
     mechanism_options = options.parse_options(option)
     try:
         recipe = TrainConfig(

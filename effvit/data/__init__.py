@@ -7,8 +7,9 @@ one takes a file and a line of ``_SOURCES``. Those of ``_CHOOSE_CLASSES`` also t
 from importlib import import_module
 from pathlib import Path
 
-from effvit.data.prepared import META_FILE, PreparedDataset
+from effvit.data.prepared import FILES, PreparedDataset
 from effvit.errors import UserError
+from effvit.files import check_apart, check_replaceable
 
 __all__ = ["PreparedDataset", "available_datasets", "prepare"]
 
@@ -44,7 +45,7 @@ def prepare(
         name: one of `available_datasets`.
         root: directory of the original files; None for the default of the source.
         image_size: height and width of the prepared images in pixels.
-        output_dir: replaced as a whole; must be absent, empty, or a prepared data set.
+        output_dir: replaced as a whole; must be absent, empty, or a prepared data set, and hold none of the originals.
         classes: a file with the classes to take, one a line; all by default.
         num_classes: how many classes are expected; None for any number.
         workers: processes that read image files; more than one needs a ``__main__`` that can be imported.
@@ -58,20 +59,15 @@ def prepare(
         raise UserError(f"--image-size {image_size}: expected {_SIZES.start} to {_SIZES[-1]} pixels")
     if classes and name not in _CHOOSE_CLASSES:
         raise UserError(f"--classes {classes}: {name} has its own; only {' and '.join(_CHOOSE_CLASSES)} take a choice")
-    _check_replaceable(output_dir)
+    from effvit.data.source import default_root
     from effvit.data.writer import write_prepared
 
-    choice = {"classes": classes.expanduser()} if classes else {}
-    source = getattr(import_module(_SOURCES[name]), name)(root and root.expanduser(), image_size, **choice)
+    root, classes = root and root.expanduser(), classes and classes.expanduser()
+    check_apart(output_dir, root or default_root(name), *filter(None, [classes]))
+    check_replaceable(output_dir, FILES)
+    choice = {"classes": classes} if classes else {}
+    source = getattr(import_module(_SOURCES[name]), name)(root, image_size, **choice)
     if num_classes not in (None, len(source.classes)):
         raise UserError(f"num_classes={num_classes}: {name} has {len(source.classes)} classes there; set it to that")
     write_prepared(source, name, image_size, output_dir, workers)
     return PreparedDataset.load(output_dir)
-
-
-def _check_replaceable(directory: Path) -> None:
-    """Refuse to replace what `prepare` did not write: a mistyped path must not cost the user a folder."""
-    if not directory.exists() or (directory / META_FILE).is_file():
-        return
-    if not directory.is_dir() or any(directory.iterdir()):
-        raise UserError(f"--output-dir {directory}: holds something else; expected a new or an empty directory")

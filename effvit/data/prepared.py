@@ -27,6 +27,7 @@ __all__ = ["FORMAT_VERSION", "META_FILE", "SPLITS", "Images", "Meta", "PreparedD
 
 FORMAT_VERSION = 1
 META_FILE = "meta.json"
+FILES = (META_FILE, "*.npy", "*_images-*.arrow")
 SPLITS = ("train", "validation", "test")
 STORED = ("train", "test")
 _ARRAYS = ("train_labels", "test_labels", "train_indices", "validation_indices")

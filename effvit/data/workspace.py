@@ -1,12 +1,14 @@
 """Where a prepared data set is made: beside its final place, found again after a kill, gone on success."""
 
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from effvit.data.prepared import FILES
 from effvit.errors import UserError
 from effvit.files import check_replaceable, name_file, replace_dir
 
@@ -18,9 +20,9 @@ def workspace(final: Path) -> Iterator[Path]:
     An error removes it, unless there is a record and the error was not the system's (a full disk is not left full).
 
     Raises:
-        UserError: another process works there, or ``final`` holds the current directory.
+        UserError: another process works there, or ``final`` must not be replaced.
     """
-    check_replaceable(final)
+    check_replaceable(final, FILES)
     work = final.with_name(f".{final.name}.partial")
     for name in ("data", "done"):
         (work / name).mkdir(parents=True, exist_ok=True)
@@ -32,8 +34,10 @@ def workspace(final: Path) -> Iterator[Path]:
                 replace_dir(work / "data", final)
                 shutil.rmtree(work)
             except BaseException as error:
-                if isinstance(error, OSError) or not any((work / "done").glob("*.json")):
+                if isinstance(error, OSError) or not any((work / "done").glob("[!.]*.json")):
                     shutil.rmtree(work, ignore_errors=True)
+                elif not isinstance(error, Exception):
+                    print("stopped: the same command goes on from what is finished", file=sys.stderr)
                 name_file(error, final)
                 raise
     except Timeout as error:
