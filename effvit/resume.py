@@ -37,7 +37,7 @@ _SAMPLED_BYTES = 2**28  # all of CIFAR; of images of 224 pixels some 1,800
 _MOVES_NO_RESULT = {"devices", "workers", "checkpoint_s"}
 # Of other packages: arithmetic, RandAugment, decoding and resizing, precision.
 _DECIDING = ("torch", "numpy", "torchvision", "pillow", "lightning-fabric")
-_NO_PART_OF_TRAINING = ("cli", "measure", "analysis")
+_NO_PART_OF_TRAINING = ("analysis", "cli", "deploy", "figures", "measure", "report")
 
 
 def fingerprint(
@@ -166,8 +166,8 @@ def open_store(name: str, tell: Callable[[str], None]) -> Iterator[Store]:
 
 def _remove_forgotten(root: Path) -> None:
     for directory in root.iterdir():
-        state = directory / "state"
-        if state.exists() and time.time() - state.stat().st_mtime > _FORGOTTEN_S:
+        last = max(path.stat().st_mtime for path in (directory, *directory.glob("state")))
+        if time.time() - last > _FORGOTTEN_S:
             shutil.rmtree(directory, ignore_errors=True)
 
 

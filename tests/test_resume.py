@@ -4,16 +4,19 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from conftest import TINY, TINY_FLAGS
+from PIL import Image
 from safetensors.torch import save
 
 from effvit import resume
 from effvit.config import TrainConfig
+from effvit.data import prepare
 from effvit.resume import Store, fingerprint, open_store
 from effvit.runs import train_to
 from effvit.training import Training
@@ -39,12 +42,14 @@ EVERYTHING = {
 }
 
 # Trains in a child of a process that has the slow libraries already; kills it at random moments, twenty times. By turns
-# the state is saved after each step, and so rarely that a kill falls several steps later, which are then done again.
+# the state is saved after each step, and after epochs alone, so that a kill falls several steps later, which are then
+# done again.
 KILLS = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 import torch
 from effvit.config import TrainConfig
+from effvit.data import prepare
 from effvit.data.prepared import PreparedDataset
 from effvit.runs import train_to
 from effvit.training import Training
@@ -74,18 +79,23 @@ def start(name, checkpoint_s=0.0):
 def end(child):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
+def steps(name):
+    log = Path(name + "-steps")
+    return len(log.read_text().split()) if log.exists() else 0
+
 began = time.monotonic()
 assert end(start("whole")) == 0
-seconds = time.monotonic() - began
+step = (time.monotonic() - began) / steps("whole")
 moments = random.Random(0)
-killed = 0
-while killed < 20:
-    child = start("killed", checkpoint_s=seconds / 30 if killed % 2 else 0.0)
-    time.sleep(moments.uniform(0, seconds / 15))
+for killed in range(20):
+    until = steps("killed") + moments.randrange(10)  # by steps, so that the run is not over however fast it gets
+    child = start("killed", checkpoint_s=1e9 if killed % 2 else 0.0)
+    while steps("killed") < until and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        time.sleep(step / 20)
+    time.sleep(moments.uniform(0, step))
     os.kill(child, signal.SIGKILL)
     code = end(child)
     assert code == -signal.SIGKILL, f"it ended with {code} after {killed} kills"
-    killed += 1
 state = list(Path("killed-state/runs").glob("*/state"))
 assert len(state) == 1 and not Path("killed").exists()
 assert end(start("killed")) == 0
@@ -285,16 +295,25 @@ def test_runs_that_nobody_went_on_with_are_removed(tmp_path, monkeypatch):
     for name, age in (("old", resume._FORGOTTEN_S + 60), ("new", 60)):
         with open_store(name, print) as store:
             store.save({}, {})
-        then = (store.directory / "state").stat().st_mtime - age
-        os.utime(store.directory / "state", (then, then))
+        make_older(store.directory / "state", age)
+        make_older(store.directory, age)
+        with open_store(f"{name} without a state", print) as store:
+            pass
+        make_older(store.directory, age)
     with open_store("other", print):
-        assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["new-0", "other-0"]
+        left = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert left == ["new without a state-0", "new-0", "other-0"]
+
+
+def make_older(path, seconds):
+    then = path.stat().st_mtime - seconds
+    os.utime(path, (then, then))
 
 
 def test_the_name_of_a_run_changes_with_what_moves_its_result_and_with_nothing_else(digits, tiny_config, monkeypatch):
-    def name(dataset=digits, model=None, seed=0, flip=False, **changes):
+    def name(dataset=digits, model=None, seed=0, flip=False, start=None, **changes):
         recipe = TrainConfig(**(RECIPE | changes))
-        return fingerprint(tiny_config(**(model or {})), dataset, recipe, seed=seed, horizontal_flip=flip)
+        return fingerprint(tiny_config(**(model or {})), dataset, recipe, seed=seed, horizontal_flip=flip, start=start)
 
     base = name()
     test_images = {**digits.images, "test": digits.images["test"] // 2}
@@ -302,6 +321,7 @@ def test_the_name_of_a_run_changes_with_what_moves_its_result_and_with_nothing_e
     assert base == name() == name(checkpoint_s=5.0) == name(devices=2) == name(workers=3) == name(dataset=same)
     others = [name(lr=1e-3), name(seed=1), name(flip=True), name(model={"hidden_size": 32}), name(mixup=0.1)]
     others += [name(dataset=brightened(digits)), name(epochs=4), name(precision="bf16-mixed")]
+    others += [name(start="of these weights"), name(start="of those")]
     code = resume._code
     monkeypatch.setattr(resume, "_code", lambda attention: list(code(attention))[1:])
     others.append(name())
@@ -341,3 +361,39 @@ def test_a_terminated_command_says_where_it_goes_on_and_does(tmp_path, digits_di
     result = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, check=True)
     assert result.stderr.startswith("going on at epoch")
     assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_run_whose_whole_group_is_terminated_is_saved_though_workers_decode_for_it(tmp_path):
+    for split, name, number in itertools.product(("train", "test"), ("a", "b"), range(40)):
+        path = tmp_path / "images" / split / name / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (96, 96), (number, 6 * number, 99)).save(path)
+    prepare("folder", tmp_path / "images", 96, tmp_path / "prepared")
+    code = "from effvit.cli.app import main; main()"
+    command = [sys.executable, "-c", code, "train", "--dataset-dir", tmp_path / "prepared", *TINY_FLAGS]
+    command += [
+        "--output-dir",
+        tmp_path / "run",
+        "--patch-size",
+        4,
+        "--device",
+        "cpu",
+        "--epochs",
+        6,
+    ]  # steps that last
+    # steps that last, so that it is in one when its workers get the signal
+    command = [*map(str, command), "--batch-size", "36", "--workers", "2", "--min-crop-area", "0.3"]
+    environment = os.environ | {"EFFVIT_STATE": str(tmp_path / "state")}
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    ) as process:
+        next(line for line in process.stderr if line.startswith("epoch   1/"))
+        time.sleep(0.2)  # the next epoch has begun
+        os.killpg(process.pid, signal.SIGTERM)  # as torchrun, Slurm and systemd do
+        error = process.stderr.read()
+    assert process.returncode == 143, error
+    assert error.splitlines()[-1].startswith("stopped at epoch") and "Traceback" not in error
+    with pytest.raises(ProcessLookupError):  # no worker outlives it
+        os.killpg(process.pid, 0)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert result.stderr.startswith("going on at epoch")

@@ -2,7 +2,9 @@
 
 import bisect
 import io
+import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -124,7 +126,8 @@ class EncodedImages(Images):
             num_workers=workers,
             generator=torch.Generator(),  # or it would draw a number from the global one
         )
-        return map(_to_array, loader)
+        with _without_sigterm():
+            return map(_to_array, loader)  # starts the workers
 
 
 def decode(jpeg: bytes | memoryview) -> Image.Image:
@@ -132,6 +135,22 @@ def decode(jpeg: bytes | memoryview) -> Image.Image:
     image = Image.open(io.BytesIO(jpeg), formats=("JPEG",))
     image.load()
     return image
+
+
+@contextmanager
+def _without_sigterm() -> Iterator[None]:
+    """Hold SIGTERM back, for good from processes that are started meanwhile.
+
+    torchrun and Slurm send it to all, and a training process that lost its workers could not end its step and save.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @dataclass(frozen=True)
