@@ -21,6 +21,7 @@ from effvit.weights import Weights, read_weights
 
 StateDict = dict[str, Tensor]
 _OWN = re.compile(r"blocks\.\d+\.attn\.(?!(qkv|proj|heads)\.).*")  # what a mechanism adds to the maps that all share
+_ON_TRUST = ["the number of heads", "pooling by the class token", "GELU", "norms with epsilon 1e-6"]
 _FOREIGN = {
     "dist_token": "a distillation token",
     "head_dist": "a distillation head",
@@ -34,10 +35,14 @@ _FOREIGN = {
 
 @dataclass(frozen=True)
 class StartReport:
-    """What became of each weight; ``adapted`` and ``ignored`` say how and why, ``fresh`` are the model's own."""
+    """What became of each weight; ``adapted`` and ``ignored`` say how and why, ``fresh`` are the model's own.
+
+    ``on_trust`` is what the weights do not tell of the model that they are of, and what its logits depend on.
+    """
 
     source: str
     sha256: str
+    on_trust: list[str]
     loaded: list[str]
     adapted: dict[str, str]
     fresh: list[str]
@@ -49,14 +54,16 @@ class StartReport:
         for what, reasons in (("adapted", self.adapted), ("ignored", self.ignored)):
             for reason in dict.fromkeys(reasons.values()):
                 lines.append(f"  {what}: {_together(n for n in reasons if reasons[n] == reason)} ({reason})")
-        return lines + ([f"  fresh: {_together(self.fresh)}"] if self.fresh else [])
+        if self.fresh:
+            lines.append(f"  fresh: {_together(self.fresh)}")
+        return lines + ([f"  taken on trust: {', '.join(self.on_trust)}"] if self.on_trust else [])
 
 
 def start_from(path: Path, model: ViT) -> StartReport:
     """Overwrite a freshly built model's weights with those of a file or a model directory that fit it.
 
     Position embeddings are carried over to another grid of patches, and so are Linformer's E and F. A head of other
-    classes is left out. Where timm's weights do not tell it, heads and class-token pooling are taken on trust.
+    classes is left out.
 
     Raises:
         UserError: the file is not one of weights; they are of another width, depth, MLP, patch size, number of
@@ -107,10 +114,16 @@ def _fit(weights: Weights, model: ViT) -> tuple[StateDict, StartReport]:
     fresh = [name for name in targets if name not in taken]
     for name in fresh:
         if not (_OWN.fullmatch(name) or name.startswith("head.")):
-            raise UserError(f"{name}: {ignored.get(name, 'missing')}; expected the weights of a ViT of this size")
+            raise UserError(f"{name}: {ignored.get(name, 'missing')}; expected all weights of a plain ViT of this size")
     loaded = [name for name in targets if name in taken and name not in adapted]
     report = StartReport(
-        str(weights.path), weights.sha256, loaded, dict(sorted(adapted.items())), fresh, dict(sorted(ignored.items()))
+        source=str(weights.path),
+        sha256=weights.sha256,
+        on_trust=[] if weights.config else _ON_TRUST,
+        loaded=loaded,
+        adapted=dict(sorted(adapted.items())),
+        fresh=fresh,
+        ignored=dict(sorted(ignored.items())),
     )
     return taken, report
 

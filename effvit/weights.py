@@ -34,7 +34,7 @@ def read_weights(path: Path) -> Weights:
     """Read a ``.safetensors`` file, a torch file (``.pth``, ``.pt``, ``.bin``), or a directory with the former.
 
     Raises:
-        UserError: there is no such file, it is damaged, or it holds anything but floating-point tensors.
+        UserError: there is no such file, it is damaged, or it holds anything but finite floating-point tensors.
     """
     file = path / WEIGHTS if path.is_dir() else path
     if not file.is_file():
@@ -47,6 +47,8 @@ def read_weights(path: Path) -> Weights:
             raise UserError(f"{file}: {str(name)[:80]} is {type(tensor).__name__}, expected a state dict of tensors")
         if not tensor.is_floating_point() or tensor.layout != torch.strided:
             raise UserError(f"{file}: {name} is of {tensor.layout} and {tensor.dtype}, expected dense floating point")
+        if not tensor.double().isfinite().all():  # not every type of eight bits has an isfinite of its own
+            raise UserError(f"{file}: {name} has numbers that are not finite; expected weights of a sound model")
     return Weights(path, _digest(file), tensors, _config(file))
 
 

@@ -1,4 +1,5 @@
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -72,6 +73,12 @@ def test_val_is_the_test_split_where_there_is_no_test(tree):
     assert len(read(tree)[1][1]) == 2
 
 
+def test_that_val_is_not_read_where_there_is_a_test_is_said(tree):
+    assert folder(tree, 8).description == "folder tree train/<class>, test/<class>"
+    shutil.copytree(tree / "test", tree / "val")
+    assert folder(tree, 8).description == "folder tree train/<class>, test/<class>, val/ not read"
+
+
 def test_classes_can_be_chosen_by_a_file(tree, tmp_path):
     for split in ("train", "test"):
         make_image(tree / split / "ant lion" / "0.png")
@@ -95,9 +102,15 @@ def test_wrong_file_of_classes_is_told(tree, tmp_path, content, message):
         folder(tree, 8, tmp_path / "list")
 
 
-def test_order_of_a_class_list_is_kept_and_blanks_are_not(tmp_path):
-    (tmp_path / "list").write_text(" b \n\na\n")
+def test_order_of_a_class_list_is_kept_and_blanks_and_a_byte_order_mark_are_not(tmp_path):
+    (tmp_path / "list").write_text("\ufeff b \n\na\n", encoding="utf-8")
     assert read_class_list(tmp_path / "list") == ("b", "a")
+
+
+def others(directory):
+    empty(directory)
+    for name in ("scan.tiff", "notes.txt"):
+        (directory / name).write_bytes(b"II*\0 and more")
 
 
 def empty(directory):
@@ -110,7 +123,8 @@ def empty(directory):
     [
         (lambda t: (empty(t / "test/dog"), (t / "test/dog").rmdir()), "class 'dog' is missing from test"),
         (lambda t: make_image(t / "test/emu/0.png"), "class 'emu' is missing from train"),
-        (lambda t: empty(t / "train/cat"), "class 'cat' has no images"),
+        (lambda t: empty(t / "train/cat"), "class 'cat' has no images .JPEG, PNG, WEBP, BMP.: .*/train/cat is empty"),
+        (lambda t: others(t / "train/cat"), "class 'cat' has no images .*/train/cat has 2 other files"),
         (lambda t: (empty(t / "test/cat"), (t / "test/cat/.DS_Store").touch()), "class 'cat' has no images"),
         (lambda t: (t / "train/cat/empty.jpg").touch(), r"empty\.jpg: not an image"),
         (lambda t: (t / "train/cat/more").mkdir(), "more: expected image files"),

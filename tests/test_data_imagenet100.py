@@ -92,7 +92,7 @@ def test_the_usual_hundred_are_a_hundred_wnids():
 @pytest.mark.parametrize("layout", [as_kaggle, with_more_classes])
 def test_names_come_from_labels_json_in_any_layout_and_stay_distinct(tmp_path, tree, layout):
     root = layout(tree, tmp_path / "root")
-    names = dict(zip(SOME, ["crane, machine", "robin, Turdus", "crane, bird"], strict=False))
+    names = dict(zip(SOME, ["crane, machine", "robin, Turdus", "crane, bird", ""], strict=True))
     (root / "Labels.json").write_text(json.dumps(names))
     classes = imagenet100(root, 8, write_list(tmp_path / "list.txt", SOME)).classes
     assert classes == (f"crane ({SOME[0]})", "robin", f"crane ({SOME[2]})", SOME[3])

@@ -245,5 +245,6 @@ def test_the_report_is_a_few_lines_with_all_blocks_as_one(tmp_path):
         "  ignored: head.bias (of shape (1000,), here (7,))",
         "  ignored: head.weight (of shape (1000, 48), here (7, 48))",
         "  fresh: head.weight, head.bias, blocks.*.attn.omega",
+        "  taken on trust: the number of heads, pooling by the class token, GELU, norms with epsilon 1e-6",
     ]
     assert json.dumps(vars(report))

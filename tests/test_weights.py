@@ -96,6 +96,22 @@ def test_anything_but_floating_point_tensors_is_refused(tmp_path, content, says)
     assert says in refused(tmp_path / "file.pth")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "wrong"),
+    [
+        (torch.float32, torch.inf),
+        (torch.bfloat16, -torch.inf),
+        (torch.float64, torch.nan),
+        (torch.float8_e4m3fn, torch.nan),
+    ],
+)
+def test_numbers_that_are_not_finite_are_refused(tmp_path, dtype, wrong):
+    torch.save({"a": torch.ones(2).to(dtype), "b": torch.ones(2).to(dtype)}, tmp_path / "file.pth")
+    assert set(read_weights(tmp_path / "file.pth").tensors) == {"a", "b"}
+    torch.save({"a": torch.ones(2).to(dtype), "b": torch.tensor([1.0, wrong]).to(dtype)}, tmp_path / "file.pth")
+    assert "b has numbers that are not finite" in refused(tmp_path / "file.pth")
+
+
 def test_a_file_that_is_not_there_or_of_another_kind_is_named(tmp_path):
     assert "no such file" in refused(tmp_path / "none.pth")
     assert "model.safetensors: no such file" in refused(tmp_path)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from effvit.data.images import is_image
+from effvit.data.images import FORMATS, is_image
 from effvit.data.source import Files, Source, Split, default_root
 from effvit.errors import UserError
 
@@ -41,7 +41,8 @@ def read_tree(root: Path, wanted: Collection[str] | None = None) -> Source:
     for name in ("train", test):
         if not (root / name).is_dir():
             raise UserError(f"{root}: expected train/<class>/ and test/<class>/ with images, found no {name}/")
-    return build_source(f"folder tree train/<class>, {test}/<class>", root, ["train"], [test], wanted)
+    unread = ", val/ not read" if test == "test" and (root / "val").is_dir() else ""
+    return build_source(f"folder tree train/<class>, {test}/<class>{unread}", root, ["train"], [test], wanted)
 
 
 def build_source(
@@ -70,7 +71,7 @@ def build_source(
 def read_class_list(path: Path) -> tuple[str, ...]:
     """Names in a text file, one a line; raises `UserError` where there is none or one twice."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: expected a text file with one class a line") from error
     names = tuple(filter(None, map(str.strip, lines)))
@@ -110,7 +111,7 @@ def list_classes(
 def _images(directory: "os.DirEntry[str]", notes: Counter[str]) -> list[str]:
     if directory.name.encode(errors="replace").decode() != directory.name:
         raise UserError(f"{directory.path}: the name of a class must be valid UTF-8; rename this folder")
-    files = []
+    files, others = [], 0
     for entry in _entries(Path(directory), notes):
         if not entry.is_file():  # reading a FIFO, for one, never ends
             found = "a folder" if entry.is_dir() else "something else"
@@ -118,9 +119,12 @@ def _images(directory: "os.DirEntry[str]", notes: Counter[str]) -> list[str]:
         if is_image(Path(entry)):
             files.append(entry.name)
         else:
-            notes["stray files ignored"] += 1
+            others += 1
+    if others:
+        notes["stray files ignored"] += others
     if not files:
-        raise UserError(f"class {directory.name!r} has no images: {directory.path} is empty")
+        found = f"has {others} other files" if others else "is empty"
+        raise UserError(f"class {directory.name!r} has no images ({', '.join(FORMATS)}): {directory.path} {found}")
     return files
 
 

@@ -66,6 +66,6 @@ def _display_names(path: Path, wnids: tuple[str, ...]) -> tuple[str, ...]:
         labels = TypeAdapter(dict[str, str]).validate_json(path.read_bytes())
     except ValidationError as error:
         raise UserError(f"{path}: expected a JSON object of WNIDs and names") from error
-    first = [labels.get(wnid, wnid).split(",")[0].strip() for wnid in wnids]
+    first = [labels.get(wnid, "").split(",")[0].strip() or wnid for wnid in wnids]
     counts = Counter(first)
     return tuple(name if counts[name] == 1 else f"{name} ({wnid})" for name, wnid in zip(first, wnids, strict=True))
