@@ -21,7 +21,7 @@ from effvit.weights import Weights, read_weights
 
 StateDict = dict[str, Tensor]
 _OWN = re.compile(r"blocks\.\d+\.attn\.(?!(qkv|proj|heads)\.).*")  # what a mechanism adds to the maps that all share
-_ON_TRUST = ["the number of heads", "pooling by the class token", "GELU", "norms with epsilon 1e-6"]
+_ON_TRUST = ("the number of heads", "pooling by the class token", "GELU", "norms with epsilon 1e-6")
 _FOREIGN = {
     "dist_token": "a distillation token",
     "head_dist": "a distillation head",
@@ -119,7 +119,7 @@ def _fit(weights: Weights, model: ViT) -> tuple[StateDict, StartReport]:
     report = StartReport(
         source=str(weights.path),
         sha256=weights.sha256,
-        on_trust=[] if weights.config else _ON_TRUST,
+        on_trust=[] if weights.config else list(_ON_TRUST),
         loaded=loaded,
         adapted=dict(sorted(adapted.items())),
         fresh=fresh,

@@ -166,7 +166,10 @@ def open_store(name: str, tell: Callable[[str], None]) -> Iterator[Store]:
 
 def _remove_forgotten(root: Path) -> None:
     for directory in root.iterdir():
-        last = max(path.stat().st_mtime for path in (directory, *directory.glob("state")))
+        try:
+            last = max(path.stat().st_mtime for path in (directory, *directory.glob("state")))
+        except FileNotFoundError:  # another run is just over
+            continue
         if time.time() - last > _FORGOTTEN_S:
             shutil.rmtree(directory, ignore_errors=True)
 

@@ -45,9 +45,11 @@ def read_weights(path: Path) -> Weights:
     for name, tensor in tensors.items():
         if not (isinstance(name, str) and isinstance(tensor, Tensor)):
             raise UserError(f"{file}: {str(name)[:80]} is {type(tensor).__name__}, expected a state dict of tensors")
-        if not tensor.is_floating_point() or tensor.layout != torch.strided:
-            raise UserError(f"{file}: {name} is of {tensor.layout} and {tensor.dtype}, expected dense floating point")
-        if not tensor.double().isfinite().all():  # not every type of eight bits has an isfinite of its own
+        if not tensor.is_floating_point() or tensor.element_size() < 2 or tensor.layout != torch.strided:
+            raise UserError(
+                f"{file}: {name} is of {tensor.layout} and {tensor.dtype}, expected dense floating point of 16 bits"
+            )
+        if not tensor.isfinite().all():
             raise UserError(f"{file}: {name} has numbers that are not finite; expected weights of a sound model")
     return Weights(path, _digest(file), tensors, _config(file))
 

@@ -72,6 +72,13 @@ def test_digits_twice_are_the_same_bytes(tmp_path):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
+def test_digits_need_no_place_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("EFFVIT_DATA", str(tmp_path))
+    with pytest.raises(UserError, match="name another output"):
+        prepare("cifar10", None, 32, tmp_path / "cifar10")
+    prepare("digits", None, 8, tmp_path / "digits")
+
+
 def test_unknown_dataset_is_answered_with_the_known_ones(tmp_path):
     result = run("--dataset", "mnist", "--output-dir", tmp_path / "out")
     assert_one_line_error(result, "mnist", *available_datasets())

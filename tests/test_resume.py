@@ -363,30 +363,24 @@ def test_a_terminated_command_says_where_it_goes_on_and_does(tmp_path, digits_di
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
-def test_a_run_whose_whole_group_is_terminated_is_saved_though_workers_decode_for_it(tmp_path):
+@pytest.fixture
+def train_with_workers(tmp_path):
+    """Command that trains on JPEG files, decoded by workers, and its environment."""
     for split, name, number in itertools.product(("train", "test"), ("a", "b"), range(40)):
         path = tmp_path / "images" / split / name / f"{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (96, 96), (number, 6 * number, 99)).save(path)
     prepare("folder", tmp_path / "images", 96, tmp_path / "prepared")
-    code = "from effvit.cli.app import main; main()"
-    command = [sys.executable, "-c", code, "train", "--dataset-dir", tmp_path / "prepared", *TINY_FLAGS]
-    command += [
-        "--output-dir",
-        tmp_path / "run",
-        "--patch-size",
-        4,
-        "--device",
-        "cpu",
-        "--epochs",
-        6,
-    ]  # steps that last
-    # steps that last, so that it is in one when its workers get the signal
-    command = [*map(str, command), "--batch-size", "36", "--workers", "2", "--min-crop-area", "0.3"]
-    environment = os.environ | {"EFFVIT_STATE": str(tmp_path / "state")}
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    ) as process:
+    flags = ["--dataset-dir", tmp_path / "prepared", "--output-dir", tmp_path / "run", *TINY_FLAGS, "--device", "cpu"]
+    flags += ["--workers", 2, "--min-crop-area", 0.3, "--epochs", 10, "--batch-size", 36]
+    flags += ["--patch-size", 4]  # for steps that last, so that signals fall in one
+    return ["train", *map(str, flags)], os.environ | {"EFFVIT_STATE": str(tmp_path / "state")}
+
+
+def test_a_run_whose_whole_group_is_terminated_is_saved_though_workers_decode_for_it(train_with_workers):
+    flags, env = train_with_workers
+    command = [sys.executable, "-c", "from effvit.cli.app import main; main()", *flags]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True) as process:
         next(line for line in process.stderr if line.startswith("epoch   1/"))
         time.sleep(0.2)  # the next epoch has begun
         os.killpg(process.pid, signal.SIGTERM)  # as torchrun, Slurm and systemd do
@@ -395,5 +389,30 @@ def test_a_run_whose_whole_group_is_terminated_is_saved_though_workers_decode_fo
     assert error.splitlines()[-1].startswith("stopped at epoch") and "Traceback" not in error
     with pytest.raises(ProcessLookupError):  # no worker outlives it
         os.killpg(process.pid, 0)
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    result = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
     assert result.stderr.startswith("going on at epoch")
+
+
+FAILS = """
+from effvit.training import Training
+take_step = Training._take_step
+
+def fail_at_last(self, *args):
+    if self.epoch:
+        raise ZeroDivisionError("as a bug would")
+    return take_step(self, *args)
+
+Training._take_step = fail_at_last
+from effvit.cli.app import main
+main()
+"""
+
+
+def test_a_run_that_fails_ends_though_workers_decode_for_it(train_with_workers):
+    flags, env = train_with_workers
+    command = [sys.executable, "-c", FAILS, *flags]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True) as process:
+        _, error = process.communicate(timeout=300)
+    assert process.returncode == 1 and error.splitlines()[-1] == "ZeroDivisionError: as a bug would"
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)

@@ -89,6 +89,7 @@ def test_a_truncated_file_is_refused(tmp_path, suffix, keep):
         ({"model": STATE | {"n": torch.ones(2, dtype=torch.long)}}, "n is of torch.strided and torch.int64"),
         ({"a": torch.eye(2).to_sparse()}, "torch.sparse"),
         ({3: torch.ones(2)}, "3 is Tensor"),
+        ({"a": torch.ones(2).to(torch.float8_e4m3fn)}, "torch.float8_e4m3fn, expected dense floating point of 16 bits"),
     ],
 )
 def test_anything_but_floating_point_tensors_is_refused(tmp_path, content, says):
@@ -97,13 +98,7 @@ def test_anything_but_floating_point_tensors_is_refused(tmp_path, content, says)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "wrong"),
-    [
-        (torch.float32, torch.inf),
-        (torch.bfloat16, -torch.inf),
-        (torch.float64, torch.nan),
-        (torch.float8_e4m3fn, torch.nan),
-    ],
+    ("dtype", "wrong"), [(torch.float32, torch.inf), (torch.bfloat16, -torch.inf), (torch.float64, torch.nan)]
 )
 def test_numbers_that_are_not_finite_are_refused(tmp_path, dtype, wrong):
     torch.save({"a": torch.ones(2).to(dtype), "b": torch.ones(2).to(dtype)}, tmp_path / "file.pth")

@@ -63,7 +63,8 @@ def prepare(
     from effvit.data.writer import write_prepared
 
     root, classes = root and root.expanduser(), classes and classes.expanduser()
-    check_apart(output_dir, root or default_root(name), *filter(None, [classes]))
+    if name != "digits":  # which are in a package
+        check_apart(output_dir, root or default_root(name), *filter(None, [classes]))
     check_replaceable(output_dir, FILES)
     choice = {"classes": classes} if classes else {}
     source = getattr(import_module(_SOURCES[name]), name)(root, image_size, **choice)

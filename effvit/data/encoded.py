@@ -2,9 +2,10 @@
 
 import bisect
 import io
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -124,10 +125,10 @@ class EncodedImages(Images):
             batch_size=None,  # what the sampler gives is a batch already
             collate_fn=_to_tensor,  # type: ignore[arg-type]
             num_workers=workers,
+            worker_init_fn=_heed_no_sigterm_but_the_parent_s,
             generator=torch.Generator(),  # or it would draw a number from the global one
         )
-        with _without_sigterm():
-            return map(_to_array, loader)  # starts the workers
+        return map(_to_array, loader)
 
 
 def decode(jpeg: bytes | memoryview) -> Image.Image:
@@ -137,20 +138,20 @@ def decode(jpeg: bytes | memoryview) -> Image.Image:
     return image
 
 
-@contextmanager
-def _without_sigterm() -> Iterator[None]:
-    """Hold SIGTERM back, for good from processes that are started meanwhile.
+def _heed_no_sigterm_but_the_parent_s(worker: int) -> None:
+    """End on SIGTERM only where it is the training process that sends it.
 
-    torchrun and Slurm send it to all, and a training process that lost its workers could not end its step and save.
+    torchrun, Slurm and systemd send it to all, and the step that it falls in needs its batches before the run is saved.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS, nor on Windows
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_await_sigterm_of_the_parent, daemon=True).start()
+
+
+def _await_sigterm_of_the_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)  # as PyTorch's workers do: another status is told as a failure
 
 
 @dataclass(frozen=True)
