@@ -1,5 +1,6 @@
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -49,7 +50,6 @@ import json, os, random, signal, sys, time
 from pathlib import Path
 import torch
 from effvit.config import TrainConfig
-from effvit.data import prepare
 from effvit.data.prepared import PreparedDataset
 from effvit.runs import train_to
 from effvit.training import Training
@@ -377,6 +377,7 @@ def train_with_workers(tmp_path):
     return ["train", *map(str, flags)], os.environ | {"EFFVIT_STATE": str(tmp_path / "state")}
 
 
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="workers are not forked here")
 def test_a_run_whose_whole_group_is_terminated_is_saved_though_workers_decode_for_it(train_with_workers):
     flags, env = train_with_workers
     command = [sys.executable, "-c", "from effvit.cli.app import main; main()", *flags]
@@ -397,12 +398,12 @@ FAILS = """
 from effvit.training import Training
 take_step = Training._take_step
 
-def fail_at_last(self, *args):
+def fail_later(self, *args):
     if self.epoch:
         raise ZeroDivisionError("as a bug would")
     return take_step(self, *args)
 
-Training._take_step = fail_at_last
+Training._take_step = fail_later
 from effvit.cli.app import main
 main()
 """
