@@ -47,7 +47,8 @@ def read_weights(path: Path) -> Weights:
             raise UserError(f"{file}: {str(name)[:80]} is {type(tensor).__name__}, expected a state dict of tensors")
         if not tensor.is_floating_point() or tensor.element_size() < 2 or tensor.layout != torch.strided:
             raise UserError(
-                f"{file}: {name} is of {tensor.layout} and {tensor.dtype}, expected dense floating point of 16 bits"
+                f"{file}: {name} is of {tensor.layout} and {tensor.dtype}, "
+                "expected dense floating point of 16 bits or more"
             )
         if not tensor.isfinite().all():
             raise UserError(f"{file}: {name} has numbers that are not finite; expected weights of a sound model")

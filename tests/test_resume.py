@@ -377,10 +377,12 @@ def train_with_workers(tmp_path):
     return ["train", *map(str, flags)], os.environ | {"EFFVIT_STATE": str(tmp_path / "state")}
 
 
-@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="workers are not forked here")
-def test_a_run_whose_whole_group_is_terminated_is_saved_though_workers_decode_for_it(train_with_workers):
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are not forked here")
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_a_run_whose_whole_group_is_terminated_is_saved_though_workers_decode_for_it(train_with_workers, method):
     flags, env = train_with_workers
-    command = [sys.executable, "-c", "from effvit.cli.app import main; main()", *flags]
+    start = f"import multiprocessing; multiprocessing.set_start_method({method!r})"  # Python's default by version
+    command = [sys.executable, "-c", f"{start}; from effvit.cli.app import main; main()", *flags]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True) as process:
         next(line for line in process.stderr if line.startswith("epoch   1/"))
         time.sleep(0.2)  # the next epoch has begun

@@ -161,8 +161,8 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -
         return _attention_in_float32(q, k, v, dropout_p)
     eager = not torch.compiler.is_compiling()
     if half and not trained and min(rows, columns) >= _LONG and eager and _FLOAT32_PAYS:
-        # Over sequences this long AMD's processors (Zen 4, Zen 5) take 1.05 to 1.1 times as long in bfloat16, 1.8 in
-        # float16. A few samples at a time: copies of all of them would be memory that is new at every call.
+        # Over sequences this long AMD's processors (Zen 4, Zen 5) take 1.05 to 1.2 times as long in bfloat16, 1.8 to
+        # 2.1 in float16. A few samples at a time: copies of all of them would be memory that is new at every call.
         at_once = max(1, _COPIED_NUMBERS // max(tensor.shape[1:].numel() for tensor in (q, k, v)))
         parts = zip(q.split(at_once), k.split(at_once), v.split(at_once), strict=True)
         return torch.cat([_attention_in_float32(*part, dropout_p).transpose(1, 2) for part in parts]).transpose(1, 2)

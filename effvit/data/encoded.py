@@ -4,6 +4,7 @@ import bisect
 import io
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -125,6 +126,8 @@ class EncodedImages(Images):
             batch_size=None,  # what the sampler gives is a batch already
             collate_fn=_to_tensor,  # type: ignore[arg-type]
             num_workers=workers,
+            # Python 3.14 has a server fork them, and a SIGTERM to all would end it, and its workers with it.
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
             worker_init_fn=_heed_no_sigterm_but_the_parent_s,
             generator=torch.Generator(),  # or it would draw a number from the global one
         )

@@ -28,6 +28,7 @@ __all__ = ["FORMAT_VERSION", "META_FILE", "SPLITS", "Images", "Meta", "PreparedD
 FORMAT_VERSION = 1
 META_FILE = "meta.json"
 FILES = (META_FILE, "*.npy", "*_images-*.arrow")
+"""Patterns of what a prepared data set consists of."""
 SPLITS = ("train", "validation", "test")
 STORED = ("train", "test")
 _ARRAYS = ("train_labels", "test_labels", "train_indices", "validation_indices")
