@@ -197,7 +197,7 @@ def read_csv(path: Path, stage: str, columns: dict[str, Any], *, may_be_empty: b
     return frame[list(columns)]
 
 
-def _parse(path: Path, columns: dict[str, Any], rows: int | None = None) -> pd.DataFrame:
+def _parse(path: Path, columns: dict[Any, Any], rows: int | None = None) -> pd.DataFrame:
     with np.errstate(invalid="ignore"):  # an infinite count raises as well
         # a class may well be called "nan" or "null"; an empty field alone is a missing value
         return pd.read_csv(

@@ -45,7 +45,7 @@ def cka(table: pd.DataFrame) -> Figure:
                 shade = "black" if value > 0.55 else "white"
                 axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=5, color=shade)
     bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
-    bar.outline.set_visible(False)
+    bar.ax.spines[:].set_visible(False)
     bar.set_label(f"Linear CKA, % in cells ({table['n_images'].max():,} validation images)" if len(order) <= 24 else
                   f"Linear CKA ({table['n_images'].max():,} validation images)")  # fmt: skip
     return figure

@@ -209,7 +209,8 @@ def _points(rows: pd.DataFrame, tips: dict[str, str]) -> dict[str, Any]:
 def _chart(data: pd.DataFrame, layers: list[dict[str, Any]], description: str, height: int) -> dict[str, Any]:
     columns = ["attention", "label", "tokens", "cost", "low", "high", "top1", "top1_low", "top1_high"]
     columns += ["accuracy", "length", "shown", "beside", "contended"]
-    kept = data[[c for c in columns if c in data]].astype(object)
+    rows = records(data[[c for c in columns if c in data]])
+    values = [{column: None if pd.isna(value) else value for column, value in row.items()} for row in rows]
     font = {"labelFontSize": 12, "titleFontSize": 13, "titleFontWeight": "normal", "gridColor": "#e8e8e8"}
     return {
         "$schema": f"https://vega.github.io/schema/vega-lite/v{VEGA_LITE.split('.')[0]}.json",
@@ -217,7 +218,7 @@ def _chart(data: pd.DataFrame, layers: list[dict[str, Any]], description: str, h
         "width": "container",
         "height": height,
         "params": [{"name": "hidden", "value": []}],
-        "data": {"values": kept.where(kept.notna(), None).to_dict("records")},
+        "data": {"values": values},
         "transform": [{"filter": "indexof(hidden, datum.attention) < 0"}],
         "layer": layers,
         "config": {"axis": font, "view": {"stroke": None}, "font": "system-ui, sans-serif"},
