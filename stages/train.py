@@ -1,5 +1,7 @@
 """train(dataset, attention, seed): one model and its log."""
 
+from pathlib import Path
+
 from effvit.cli.train import train
 from effvit.errors import one_line_errors
 from stages import study
@@ -17,6 +19,7 @@ if __name__ == "__main__":  # not again in processes that decode images
             seed=int(seed),
             patch_size=data.patch_size,
             horizontal_flip=data.horizontal_flip,
-            **params.model.model_dump(),
+            init_from=Path(params.model.init_from) if params.model.init_from else None,
+            **params.model.model_dump(exclude={"init_from"}),
             **params.train.model_dump(),
         )

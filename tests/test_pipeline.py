@@ -108,7 +108,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
         (path / "conf/train/quick.yaml").write_text(re.sub(rf"^{key}:.*", f"{key}: {value}", text, flags=re.MULTILINE))
     (path / "conf/model/tiny.yaml").write_text(
         "hidden_size: 16\nnum_hidden_layers: 2\nnum_attention_heads: 2\nintermediate_size: 32\n"
-        "hidden_dropout_prob: 0.0\nattention_probs_dropout_prob: 0.0\n"
+        "hidden_dropout_prob: 0.0\nattention_probs_dropout_prob: 0.0\ninit_from: null\n"
     )
     (path / "conf/attention/all.yaml").write_text("defaults: [fused, linformer]\n")
     config = yaml.safe_load((path / "conf/config.yaml").read_text())
@@ -221,6 +221,15 @@ def test_plots_diff_renders_pages_and_pictures_of_two_branches(repository: Repos
         assert f'"rev": "{branch}"' in page or f'"rev":"{branch}"' in page
         for picture in ("scaling.png", "digits-tradeoff.png"):
             assert list((repository.path / "dvc_plots/static").glob(f"{branch}*{picture}"))
+
+
+def test_a_model_starts_from_weights_of_the_study(repository: Repository) -> None:
+    repository.run("dvc exp run -S model.init_from=$PWD/models/digits/fused/seed0 train@digits-linformer-0")
+    report = json.loads((repository.path / "metrics/cells/digits/linformer/seed0/train/start.json").read_text())
+    assert len(report["loaded"]) > 20 and all(".attn." in name for name in report["fresh"])
+    output = repository.run("dvc exp run -S model.init_from=absent.pth train@digits-linformer-0", fails=True)
+    assert "error: absent.pth: no such file" in output and "Traceback" not in output
+    repository.run("git checkout --quiet . && dvc checkout --quiet")
 
 
 def test_a_queued_sweep_runs_in_checkouts_of_its_own(repository: Repository) -> None:
