@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 _MOST_SHOWN = 80  # characters of a wrong value
+_OUT_OF_MEMORY = "out of memory; a smaller model, image or batch takes less"
 
 
 class UserError(ValueError):
@@ -66,9 +67,10 @@ def one_line_errors() -> Iterator[None]:
         hint = " (free some space and run again)" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         message = f"{where}{error.strerror}{hint}"
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        cause = _cause(error)
+        if cause is None:
             raise
-        message = "out of memory; a smaller model, image or batch takes less"
+        message = cause
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
@@ -93,9 +95,21 @@ def _terminable() -> Iterator[None]:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError) or "torch" not in sys.modules:  # only torch has errors of its own for it
-        return isinstance(error, MemoryError)
+def _cause(error: BaseException) -> str | None:
+    """What is told of errors that are nobody's bug; None for the others."""
+    if "torch" not in sys.modules:  # which has hardly a class for its own
+        return _OUT_OF_MEMORY if isinstance(error, MemoryError) else None
+    from torch import distributed
+
     from effvit.memory import is_out_of_memory
 
-    return is_out_of_memory(error)
+    text = str(error)
+    if is_out_of_memory(error):
+        return _OUT_OF_MEMORY
+    if text.startswith("DataLoader worker (pid"):
+        return "a worker that decodes images was killed, perhaps for want of memory; fewer workers take less"
+    if "gloo" in text and "by peer" in text:
+        return "another process of this training has ended; its own message says why"
+    if distributed.is_available() and isinstance(error, distributed.DistError):
+        return f"another process of this training has ended or cannot be reached ({text.splitlines()[0]})"
+    return None

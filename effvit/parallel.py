@@ -1,6 +1,8 @@
 """One training by one process or by many: Fabric on the devices that there are, and sums over processes."""
 
 import os
+import threading
+import time
 from collections.abc import Iterable
 
 import torch
@@ -10,6 +12,9 @@ from torch import Tensor, nn
 
 from effvit.data.loading import Place
 from effvit.errors import UserError
+
+_LEADER = "EFFVIT_LEADER"  # number of the process that starts the others
+_LOOK_S = 1.0
 
 
 def make_fabric(device: str, devices: int = 1, precision: str = "32-true") -> Fabric:
@@ -38,8 +43,25 @@ def make_fabric(device: str, devices: int = 1, precision: str = "32-true") -> Fa
     except (RuntimeError, ValueError) as error:
         where = f"device={device}" + (f", devices={devices}" if devices > 1 else "")
         raise UserError(f"{where}: not usable here, try auto or cpu ({error})") from error
+    _watch_leader()
     fabric.launch()
+    os.environ.pop(_LEADER, None)
     return fabric
+
+
+def _watch_leader() -> None:
+    """Of a process that Fabric starts: end when the one that started it is killed, for which it else waits to meet."""
+    leader = os.environ.get(_LEADER)
+    if leader is None:
+        os.environ[_LEADER] = str(os.getpid())
+    else:
+        threading.Thread(target=_leave_with, args=(int(leader),), daemon=True).start()
+
+
+def _leave_with(leader: int) -> None:
+    while os.getppid() == leader:
+        time.sleep(_LOOK_S)
+    os._exit(1)
 
 
 def place_of(fabric: Fabric) -> Place:

@@ -33,6 +33,7 @@ from effvit.files import sync_directory
 from effvit.vit import ViTConfig
 
 _FORGOTTEN_S = 60 * 86400  # a run that nobody continued for so long is removed
+_NAME = "[0-9a-f]" * 32  # a fingerprint, as a pattern
 _SAMPLED_BYTES = 2**28  # all of CIFAR; of images of 224 pixels some 1,800
 _MOVES_NO_RESULT = {"devices", "workers", "checkpoint_s"}
 # Of other packages: arithmetic, RandAugment, decoding and resizing, precision.
@@ -165,7 +166,8 @@ def open_store(name: str, tell: Callable[[str], None]) -> Iterator[Store]:
 
 
 def _remove_forgotten(root: Path) -> None:
-    for directory in root.iterdir():
+    for lock in root.glob(f"{_NAME}-*/lock"):  # whatever else is there is somebody else's
+        directory = lock.parent
         try:
             last = max(path.stat().st_mtime for path in (directory, *directory.glob("state")))
         except FileNotFoundError:  # another run is just over

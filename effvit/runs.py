@@ -68,8 +68,9 @@ class Run:
 
     @property
     def where(self) -> str:
-        """The step that comes next."""
-        return f"epoch {self.training.epoch + 1}, step {self.training.step + 1} of {self.training.steps_per_epoch}"
+        """What comes next."""
+        step, steps = self.training.step + 1, self.training.steps_per_epoch
+        return f"epoch {self.training.epoch + 1}, {'validation' if step > steps else f'step {step} of {steps}'}"
 
     def take(self, event: Step | Epoch) -> None:
         """Record what a step or an epoch came to, and save where it is time to."""

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -99,17 +100,23 @@ def test_shares_are_even_parts_of_a_batch_that_keep_pairs_together(world, count)
     assert max(map(len, shares)) - min(map(len, shares)) <= 3
 
 
-def test_devices_starts_as_many_processes_and_a_stopped_run_goes_on(tmp_path, digits_dir):
+@pytest.fixture
+def command(tmp_path, digits_dir):
+    """Command that trains with two processes, into a directory of a name."""
     script = tmp_path / "start" / "script.py"
     script.parent.mkdir()
     script.write_text("from effvit.cli.app import main\nmain()\n")
-    environment = os.environ | {"EFFVIT_STATE": str(tmp_path / "state")}
 
     def command(name):
         arguments = ["train", "--dataset-dir", digits_dir, "--output-dir", tmp_path / name, *TINY_FLAGS]
         arguments += ["--epochs", 12, "--batch-size", 68, "--device", "cpu", "--devices", 2]
         return [sys.executable, str(script), *map(str, arguments)]
 
+    return command
+
+
+def test_devices_starts_as_many_processes_and_a_stopped_run_goes_on(tmp_path, command):
+    environment = os.environ | {"EFFVIT_STATE": str(tmp_path / "state")}
     with subprocess.Popen(command("run"), stderr=subprocess.PIPE, text=True, env=environment) as process:
         next(line for line in process.stderr if line.startswith("epoch   1/"))
         process.terminate()
@@ -124,6 +131,23 @@ def test_devices_starts_as_many_processes_and_a_stopped_run_goes_on(tmp_path, di
         assert len({(tmp_path / path.format(name)).read_bytes() for name in ("run", "whole")}) == 1
     settings = json.loads((tmp_path / "run-log" / "provenance.json").read_text())["config"]
     assert settings["processes"] == 2
+
+
+def test_no_process_outlives_the_first_not_even_one_that_waits_for_it(command):
+    with subprocess.Popen(command("run"), stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        next(line for line in process.stderr if "MEMBER: 1/2" in line)  # the other still imports
+        process.kill()
+        process.communicate(timeout=300)  # until nobody has stderr open
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_what_ends_one_process_is_told_in_one_line_by_each(command, tmp_path):
+    (tmp_path / "state").touch()  # where a directory should be
+    environment = os.environ | {"EFFVIT_STATE": str(tmp_path / "state")}
+    result = subprocess.run(command("run"), capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert f"error: {tmp_path / 'state'}" in result.stderr
+    assert "error: another process of this training has ended; its own message says why" in result.stderr
 
 
 def test_device_that_is_not_there_is_a_user_error():

@@ -292,17 +292,22 @@ def test_of_two_processes_with_the_same_run_the_one_that_is_killed_finds_its_sta
 
 def test_runs_that_nobody_went_on_with_are_removed(tmp_path, monkeypatch):
     monkeypatch.setenv("EFFVIT_STATE", str(tmp_path))
-    for name, age in (("old", resume._FORGOTTEN_S + 60), ("new", 60)):
+    old, old_stateless, new, new_stateless, other = (digit * 32 for digit in "01234")
+    for name, stateless, age in ((old, old_stateless, resume._FORGOTTEN_S + 60), (new, new_stateless, 60)):
         with open_store(name, print) as store:
             store.save({}, {})
         make_older(store.directory / "state", age)
         make_older(store.directory, age)
-        with open_store(f"{name} without a state", print) as store:
+        with open_store(stateless, print) as store:
             pass
         make_older(store.directory, age)
-    with open_store("other", print):
+    for stranger in ("thesis", f"{old}-7"):
+        (tmp_path / "runs" / stranger).mkdir()
+        (tmp_path / "runs" / stranger / "model.bin").touch()
+        make_older(tmp_path / "runs" / stranger, resume._FORGOTTEN_S + 60)
+    with open_store(other, print):
         left = sorted(path.name for path in (tmp_path / "runs").iterdir())
-    assert left == ["new without a state-0", "new-0", "other-0"]
+    assert left == [f"{old}-7", f"{new}-0", f"{new_stateless}-0", f"{other}-0", "thesis"]
 
 
 def make_older(path, seconds):
@@ -394,6 +399,45 @@ def test_a_run_whose_whole_group_is_terminated_is_saved_though_workers_decode_fo
         os.killpg(process.pid, 0)
     result = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
     assert result.stderr.startswith("going on at epoch")
+
+
+def test_workers_are_never_ended_by_sigterm_of_others_not_even_while_they_start(train_with_workers, monkeypatch):
+    """Signals fall where PyTorch has set its handler and the worker has not begun."""
+    flags, env = train_with_workers
+    command = [sys.executable, "-c", TERMINATED_AT_ONCE, *flags]
+    result = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "epoch  10/10" in result.stderr
+
+
+TERMINATED_AT_ONCE = """
+import os, signal, subprocess
+from torch.utils.data import _utils
+set_handlers = _utils.signal_handling._set_worker_signal_handlers
+
+def set_handlers_and_be_terminated(*args):
+    set_handlers(*args)
+    subprocess.run(["kill", "-TERM", str(os.getpid())], check=True)
+
+_utils.signal_handling._set_worker_signal_handlers = set_handlers_and_be_terminated
+from effvit.cli.app import main
+main()
+"""
+
+
+def test_a_killed_worker_is_told_in_one_line(train_with_workers):
+    flags, env = train_with_workers
+    command = [sys.executable, "-c", "from effvit.cli.app import main; main()", *flags]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as process:
+        next(line for line in process.stderr if line.startswith("epoch   1/"))
+        workers = []
+        while not workers and process.poll() is None:
+            workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(workers[0]), signal.SIGKILL)
+        error = process.stderr.read()
+    assert process.returncode == 1
+    assert error.splitlines()[-1].startswith("error: a worker that decodes images was killed")
+    assert "Traceback" not in error
 
 
 FAILS = """

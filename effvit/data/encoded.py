@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -131,7 +132,8 @@ class EncodedImages(Images):
             worker_init_fn=_heed_no_sigterm_but_the_parent_s,
             generator=torch.Generator(),  # or it would draw a number from the global one
         )
-        return map(_to_array, loader)
+        with _sigterm_blocked():
+            return map(_to_array, loader)  # starts the workers
 
 
 def decode(jpeg: bytes | memoryview) -> Image.Image:
@@ -141,13 +143,25 @@ def decode(jpeg: bytes | memoryview) -> Image.Image:
     return image
 
 
+@contextmanager
+def _sigterm_blocked() -> Iterator[None]:
+    """Workers that are started meanwhile have SIGTERM blocked from their first moment on."""
+    if not hasattr(signal, "sigwaitinfo"):  # macOS and Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _heed_no_sigterm_but_the_parent_s(worker: int) -> None:
     """End on SIGTERM only where it is the training process that sends it.
 
     torchrun, Slurm and systemd send it to all, and the step that it falls in needs its batches before the run is saved.
     """
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS, nor on Windows
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    if hasattr(signal, "sigwaitinfo"):
         threading.Thread(target=_await_sigterm_of_the_parent, daemon=True).start()
 
 
