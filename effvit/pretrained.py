@@ -31,6 +31,10 @@ _FOREIGN = {
     "ls1": "layer scale",
     "q_norm": "normed queries",
 }
+_OTHER_NAMES = {
+    "module.": "they begin with module., as under DistributedDataParallel: save model.module.state_dict()",
+    "encoder.layer": "they are Hugging Face's: take timm's release of the model",
+}
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def start_from(path: Path, model: ViT) -> StartReport:
     weights = read_weights(path)
     try:
         taken, report = _fit(weights, model)
-    except (ValueError, RuntimeError, IndexError) as error:  # the last two from tensors of shapes that make no sense
+    except (ValueError, RuntimeError, IndexError, TypeError) as error:  # all but the first from shapes without sense
         raise UserError(f"{path}: {error}") from error
     with torch.no_grad():
         for name, target in _once(model).items():
@@ -162,21 +166,23 @@ def _require_same_model(weights: Weights, source: StateDict, config: ViTConfig) 
     try:
         hidden_size, num_channels, patch_size, _ = source["patch_embed.proj.weight"].shape
         _, positions, _ = source["pos_embed"].shape
+        intermediate_size, _ = source["blocks.0.mlp.fc1.weight"].shape
         theirs = {
             "hidden_size": hidden_size,
             "num_hidden_layers": len({name.split(".")[1] for name in source if name.startswith("blocks.")}),
-            "intermediate_size": len(source["blocks.0.mlp.fc1.weight"]),
+            "intermediate_size": intermediate_size,
             "patch_size": patch_size,
             "num_channels": num_channels,
         }
     except (KeyError, ValueError) as error:
-        raise UserError(f"not the weights of a ViT in timm's names ({error})") from error
+        found = next((found for part, found in _OTHER_NAMES.items() if any(part in name for name in source)), error)
+        raise UserError(f"not the weights of a ViT in timm's names ({found})") from error
     if weights.config is not None:
         theirs["num_attention_heads"] = weights.config.num_attention_heads
     ours = config.model_dump()
     if wrong := [f"{key}={value}, here {ours[key]}" for key, value in theirs.items() if value != ours[key]]:
         raise UserError(f"of a model with {'; '.join(wrong)}; both must be the same")
-    side = isqrt(positions - 1)
+    side = isqrt(max(0, positions - 1))
     if side < 1 or side**2 != positions - 1:
         raise UserError(f"pos_embed has {positions} positions; expected a class token and n x n patches")
     return side, side

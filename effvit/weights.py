@@ -1,6 +1,7 @@
 """Weights from a file of anyone's, read without running what it may hold: safetensors, or a torch file of tensors."""
 
 import json
+import zipfile
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -43,16 +44,22 @@ def read_weights(path: Path) -> Weights:
         raise UserError(f"{file}: expected a name that ends in .safetensors, {', '.join(_TORCH_SUFFIXES)}")
     tensors = _safetensors(file) if file.suffix == ".safetensors" else _torch(file)
     for name, tensor in tensors.items():
-        if not (isinstance(name, str) and isinstance(tensor, Tensor)):
-            raise UserError(f"{file}: {str(name)[:80]} is {type(tensor).__name__}, expected a state dict of tensors")
-        if not tensor.is_floating_point() or tensor.element_size() < 2 or tensor.layout != torch.strided:
-            raise UserError(
-                f"{file}: {name} is of {tensor.layout} and {tensor.dtype}, "
-                "expected dense floating point of 16 bits or more"
-            )
-        if not tensor.isfinite().all():
-            raise UserError(f"{file}: {name} has numbers that are not finite; expected weights of a sound model")
+        if problem := _what_is_wrong(name, tensor):
+            raise UserError(f"{file}: {str(name)[:80]} {problem}")
     return Weights(path, _digest(file), tensors, _config(file))
+
+
+def _what_is_wrong(name: Any, tensor: Any) -> str | None:
+    if not (isinstance(name, str) and isinstance(tensor, Tensor)):
+        return f"is {type(tensor).__name__}, expected a state dict of tensors"
+    if tensor.layout != torch.strided or not tensor.is_floating_point() or tensor.element_size() < 2:
+        return f"is of {tensor.layout} and {tensor.dtype}, expected dense floating point of 16 bits or more"
+    # A view can repeat a few numbers without end.
+    if tensor.is_meta or tensor.is_nested or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return "is not stored in full; expected a contiguous tensor"
+    if not tensor.isfinite().all():
+        return "has numbers that are not finite; expected weights of a sound model"
+    return None
 
 
 def _safetensors(file: Path) -> dict[str, Any]:
@@ -64,13 +71,14 @@ def _safetensors(file: Path) -> dict[str, Any]:
 
 def _torch(file: Path) -> dict[str, Any]:
     try:
+        _refuse_compressed(file)
         # Unpickles tensors and plain containers only. (Before PyTorch 2.6 even this could run code.)
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # whatever damaged or hostile bytes make of it
+        if isinstance(error, OSError) and error.filename:  # the system's
+            raise
         raise UserError(
-            f"{file}: not a torch file of tensors alone, and nothing else is unpickled; "
+            f"{file}: damaged or not a torch file of tensors alone, and nothing else is unpickled; "
             f"save its state dict as safetensors ({type(error).__name__})"
         ) from error
     for wrapper in _WRAPPERS:
@@ -79,6 +87,14 @@ def _torch(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{file}: holds {type(content).__name__}, expected a state dict of tensors")
     return content
+
+
+def _refuse_compressed(file: Path) -> None:
+    """Raise where a zip would unpack to more than it is: torch writes its members as they are."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            if sum(member.file_size for member in archive.infolist()) > file.stat().st_size:
+                raise ValueError("unpacks to more than it is")
 
 
 def _config(file: Path) -> ViTConfig | None:

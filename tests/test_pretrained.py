@@ -208,6 +208,11 @@ def test_a_distilled_model_is_refused_by_name(tmp_path):
     assert "a distillation head, a distillation token" in refused(saved(theirs, tmp_path), vit())
 
 
+def prefix(state, first):
+    for name in list(state):
+        state[first + name] = state.pop(name)
+
+
 def test_another_number_of_heads_is_refused_where_it_is_known(tmp_path):
     assert "num_attention_heads=3, here 4" in refused(saved_model(vit(), tmp_path), vit(num_attention_heads=4))
 
@@ -217,6 +222,10 @@ def test_another_number_of_heads_is_refused_where_it_is_known(tmp_path):
     [
         (lambda s: s.pop("norm.weight"), "norm.weight: missing"),
         (lambda s: s.pop("pos_embed"), "not the weights of a ViT"),
+        (lambda s: s.update({"pos_embed": torch.ones(1, 0, 48)}), "pos_embed has 0 positions"),
+        (lambda s: s.update({"blocks.0.mlp.fc1.weight": torch.tensor(1.0)}), "not the weights of a ViT"),
+        (lambda s: prefix(s, "module."), "save model.module.state_dict()"),
+        (lambda s: prefix(s, "vit.encoder.layer."), "Hugging Face's"),
         (lambda s: s.update({"blocks.0.attn.extra": torch.ones(3)}), "blocks.*.attn.extra, of which this ViT has none"),
         (lambda s: s.update({"cls_token": torch.ones(1, 1, 5)}), "cls_token: of shape (1, 1, 5), here (1, 1, 48)"),
         (lambda s: s.update({"blocks.0.attn.qkv.weight": torch.ones(2, 2)}), ""),

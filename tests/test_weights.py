@@ -1,6 +1,7 @@
 import hashlib
 import pickle
 import shutil
+import zipfile
 
 import pytest
 import torch
@@ -73,10 +74,11 @@ def test_code_in_a_file_is_refused_and_never_run(tmp_path, suffix, legacy):
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+@pytest.mark.parametrize("keep", [0, 5, 100, 5000, -1])
 def test_a_truncated_file_is_refused(tmp_path, suffix, keep):
     path = tmp_path / f"file{suffix}"
-    save_file(STATE, path) if suffix == ".safetensors" else torch.save(STATE, path)
+    state = STATE | {"b": torch.zeros(10**4)}
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
     path.write_bytes(path.read_bytes()[:keep])
     refused(path)
 
@@ -89,6 +91,8 @@ def test_a_truncated_file_is_refused(tmp_path, suffix, keep):
         ({"model": STATE | {"n": torch.ones(2, dtype=torch.long)}}, "n is of torch.strided and torch.int64"),
         ({"a": torch.eye(2).to_sparse()}, "torch.sparse"),
         ({3: torch.ones(2)}, "3 is Tensor"),
+        ({"a": torch.ones(1).expand(10**13)}, "a is not stored in full"),
+        ({"a": torch.ones(2, device="meta")}, "a is not stored in full"),
         ({"a": torch.ones(2).to(torch.float8_e4m3fn)}, "torch.float8_e4m3fn, expected dense floating point of 16 bits"),
     ],
 )
@@ -105,6 +109,16 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path, dtype, wrong):
     assert set(read_weights(tmp_path / "file.pth").tensors) == {"a", "b"}
     torch.save({"a": torch.ones(2).to(dtype), "b": torch.tensor([1.0, wrong]).to(dtype)}, tmp_path / "file.pth")
     assert "b has numbers that are not finite" in refused(tmp_path / "file.pth")
+
+
+def test_a_torch_file_that_unpacks_to_more_than_it_is_is_refused_before_it_does(tmp_path):
+    torch.save({"a": torch.zeros(10**6)}, tmp_path / "plain.pth")
+    with zipfile.ZipFile(tmp_path / "plain.pth") as plain, zipfile.ZipFile(tmp_path / "file.pth", "w") as bomb:
+        for member in plain.namelist():
+            bomb.writestr(member, plain.read(member), zipfile.ZIP_DEFLATED)
+    assert torch.load(tmp_path / "file.pth", weights_only=True)["a"].numel() == 10**6, "torch itself unpacks it"
+    assert "not a torch file" in refused(tmp_path / "file.pth")
+    assert read_weights(tmp_path / "plain.pth").tensors["a"].numel() == 10**6
 
 
 def test_a_file_that_is_not_there_or_of_another_kind_is_named(tmp_path):
