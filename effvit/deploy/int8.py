@@ -16,6 +16,7 @@ def quantize(source: Path, target: Path) -> None:
     Raises:
         UserError: onnxruntime cannot quantise the graph.
     """
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -24,8 +25,10 @@ def quantize(source: Path, target: Path) -> None:
         try:
             # Folds what is computed from weights alone, such as their parts, into weights.
             quant_pre_process(source, folded, skip_symbolic_shape=True)
+            model = onnx.load(folded)
+            del model.graph.value_info[:]  # before 1.32 onnxruntime leaves shapes that are not so after folding
             quantize_dynamic(
-                folded,
+                model,
                 target,
                 op_types_to_quantize=["MatMul", "Gemm"],
                 per_channel=True,
