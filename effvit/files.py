@@ -50,9 +50,11 @@ def check_replaceable(final: Path, known_by: Known | None = None) -> None:
             is replaced.
 
     Raises:
-        UserError: ``final`` is or holds the current directory, or holds something else than earlier results.
+        UserError: ``final`` is or holds the current directory, is a link, or has something else than earlier results.
         PermissionError: the directory that shall hold it cannot be written to.
     """
+    if known_by and final.is_symlink():
+        raise UserError(f"{final}: is a link, and a directory would take its place; name what it points to")
     if known_by and final.exists() and (not final.is_dir() or any(final.iterdir())):
         why = _why_unknown(final, known_by)
         if why is not None:

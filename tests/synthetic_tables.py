@@ -84,7 +84,7 @@ def optional_tables(dataset="digits", attentions=ATTENTIONS, layers=2):
     ]
     tables = {"fidelity": fidelity, "replaced": replaced, "cka": cka, "heads": heads, "gates": gates}
     tables |= {"hardware": hardware, "efficiency": efficiency, "paired": paired}
-    return {name: pd.DataFrame(rows).replace({None: np.nan}) for name, rows in tables.items() if rows}
+    return {name: pd.DataFrame(rows).map(lambda v: np.nan if v is None else v) for name, rows in tables.items() if rows}
 
 
 def write_optional_tables(directory, **selection):

@@ -1,3 +1,4 @@
+import io
 import os
 import shutil
 
@@ -55,6 +56,23 @@ def test_litter_and_files_of_another_kind_are_ignored_with_a_count(tree):
     source, (train, test) = read(tree)
     assert source.train.notes == {"stray files ignored": 5} and source.test.notes == {"stray files ignored": 1}
     assert len(train) == len(test) == 6
+
+
+def test_text_that_begins_like_a_bitmap_is_no_image(tree):
+    (tree / "train/cat/notes.txt").write_text("BMW is a maker of cars")
+    source, (train, _) = read(tree)
+    assert len(train) == 6 and source.train.notes == {"stray files ignored": 1}
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("keep", [16, 60, 200])
+def test_what_is_left_of_an_image_is_named_whatever_its_suffix(tree, format, keep):
+    whole = io.BytesIO()
+    Image.effect_noise((32, 32), 90).convert("RGB").save(whole, format)
+    part = tree / "train/cat/7.jpg.part"
+    part.write_bytes(whole.getvalue()[:keep])
+    with pytest.raises(UserError, match=r"7\.jpg\.part: (damaged|not an) image"):
+        read(tree)
 
 
 def test_image_under_any_suffix_is_an_image(tree):

@@ -1,3 +1,4 @@
+import itertools
 import json
 import shutil
 
@@ -82,6 +83,17 @@ def test_of_a_thousand_classes_the_usual_hundred_are_taken(tmp_path):
     shutil.rmtree(tmp_path / "val" / WNIDS[3])
     with pytest.raises(UserError, match=f"class '{WNIDS[3]}' is wanted, but there is no folder .*/val/{WNIDS[3]}"):
         imagenet100(tmp_path, 8)
+    shutil.rmtree(tmp_path / "train" / WNIDS[3])
+    with pytest.raises(UserError, match=f"has 999 classes, .* but {WNIDS[3]} is not there; name a file .* as classes"):
+        imagenet100(tmp_path, 8)
+
+
+def test_classes_of_several_parts_are_counted_once(tmp_path):
+    wnids = [f"n9{index:07}" for index in range(60)]
+    for wnid, part in itertools.product(wnids, ("train.X1", "train.X2", "val.X")):
+        (tmp_path / part / wnid).mkdir(parents=True)
+        (tmp_path / part / wnid / "1.JPEG").touch()
+    assert imagenet100(tmp_path, 8).classes == tuple(wnids)
 
 
 def test_the_usual_hundred_are_a_hundred_wnids():
@@ -93,7 +105,7 @@ def test_the_usual_hundred_are_a_hundred_wnids():
 def test_names_come_from_labels_json_in_any_layout_and_stay_distinct(tmp_path, tree, layout):
     root = layout(tree, tmp_path / "root")
     names = dict(zip(SOME, ["crane, machine", "robin, Turdus", "crane, bird", ""], strict=True))
-    (root / "Labels.json").write_text(json.dumps(names))
+    (root / "Labels.json").write_text(json.dumps(names), encoding="utf-8-sig")
     classes = imagenet100(root, 8, write_list(tmp_path / "list.txt", SOME)).classes
     assert classes == (f"crane ({SOME[0]})", "robin", f"crane ({SOME[2]})", SOME[3])
 

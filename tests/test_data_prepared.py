@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -71,6 +72,19 @@ def as_folder(path):
     path.mkdir()
 
 
+def as_zip(path):
+    np.savez(path.with_suffix(".npz"), labels=np.load(path))
+    path.with_suffix(".npz").replace(path)
+
+
+def with_shape(path, shape):
+    """Give the array's header another shape, of no length that its file could have."""
+    content = path.read_bytes()
+    header = content[10 : 10 + int.from_bytes(content[8:10], "little")]
+    changed = re.sub(rb"'shape': \(.*?\)", b"'shape': " + shape, header).strip().ljust(len(header) - 1) + b"\n"
+    path.write_bytes(content[:10] + changed + content[10 + len(header) :])
+
+
 def without_validation(directory):
     np.save(directory / "train_indices.npy", np.arange(60))
     np.save(directory / "validation_indices.npy", np.arange(0))
@@ -102,6 +116,10 @@ def without_validation(directory):
         (lambda d: cut(d / "test_images.npy", 0), r"test_images\.npy: truncated"),
         (lambda d: cut(d / "train_labels.npy", 200), r"train_labels\.npy: truncated"),
         (objects, r"test_labels\.npy: truncated or not an array"),
+        (lambda d: as_zip(d / "train_labels.npy"), r"train_labels\.npy: truncated or not an array"),
+        (lambda d: with_shape(d / "train_labels.npy", b"(10000000000000,)"), r"train_labels\.npy: truncated or not"),
+        (lambda d: with_shape(d / "train_labels.npy", b"(9999999999999999999999,)"), "truncated or not an array"),
+        (lambda d: with_shape(d / "test_labels.npy", b"(1, {'"), r"test_labels\.npy: truncated or not an array"),
         (
             lambda d: np.save(d / "test_labels.npy", np.zeros(11, np.int64)),
             "12 images of test but 11 labels",

@@ -287,10 +287,19 @@ def test_two_preparations_do_not_share_an_output(tmp_path, tree):
         prepare("folder", tree, 16, tmp_path / "out")
 
 
-def test_record_that_is_not_whole_counts_as_none(tmp_path, tree, written):
+def test_folder_of_somebody_else_is_not_taken_for_an_unfinished_one(tmp_path, tree):
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "mine").touch()
+    with pytest.raises(UserError, match=r"\.out\.partial: holds something else"):
+        prepare("folder", tree, 16, tmp_path / "out")
+    assert [path.name for path in (tmp_path / ".out.partial").iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("spoil", [lambda text: text[:50], lambda text: "{}", lambda text: "[]"])
+def test_record_that_is_not_whole_counts_as_none(tmp_path, tree, written, spoil):
     interrupt(tree, 16, tmp_path / "out", after=80)
     record = tmp_path / ".out.partial" / "done" / "train-000000000.json"
-    record.write_text(json.dumps(json.loads(record.read_text()))[:50])
+    record.write_text(spoil(json.dumps(json.loads(record.read_text()))))
     written.clear()
     prepare("folder", tree, 16, tmp_path / "out")
     assert written[0] == "train-000000000"

@@ -167,6 +167,14 @@ def test_a_directory_of_somebody_else_is_not_replaced(tmp_path):
     assert names(tmp_path) == ["file", "photos"] and names(tmp_path / "photos") == ["photo.jpg"]
 
 
+def test_a_link_in_the_place_of_results_is_not_replaced(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    with pytest.raises(UserError, match="out: is a link"), staged_dir(tmp_path / "out", ("result.json",)):
+        pass
+    assert (tmp_path / "out").is_symlink() and names(tmp_path) == ["disk", "out"]
+
+
 @pytest.mark.parametrize("stranger", ["thesis.txt", "result.json.txt", "parts/result.json"])
 def test_earlier_results_with_something_else_among_them_are_kept(tmp_path, stranger):
     for name in ("out/result.json", "out/table.csv", f"out/{stranger}"):

@@ -1,5 +1,6 @@
 """ImageNet-100: a hundred classes of ImageNet-1k, in the three layouts that are about."""
 
+from codecs import BOM_UTF8
 from collections import Counter
 from dataclasses import replace
 from importlib.resources import files
@@ -33,8 +34,14 @@ def imagenet100(root: Path | None, image_size: int, classes: Path | None = None)
     root = root or default_root("imagenet100")
     train, test, description = _find_layout(root)
     wanted = read_class_list(classes) if classes else None
-    if wanted is None and sum(1 for name in train for path in (root / name).glob("n*") if path.is_dir()) > _NUM_CLASSES:
+    there = {path.name for name in train for path in (root / name).glob("n*") if path.is_dir()}
+    if wanted is None and len(there) > _NUM_CLASSES:
         wanted = standard_wnids()
+        if missing := [wnid for wnid in wanted if wnid not in there]:
+            raise UserError(
+                f"{root}: has {len(there)} classes, of which the usual hundred are taken, but {missing[0]} is not "
+                "there; name a file with those to take as classes"
+            )
     if wanted is not None:
         description += f", {len(wanted)} classes from a list"
     source = build_source(description, root, train, test, wanted)
@@ -63,7 +70,7 @@ def _display_names(path: Path, wnids: tuple[str, ...]) -> tuple[str, ...]:
     if not path.is_file():
         return wnids
     try:
-        labels = TypeAdapter(dict[str, str]).validate_json(path.read_bytes())
+        labels = TypeAdapter(dict[str, str]).validate_json(path.read_bytes().removeprefix(BOM_UTF8))
     except ValidationError as error:
         raise UserError(f"{path}: expected a JSON object of WNIDs and names") from error
     first = [labels.get(wnid, "").split(",")[0].strip() or wnid for wnid in wnids]

@@ -72,8 +72,10 @@ def is_image(path: Path) -> bool:
             Image.open(path, formats=FORMATS).close()
     except UnidentifiedImageError:
         return False
-    except Image.DecompressionBombError:
-        return True
+    except Exception as error:  # it begins like one, and reading it will tell what is wrong with it
+        _raise_systems(error)
+        with path.open("rb") as file:
+            return file.read(2) != b"BM"  # two letters are a BMP's whole mark, and begin many a text
     return True
 
 
@@ -103,9 +105,14 @@ def _read(path: Path) -> _File:
             return _File(_to_rgb(image), done, ready)
         return _File(image, done, ready)
     except Exception as error:  # decoders raise anything from SyntaxError to struct.error on damaged files
-        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
-            raise
+        _raise_systems(error)
         raise UserError(f"{path}: {_reason(error)}") from error
+
+
+def _raise_systems(error: Exception) -> None:
+    """Raise what is not the file's fault."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
+        raise error
 
 
 def fit(image: Image.Image, size: int) -> np.ndarray:

@@ -70,7 +70,7 @@ class PreparedDataset(Meta):
         """Open what `effvit prepare` wrote to ``directory``; raises `UserError` if it is not a whole, sound one."""
         meta = _read_meta(directory)
         images = {stored: _open_images(directory, stored, meta) for stored in STORED}
-        arrays = {name: _read_array(directory / f"{name}.npy") for name in _ARRAYS}
+        arrays = {name: np.array(_read_array(directory / f"{name}.npy")) for name in _ARRAYS}
         problem = _find_mismatch(meta, images, arrays)
         if problem:
             raise UserError(f"{directory}: {problem}; run `effvit prepare` again")
@@ -108,15 +108,17 @@ def _read_meta(directory: Path) -> Meta:
 def _open_images(directory: Path, stored: str, meta: Meta) -> np.ndarray | JpegShards:
     if meta.storage == "jpeg":
         return JpegShards(sorted(directory.glob(f"{stored}_images-*.arrow")))
-    return _read_array(directory / f"{stored}_images.npy", mmap_mode="r")
+    return _read_array(directory / f"{stored}_images.npy")
 
 
-def _read_array(path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
+def _read_array(path: Path) -> np.ndarray:
     try:
-        array = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+        array = np.lib.format.open_memmap(path, mode="r")  # which no header makes larger than its file
     except FileNotFoundError as error:
         raise UserError(f"{path}: missing; run `effvit prepare` again") from error
-    except (ValueError, EOFError, IsADirectoryError) as error:
+    except Exception as error:  # anything from TokenError to OverflowError, as the header is damaged
+        if isinstance(error, OSError) and error.errno is not None and path.is_file():  # the system's, not the file's
+            raise
         raise UserError(f"{path}: truncated or not an array; run `effvit prepare` again") from error
     return array.view(np.ndarray)  # a plain array over the map: np.memmap bookkeeping slows every indexing
 

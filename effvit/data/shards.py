@@ -107,11 +107,10 @@ class Shard:
         """What was counted when this very shard was finished earlier; None if it was not."""
         try:
             record = json.loads(self.record.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+            fingerprint, tally = record["fingerprint"], Tally(Counter(record["notes"]), np.array(record["levels"]))
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
-        if not self.path.exists() or record["fingerprint"] != self.fingerprint():
-            return None
-        return Tally(Counter(record["notes"]), np.array(record["levels"]))
+        return tally if self.path.exists() and fingerprint == self.fingerprint() else None
 
     def write(self, on_image: Callable[[], None]) -> Tally:
         """Read the files and write the shard, then its record; ``on_image`` is called after each image.

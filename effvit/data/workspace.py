@@ -13,6 +13,10 @@ from effvit.errors import UserError
 from effvit.files import check_replaceable, name_file, replace_dir
 
 
+def _is_workspace(directory: Path) -> bool:
+    return directory.is_dir() and {path.name for path in directory.iterdir()} <= {"data", "done", "lock"}
+
+
 @contextmanager
 def workspace(final: Path) -> Iterator[Path]:
     """Yield a directory with ``data``, which replaces ``final`` on success, and ``done``, for records of what is whole.
@@ -24,6 +28,7 @@ def workspace(final: Path) -> Iterator[Path]:
     """
     check_replaceable(final, FILES)
     work = final.with_name(f".{final.name}.partial")
+    check_replaceable(work, _is_workspace)
     for name in ("data", "done"):
         (work / name).mkdir(parents=True, exist_ok=True)
     try:
