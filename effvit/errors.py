@@ -111,5 +111,6 @@ def _cause(error: BaseException) -> str | None:
     if "gloo" in text and "by peer" in text:
         return "another process of this training has ended; its own message says why"
     if distributed.is_available() and isinstance(error, distributed.DistError):
-        return f"another process of this training has ended or cannot be reached ({text.splitlines()[0]})"
+        cause = (text.strip() or type(error).__name__).splitlines()[-1]
+        return f"the processes of this training cannot work together ({cause})"
     return None

@@ -44,8 +44,10 @@ def make_fabric(device: str, devices: int = 1, precision: str = "32-true") -> Fa
         where = f"device={device}" + (f", devices={devices}" if devices > 1 else "")
         raise UserError(f"{where}: not usable here, try auto or cpu ({error})") from error
     _watch_leader()
-    fabric.launch()
-    os.environ.pop(_LEADER, None)
+    try:
+        fabric.launch()
+    finally:
+        os.environ.pop(_LEADER, None)
     return fabric
 
 

@@ -166,8 +166,8 @@ def open_store(name: str, tell: Callable[[str], None]) -> Iterator[Store]:
 
 
 def _remove_forgotten(root: Path) -> None:
-    for lock in root.glob(f"{_NAME}-*/lock"):  # whatever else is there is somebody else's
-        directory = lock.parent
+    ours = {file.parent for name in ("lock", "state") for file in root.glob(f"{_NAME}-*/{name}")}
+    for directory in ours:  # whatever else is there is somebody else's
         try:
             last = max(path.stat().st_mtime for path in (directory, *directory.glob("state")))
         except FileNotFoundError:  # another run is just over

@@ -64,6 +64,16 @@ def test_text_that_begins_like_a_bitmap_is_no_image(tree):
     assert len(train) == 6 and source.train.notes == {"stray files ignored": 1}
 
 
+def test_image_of_too_many_pixels_is_named_whatever_its_suffix(tree):
+    Image.new("1", (40000, 8)).save(tree / "train/cat/7.bmp")
+    content = bytearray((tree / "train/cat/7.bmp").read_bytes())
+    content[22:26] = (40000).to_bytes(4, "little")  # its height
+    (tree / "train/cat/7.bmp").unlink()
+    (tree / "train/cat/7").write_bytes(content)
+    with pytest.raises(UserError, match=r"cat/7: more than .* pixels"):
+        read(tree)
+
+
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("keep", [16, 60, 200])
 def test_what_is_left_of_an_image_is_named_whatever_its_suffix(tree, format, keep):

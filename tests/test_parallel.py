@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import TINY, TINY_FLAGS
+from lightning_fabric import Fabric
 
 from effvit.attention import available_attention
 from effvit.config import TrainConfig
@@ -139,6 +140,19 @@ def test_no_process_outlives_the_first_not_even_one_that_waits_for_it(command):
         process.kill()
         process.communicate(timeout=300)  # until nobody has stderr open
     assert process.returncode == -signal.SIGKILL
+
+
+def test_a_start_that_fails_leaves_nothing_behind_for_the_next(monkeypatch):
+    def fail(self):
+        raise RuntimeError("no port is free")
+
+    before = dict(os.environ)
+    with monkeypatch.context() as patch:
+        patch.setattr(Fabric, "launch", fail)
+        with pytest.raises(RuntimeError, match="no port"):
+            make_fabric("cpu")
+    assert os.environ.keys() - before.keys() <= {"CUBLAS_WORKSPACE_CONFIG"}
+    assert make_fabric("cpu").world_size == 1
 
 
 def test_what_ends_one_process_is_told_in_one_line_by_each(command, tmp_path):

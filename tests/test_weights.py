@@ -1,6 +1,8 @@
 import hashlib
 import pickle
+import re
 import shutil
+import struct
 import zipfile
 
 import pytest
@@ -111,12 +113,27 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path, dtype, wrong):
     assert "b has numbers that are not finite" in refused(tmp_path / "file.pth")
 
 
+def pretend_small_members(path):
+    """Put before the end record a second directory, where Python looks for it, in which all members are of a byte."""
+    content = path.read_bytes()
+    end = content.rindex(b"PK\5\6")
+    size, offset = struct.unpack("<II", content[end + 12 : end + 20])
+    decoy = bytearray(content[offset : offset + size])
+    for at in (match.start() for match in re.finditer(b"PK\1\2", bytes(decoy))):
+        decoy[at + 24 : at + 28] = struct.pack("<I", 1)
+    path.write_bytes(content[:end] + decoy + content[end:])
+    with zipfile.ZipFile(path) as archive:
+        assert {member.file_size for member in archive.infolist()} == {1}
+
+
 def test_a_torch_file_that_unpacks_to_more_than_it_is_is_refused_before_it_does(tmp_path):
     torch.save({"a": torch.zeros(10**6)}, tmp_path / "plain.pth")
     with zipfile.ZipFile(tmp_path / "plain.pth") as plain, zipfile.ZipFile(tmp_path / "file.pth", "w") as bomb:
         for member in plain.namelist():
             bomb.writestr(member, plain.read(member), zipfile.ZIP_DEFLATED)
     assert torch.load(tmp_path / "file.pth", weights_only=True)["a"].numel() == 10**6, "torch itself unpacks it"
+    assert "not a torch file" in refused(tmp_path / "file.pth")
+    pretend_small_members(tmp_path / "file.pth")
     assert "not a torch file" in refused(tmp_path / "file.pth")
     assert read_weights(tmp_path / "plain.pth").tensors["a"].numel() == 10**6
 

@@ -72,6 +72,8 @@ def is_image(path: Path) -> bool:
             Image.open(path, formats=FORMATS).close()
     except UnidentifiedImageError:
         return False
+    except Image.DecompressionBombError:
+        return True
     except Exception as error:  # it begins like one, and reading it will tell what is wrong with it
         _raise_systems(error)
         with path.open("rb") as file:

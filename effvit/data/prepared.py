@@ -117,7 +117,8 @@ def _read_array(path: Path) -> np.ndarray:
     except FileNotFoundError as error:
         raise UserError(f"{path}: missing; run `effvit prepare` again") from error
     except Exception as error:  # anything from TokenError to OverflowError, as the header is damaged
-        if isinstance(error, OSError) and error.errno is not None and path.is_file():  # the system's, not the file's
+        systems = isinstance(error, OSError) and error.errno is not None and path.is_file()
+        if systems or isinstance(error, MemoryError):
             raise
         raise UserError(f"{path}: truncated or not an array; run `effvit prepare` again") from error
     return array.view(np.ndarray)  # a plain array over the map: np.memmap bookkeeping slows every indexing
