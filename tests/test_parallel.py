@@ -134,8 +134,9 @@ def test_devices_starts_as_many_processes_and_a_stopped_run_goes_on(tmp_path, co
     assert settings["processes"] == 2
 
 
-def test_no_process_outlives_the_first_not_even_one_that_waits_for_it(command):
-    with subprocess.Popen(command("run"), stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+def test_no_process_outlives_the_first_not_even_one_that_waits_for_it(command, tmp_path):
+    environment = os.environ | {"EFFVIT_STATE": str(tmp_path / "state")}
+    with subprocess.Popen(command("run"), stderr=subprocess.PIPE, text=True, env=environment) as process:
         next(line for line in process.stderr if "MEMBER: 1/2" in line)  # the other still imports
         process.kill()
         process.communicate(timeout=300)  # until nobody has stderr open

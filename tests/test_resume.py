@@ -368,6 +368,9 @@ def test_a_terminated_command_says_where_it_goes_on_and_does(tmp_path, digits_di
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
+forks = pytest.mark.skipif(sys.platform != "linux", reason="workers are not forked here")
+
+
 @pytest.fixture
 def train_with_workers(tmp_path):
     """Command that trains on JPEG files, decoded by workers, and its environment."""
@@ -382,7 +385,7 @@ def train_with_workers(tmp_path):
     return ["train", *map(str, flags)], os.environ | {"EFFVIT_STATE": str(tmp_path / "state")}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="workers are not forked here")
+@forks
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
 def test_a_run_whose_whole_group_is_terminated_is_saved_though_workers_decode_for_it(train_with_workers, method):
     flags, env = train_with_workers
@@ -401,7 +404,8 @@ def test_a_run_whose_whole_group_is_terminated_is_saved_though_workers_decode_fo
     assert result.stderr.startswith("going on at epoch")
 
 
-def test_workers_are_never_ended_by_sigterm_of_others_not_even_while_they_start(train_with_workers, monkeypatch):
+@forks
+def test_workers_are_never_ended_by_sigterm_of_others_not_even_while_they_start(train_with_workers):
     """Signals fall where PyTorch has set its handler and the worker has not begun."""
     flags, env = train_with_workers
     command = [sys.executable, "-c", TERMINATED_AT_ONCE, *flags]
@@ -425,6 +429,7 @@ main()
 """
 
 
+@forks
 def test_a_killed_worker_is_told_in_one_line(train_with_workers):
     flags, env = train_with_workers
     command = [sys.executable, "-c", "from effvit.cli.app import main; main()", *flags]
