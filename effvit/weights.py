@@ -1,6 +1,7 @@
 """Weights from a file of anyone's, read without running what it may hold: safetensors, or a torch file of tensors."""
 
 import json
+import zipfile
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -70,11 +71,9 @@ def _safetensors(file: Path) -> dict[str, Any]:
 
 def _torch(file: Path) -> dict[str, Any]:
     try:
-        with file.open("rb") as stream:
-            zipped = stream.read(4) == b"PK\3\4"
-        # Unpickles tensors and plain containers only. (Before PyTorch 2.6 even this could run code.) Mapped, a zip has
-        # no numbers but those that lie in it: compressed ones, which a small file may have without end, are an error.
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+        _refuse_compressed(file)
+        # Unpickles tensors and plain containers only. (Before PyTorch 2.6 even this could run code.)
+        content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever damaged or hostile bytes make of it
         if isinstance(error, OSError) and error.filename:  # the system's
             raise
@@ -88,6 +87,20 @@ def _torch(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{file}: holds {type(content).__name__}, expected a state dict of tensors")
     return content
+
+
+def _refuse_compressed(file: Path) -> None:
+    """Raise where a zip may unpack to more than it is: torch writes members as they are, the first at the beginning.
+
+    A second directory, one for this check and one for torch's, would move all members away from where they are.
+    """
+    with file.open("rb") as stream:
+        if stream.read(4) != b"PK\3\4":  # how torch tells its older format
+            return
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        if min(member.header_offset for member in members) or sum(m.file_size for m in members) > file.stat().st_size:
+            raise ValueError("unpacks to more than it is")
 
 
 def _config(file: Path) -> ViTConfig | None:

@@ -136,6 +136,14 @@ def test_a_torch_file_that_unpacks_to_more_than_it_is_is_refused_before_it_does(
     pretend_small_members(tmp_path / "file.pth")
     assert "not a torch file" in refused(tmp_path / "file.pth")
     assert read_weights(tmp_path / "plain.pth").tensors["a"].numel() == 10**6
+    with zipfile.ZipFile(tmp_path / "plain.pth") as plain, zipfile.ZipFile(tmp_path / "file.pth", "w") as bomb:
+        for member in plain.namelist():  # the pickle alone, which says what tensors there are
+            padding = bytes(10**8) if member.endswith("data.pkl") else b""
+            bomb.writestr(member, plain.read(member) + padding, zipfile.ZIP_DEFLATED if padding else None)
+    assert torch.load(tmp_path / "file.pth", weights_only=True)["a"].numel() == 10**6, "torch itself unpacks it"
+    assert "not a torch file" in refused(tmp_path / "file.pth")
+    pretend_small_members(tmp_path / "file.pth")
+    assert "not a torch file" in refused(tmp_path / "file.pth")
 
 
 def test_a_file_that_is_not_there_or_of_another_kind_is_named(tmp_path):
