@@ -53,10 +53,10 @@ def tell(message: str) -> None:
 def one_line_errors() -> Iterator[None]:
     """End the process with one line on stderr and status 1 instead of a traceback, for errors a user can mend.
 
-    SIGTERM ends it as an exception does, so that nothing half-written stays behind.
+    SIGTERM ends it as an exception does, so that nothing half-written stays behind. Afterwards Ctrl-C ends it at once.
     """
     try:
-        with _terminable():
+        with _ended_by_signals():
             yield
     except UserError as error:
         message = str(error)
@@ -81,11 +81,12 @@ def one_line_errors() -> Iterator[None]:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
+def _ended_by_signals() -> Iterator[None]:
     def end(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    main = threading.current_thread() is threading.main_thread()
+    ours = main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     if ours:
         signal.signal(signal.SIGTERM, end)
     try:
@@ -93,6 +94,9 @@ def _terminable() -> Iterator[None]:
     finally:
         if ours:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if main and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+            # What libraries still do while the interpreter exits would tell it in tracebacks.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _cause(error: BaseException) -> str | None:

@@ -12,8 +12,6 @@ from typing import NamedTuple
 
 import pytest
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs behind it with Ctrl-C ignored
-
 # The smallest ViT that learns the digits at all, and its flags.
 TINY = {
     "patch_size": 4,
@@ -37,6 +35,12 @@ class Outcome(NamedTuple):
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest file first, so that all others run beside it."""
     items.sort(key=lambda item: item.path.name != "test_pipeline.py")
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c() -> None:
+    """Ctrl-C as a program finds it: a shell starts what runs behind it with Ctrl-C ignored, and commands end it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

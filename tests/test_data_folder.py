@@ -10,6 +10,7 @@ from effvit.data.folder import folder, read_class_list
 from effvit.data.images import read_image
 from effvit.errors import UserError
 
+OTHERS = "files that are no JPEG, PNG, WEBP or BMP ignored"
 RNG = np.random.default_rng(0)
 
 
@@ -54,14 +55,35 @@ def test_litter_and_files_of_another_kind_are_ignored_with_a_count(tree):
     (tree / "test/labels.csv").write_text("beside the classes")
     (tree / "README.txt").write_text("beside train and test, where nothing is read")
     source, (train, test) = read(tree)
-    assert source.train.notes == {"stray files ignored": 5} and source.test.notes == {"stray files ignored": 1}
+    assert source.train.notes == {"stray files ignored": 4, OTHERS: 1} and source.test.notes == {
+        "stray files ignored": 1
+    }
     assert len(train) == len(test) == 6
+
+
+def test_images_of_formats_that_are_not_read_are_counted_apart(tree):
+    Image.new("RGB", (8, 8)).save(tree / "train/cat/9.gif")
+    Image.new("RGB", (8, 8)).save(tree / "train/dog/9.tiff")
+    source, (train, _) = read(tree)
+    assert source.train.notes == {OTHERS: 2} and len(train) == 6
+
+
+def test_images_without_folders_of_classes_are_named_with_their_place(tree):
+    for name in ("a.png", "b.png"):
+        make_image(tree / "val" / name)
+    (tree / "test").rename(tree.parent / "away")
+    with pytest.raises(UserError, match="val: expected a folder for each class, with its images; found 2 files"):
+        read(tree)
+    for path in (tree / "val").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match="val: expected a folder for each class, with its images; found nothing"):
+        read(tree)
 
 
 def test_text_that_begins_like_a_bitmap_is_no_image(tree):
     (tree / "train/cat/notes.txt").write_text("BMW is a maker of cars")
     source, (train, _) = read(tree)
-    assert len(train) == 6 and source.train.notes == {"stray files ignored": 1}
+    assert len(train) == 6 and source.train.notes == {OTHERS: 1}
 
 
 def test_image_of_too_many_pixels_is_named_whatever_its_suffix(tree):

@@ -1,5 +1,6 @@
 import errno
 import io
+import signal
 import subprocess
 import sys
 
@@ -112,6 +113,18 @@ def test_bugs_keep_their_traceback(error):
     with pytest.raises(type(error)) as caught, one_line_errors():
         raise error
     assert caught.value is error
+
+
+def test_interrupt_during_the_exit_has_no_traceback():
+    script = """
+import atexit, os, signal
+from effvit.errors import one_line_errors
+atexit.register(os.kill, os.getpid(), signal.SIGINT)
+with one_line_errors():
+    pass
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal.SIGINT and not ended.stderr
 
 
 def test_termination_leaves_nothing_half_written(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from effvit.data.images import FORMATS, is_image
+from effvit.data.images import FORMATS, FORMATS_TEXT, is_image
 from effvit.data.source import Files, Source, Split, default_root
 from effvit.errors import UserError
 
@@ -89,15 +89,19 @@ def list_classes(
     """Files of each class in the folders ``names`` below ``root``.
 
     A file with an image's suffix is an image, and so is any other that begins like one. The rest is ignored and
-    counted in ``notes``: files of another kind, files beside the folders of classes, and what operating systems strew
+    counted in ``notes``: files of other formats, files beside the folders of classes, and what operating systems strew
     about (dot-files, ``Thumbs.db``, ``desktop.ini``, ``__MACOSX``).
 
     Raises:
-        UserError: a class without images, or a folder where an image was expected.
+        UserError: no classes, a class without images, or a folder where an image was expected.
     """
     classes: Listing = {}
     for name in names:
-        for entry in _entries(root / name, notes):
+        entries = _entries(root / name, notes)
+        if not any(entry.is_dir() for entry in entries):
+            found = f"{len(entries)} files" if entries else "nothing"
+            raise UserError(f"{root / name}: expected a folder for each class, with its images; found {found}")
+        for entry in entries:
             if not entry.is_dir():
                 notes["stray files ignored"] += 1
             elif wanted is None or entry.name in wanted:
@@ -121,7 +125,7 @@ def _images(directory: "os.DirEntry[str]", notes: Counter[str]) -> list[str]:
         else:
             others += 1
     if others:
-        notes["stray files ignored"] += others
+        notes[f"files that are no {FORMATS_TEXT} ignored"] += others
     if not files:
         found = f"has {others} other files" if others else "is empty"
         raise UserError(f"class {directory.name!r} has no images ({', '.join(FORMATS)}): {directory.path} {found}")

@@ -13,6 +13,7 @@ from effvit.data.views import cut_strip, evaluation_view, resize_shorter, shorte
 from effvit.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+FORMATS_TEXT = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
 SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}
 _KINDS = {"1": "grayscale", "L": "grayscale", "LA": "grayscale", "P": "palette", "PA": "palette", "RGBA": "transparent"}
 _ORIENTATION, _UPRIGHT = 0x0112, 1  # Exif
@@ -138,7 +139,7 @@ def _kind(mode: str) -> str:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return f"not an image (expected {', '.join(FORMATS[:-1])} or {FORMATS[-1]})"
+        return f"not an image (expected {FORMATS_TEXT})"
     if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
         return f"more than {Image.MAX_IMAGE_PIXELS} pixels; scale it down or remove it"
     return f"damaged image ({error}); replace or remove it"
