@@ -1,5 +1,6 @@
 """Where the time of training goes: the input pipeline alone, the step alone (timm's beside it), and the whole loop."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -98,7 +99,8 @@ def print_throughput(rows: Sequence[dict[str, Any]]) -> None:
     for column in ("part", "images/s", "ms a batch", "speed", "95 % interval", "n"):
         table.add_column(column, justify="left" if column == "part" else "right")
     for row in rows:
-        interval = f"{row['speed_low']:.2f} – {row['speed_high']:.2f}"
+        few = math.isnan(row["speed_low"])
+        interval = "too few samples" if few else f"{row['speed_low']:.2f} – {row['speed_high']:.2f}"
         cells = (f"{row['images_per_second']:,.0f}", f"{row['median_ms']:.1f}", f"{row['speed']:.2f}", interval)
         table.add_row(row["what"], *cells, str(row["n"]))
     speed = {row["what"]: row["speed"] for row in rows}

@@ -1,4 +1,5 @@
 import json
+import math
 from importlib.util import find_spec
 
 import pandas as pd
@@ -63,6 +64,13 @@ def test_what_is_printed_follows_from_the_rows(capsys):
     assert "delivers 12.0 times what the step takes" in said
     if "timm" in PARTS:
         assert "5.0% of a step of the loop" in said and "1.25 times timm's images/s" in said
+
+
+def test_an_interval_needs_samples(capsys, rows):
+    few, enough = {"speed_low": math.nan, "speed_high": math.nan}, {"speed_low": 0.5, "speed_high": 1.5}
+    print_throughput([row | (few if row["what"] == "input" else enough) for row in rows])
+    said = capsys.readouterr().out
+    assert said.count("too few samples") == 1 and "0.50 – 1.50" in said and "nan" not in said
 
 
 def test_timms_model_is_of_the_same_size(tiny_config):
