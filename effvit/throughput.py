@@ -103,15 +103,25 @@ def print_throughput(rows: Sequence[dict[str, Any]]) -> None:
         interval = "too few samples" if few else f"{row['speed_low']:.2f} – {row['speed_high']:.2f}"
         cells = (f"{row['images_per_second']:,.0f}", f"{row['median_ms']:.1f}", f"{row['speed']:.2f}", interval)
         table.add_row(row["what"], *cells, str(row["n"]))
-    speed = {row["what"]: row["speed"] for row in rows}
     console = Console()
     console.print(table)
-    console.print(f"the input pipeline alone delivers {speed['input']:.1f} times what the step takes")
+    if any(math.isnan(row["speed_low"]) for row in rows):
+        console.print("a ratio without an interval may be noise: a larger --budget-s gives more samples")
+    speed = {row["what"]: [row[key] for key in ("speed", "speed_low", "speed_high")] for row in rows}
+    console.print(f"the input pipeline alone delivers {_range(speed['input'], '.1f')} times what the step takes")
+    overhead = [1 - speed["loop"][i] for i in (0, 2, 1)]
     console.print(
-        f"everything that is not forward, backward and optimiser: {1 - speed['loop']:.1%} of a step of the loop"
+        f"everything that is not forward, backward and optimiser: {_range(overhead, '.1%')} of a step of the loop"
     )
     if "timm" in speed:
-        console.print(f"the step makes {1 / speed['timm']:.2f} times timm's images/s")
+        faster = [1 / speed["timm"][i] for i in (0, 2, 1)]
+        console.print(f"the step makes {_range(faster, '.2f')} times timm's images/s")
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    value, low, high = values
+    interval = "" if math.isnan(low) else f" ({low:{form}} to {high:{form}})"
+    return f"{value:{form}}{interval}"
 
 
 def _endless_batches(

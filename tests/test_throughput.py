@@ -58,19 +58,23 @@ def test_steps_run_in_the_precision_of_the_recipe(digits, tiny_config, monkeypat
 
 
 def test_what_is_printed_follows_from_the_rows(capsys):
-    row = {"images_per_second": 1000.0, "median_ms": 1.0, "n": 7, "speed_low": 0.1, "speed_high": 30.0}
-    print_throughput([row | {"what": what, "speed": s} for what, s in zip(PARTS, (12.0, 1.0, 0.8, 0.95), strict=False)])
+    row = {"images_per_second": 1000.0, "median_ms": 1.0, "n": 7}
+    speeds = {"input": (12.0, 11.0, 13.0), "step": (1.0, 1.0, 1.0), "timm": (0.8, 0.5, 1.25), "loop": (0.95, 0.9, 1.02)}
+    keys = ("speed", "speed_low", "speed_high")
+    print_throughput([row | {"what": what} | dict(zip(keys, speeds[what], strict=True)) for what in PARTS])
     said = " ".join(capsys.readouterr().out.split())
-    assert "delivers 12.0 times what the step takes" in said
+    assert "delivers 12.0 (11.0 to 13.0) times what the step takes" in said
+    assert "5.0% (-2.0% to 10.0%) of a step of the loop" in said
     if "timm" in PARTS:
-        assert "5.0% of a step of the loop" in said and "1.25 times timm's images/s" in said
+        assert "1.25 (0.80 to 2.00) times timm's images/s" in said
 
 
 def test_an_interval_needs_samples(capsys, rows):
     few, enough = {"speed_low": math.nan, "speed_high": math.nan}, {"speed_low": 0.5, "speed_high": 1.5}
     print_throughput([row | (few if row["what"] == "input" else enough) for row in rows])
-    said = capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
     assert said.count("too few samples") == 1 and "0.50 – 1.50" in said and "nan" not in said
+    assert "a larger --budget-s gives more samples" in said
 
 
 def test_timms_model_is_of_the_same_size(tiny_config):

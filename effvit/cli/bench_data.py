@@ -27,7 +27,7 @@ def bench_data(
     workers: options.Workers = 0,
     precision: options.Precision = "32-true",
     compile: options.Compile = False,
-    budget_s: Annotated[float, typer.Option(help="Seconds of sampling.")] = 30.0,
+    budget_s: Annotated[float, typer.Option(help="Seconds of sampling.")] = 60.0,
     threads: options.Threads = None,
     device: options.Device = "auto",
 ) -> None:
