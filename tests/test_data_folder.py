@@ -55,9 +55,8 @@ def test_litter_and_files_of_another_kind_are_ignored_with_a_count(tree):
     (tree / "test/labels.csv").write_text("beside the classes")
     (tree / "README.txt").write_text("beside train and test, where nothing is read")
     source, (train, test) = read(tree)
-    assert source.train.notes == {"stray files ignored": 4, OTHERS: 1} and source.test.notes == {
-        "stray files ignored": 1
-    }
+    assert source.train.notes == {"stray files ignored": 4, OTHERS: 1}
+    assert source.test.notes == {"stray files ignored": 1}
     assert len(train) == len(test) == 6
 
 
