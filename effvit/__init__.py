@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from effvit.attention import available_attention, build_attention
-    from effvit.checkpoint import load_model
-    from effvit.vit import ViT, ViTConfig
+    from effvit.model.checkpoint import load_model
+    from effvit.model.vit import ViT, ViTConfig
 
 __all__ = ["ViT", "ViTConfig", "available_attention", "build_attention", "load_model"]
 __version__ = "0.1.0"
 
 _HOME = {
-    "ViT": "effvit.vit",
-    "ViTConfig": "effvit.vit",
+    "ViT": "effvit.model.vit",
+    "ViTConfig": "effvit.model.vit",
     "available_attention": "effvit.attention",
     "build_attention": "effvit.attention",
-    "load_model": "effvit.checkpoint",
+    "load_model": "effvit.model.checkpoint",
 }
 
 

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from effvit.config import Study
+from effvit.study.config import Study
 
 PREPARED = Path("data/prepared")
 METRICS = Path("metrics")

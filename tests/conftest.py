@@ -55,7 +55,7 @@ def state_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory) -> Path:
     """The digits at 16 x 16 pixels, prepared."""
-    from effvit.data import prepare
+    from effvit.data.preparing import prepare
 
     directory = tmp_path_factory.mktemp("prepared") / "digits"
     prepare("digits", None, 16, directory)
@@ -72,7 +72,7 @@ def digits(digits_dir):
 @pytest.fixture(scope="session")
 def tiny_config():
     """Configuration of the tiny model for `digits`; keyword arguments change or add fields."""
-    from effvit.vit import ViTConfig
+    from effvit.model.vit import ViTConfig
 
     def make(**changes):
         return ViTConfig(**({"image_size": 16, "num_classes": 10} | TINY | changes))
@@ -83,8 +83,8 @@ def tiny_config():
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, digits, tiny_config) -> Path:
     """A directory with the model ``run`` and its log ``run-log``: fused attention, 3 epochs, every epoch kept."""
-    from effvit.config import TrainConfig
-    from effvit.runs import train_to
+    from effvit.training.recipe import TrainConfig
+    from effvit.training.run import train_to
 
     directory = tmp_path_factory.mktemp("trained")
     recipe = TrainConfig(epochs=3, batch_size=64, lr=5e-3, warmup_epochs=0.5, save_every=1, device="cpu")
@@ -95,7 +95,7 @@ def trained(tmp_path_factory, digits, tiny_config) -> Path:
 @pytest.fixture(scope="session")
 def digits12_dir(tmp_path_factory) -> Path:
     """The digits at 12 x 12 pixels, prepared: with patches of 4 a grid of odd sides."""
-    from effvit.data import prepare
+    from effvit.data.preparing import prepare
 
     directory = tmp_path_factory.mktemp("prepared12") / "digits"
     prepare("digits", None, 12, directory)
@@ -116,9 +116,9 @@ def exported(tmp_path_factory, digits12) -> dict[str, Path]:
     from mechanisms import FIRST
 
     from effvit import ViT, ViTConfig
-    from effvit.checkpoint import save_model
     from effvit.deploy.export import export_onnx
     from effvit.deploy.int8 import quantize
+    from effvit.model.checkpoint import save_model
 
     directories = {}
     for attention, options in FIRST:

@@ -25,7 +25,7 @@ def test_the_mechanism_that_the_readme_adds_passes_the_tests_that_all_mechanisms
     (tmp_path / "conf/attention/mean.yaml").write_text(block("yaml", "mean: {}"), encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-q", "-k", "mean", "-p", "no:cacheprovider"]
     ran = subprocess.run(
-        [*command, "tests/test_attention_contract.py", "tests/test_macs.py", "tests/test_numerics.py"],
+        [*command, "tests/attention", "tests/measure/test_macs.py"],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         capture_output=True,

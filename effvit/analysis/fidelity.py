@@ -21,9 +21,9 @@ from effvit.attention.base import Grid
 from effvit.attention.hybrid import HybridAttention
 from effvit.attention.linformer import LinformerAttention
 from effvit.attention.nystromformer import block_order
-from effvit.pretrained import start_from
-from effvit.probe import recorded
-from effvit.vit import ViT, ViTConfig
+from effvit.evaluation.probe import recorded
+from effvit.model.pretrained import start_from
+from effvit.model.vit import ViT, ViTConfig
 
 DRAWS = 5  # of Performer's features
 QKV = tuple[Tensor, Tensor, Tensor]

@@ -19,9 +19,9 @@ from effvit.analysis.representations import (
 )
 from effvit.attention.hybrid import HybridAttention
 from effvit.data.prepared import PreparedDataset
-from effvit.evaluation import attention_rollout
-from effvit.probe import normalised, recorded
-from effvit.vit import ViT
+from effvit.evaluation.probe import normalised, recorded
+from effvit.evaluation.score import attention_rollout
+from effvit.model.vit import ViT
 
 EXACT = ("standard", "fused")  # whose attention matrix is what they compute; that of others is implied
 Rows = list[dict[str, object]]

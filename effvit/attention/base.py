@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effvit.errors import UserError
-from effvit.linear import Linear, product, weight_gradient
+from effvit.kernels.linear import Linear, product, weight_gradient
 from effvit.processor import is_amds
 
 Grid = tuple[int, int]

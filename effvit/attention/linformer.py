@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from effvit.attention.base import Attention, AttentionOptions, Grid, register, softmax_attention
 from effvit.errors import UserError
-from effvit.linear import linear
+from effvit.kernels.linear import linear
 
 
 class LinformerOptions(AttentionOptions):

@@ -18,10 +18,10 @@ def ablation(
     """
     import pandas as pd
 
-    from effvit.ablation import collect
     from effvit.figures import ablation as draw
     from effvit.figures import save
     from effvit.files import staged_dir, write_csv
+    from effvit.study.ablation import collect
 
     tables = collect(repository)
     with staged_dir(output_dir, ("accuracy.csv", "*.csv", "*.png")) as aside:

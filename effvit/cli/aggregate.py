@@ -16,7 +16,7 @@ def aggregate(
     seeds: Annotated[list[int], typer.Option("--seed", help="Seed of the comparison; repeatable.")],
 ) -> None:
     """Gather the named cells, and no others, into METRICS_DIR/summary.json and tidy CSV tables."""
-    from effvit.aggregate import aggregate as write_tables
+    from effvit.study.aggregate import aggregate as write_tables
 
     write_tables(metrics_dir, plots_data_dir, datasets, attentions, seeds)
     count = len(datasets) * len(attentions) * len(seeds)

@@ -20,14 +20,14 @@ def attention_map(
 
     import numpy as np
 
-    from effvit.checkpoint import load_model
-    from effvit.data.images import load_image
     from effvit.data.prepared import PreparedDataset
+    from effvit.data.sources.images import load_image
     from effvit.device import pick_device
     from effvit.errors import UserError
+    from effvit.evaluation.overlay import map_sheet
+    from effvit.evaluation.predict import check_fits, rollout_maps
     from effvit.files import staged_file
-    from effvit.inference import check_fits, rollout_maps
-    from effvit.overlay import map_sheet
+    from effvit.model.checkpoint import load_model
 
     if output.suffix.lower() != ".png":
         raise UserError(f"--output {output}: expected a file name that ends in .png")

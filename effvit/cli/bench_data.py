@@ -42,17 +42,17 @@ def bench_data(
     import torch
     from pydantic import ValidationError
 
-    from effvit.allocator import keep_freed_memory
-    from effvit.config import TrainConfig
     from effvit.data.prepared import PreparedDataset
     from effvit.device import pick_device
     from effvit.errors import UserError, explain
     from effvit.files import check_apart, staged_dir, write_csv
     from effvit.measure.alone import measuring_alone
     from effvit.measure.compare import require_positive
+    from effvit.measure.throughput import measure_throughput, print_throughput
+    from effvit.model.vit import ViTConfig
     from effvit.provenance import write_provenance
-    from effvit.throughput import measure_throughput, print_throughput
-    from effvit.vit import ViTConfig
+    from effvit.training.allocator import keep_freed_memory
+    from effvit.training.recipe import TrainConfig
 
     check_apart(output_dir, dataset_dir)
     require_positive(budget_s=budget_s, threads=threads)

@@ -34,13 +34,13 @@ def bench_peers(
 
     from effvit.attention import available_attention
     from effvit.errors import UserError
+    from effvit.figures.peers import peer_ratios
     from effvit.figures.style import save
     from effvit.files import staged_dir, write_csv
     from effvit.measure.alone import measuring_alone
     from effvit.measure.compare import require_positive
+    from effvit.measure.peers import PEERS, compare_with_peer, grid_of_points, parse_width, print_ratios, require_peers
     from effvit.measure.subject import square_grid
-    from effvit.peer_figure import peer_ratios
-    from effvit.peers import PEERS, compare_with_peer, grid_of_points, parse_width, print_ratios, require_peers
     from effvit.provenance import write_provenance
 
     require_positive(tokens_per_batch=tokens_per_batch, budget_s=budget_s, threads=threads)

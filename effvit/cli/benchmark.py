@@ -39,8 +39,8 @@ def benchmark(
     from effvit.measure.benchmark import COST_STEPS, measure_cost, model_size
     from effvit.measure.compare import measuring_device, require_positive
     from effvit.measure.display import print_rows
+    from effvit.model.vit import ViTConfig
     from effvit.provenance import write_provenance
-    from effvit.vit import ViTConfig
 
     require_positive(batch_size=batch_size, memory_mib=memory_mib, budget_s=budget_s, threads=threads)
     where = measuring_device(device)

@@ -15,11 +15,11 @@ def evaluate(
     device: options.Device = "auto",
 ) -> None:
     """Score a trained model on the test split: accuracy, calibration, confusion, attention maps."""
-    from effvit.checkpoint import load_model
     from effvit.data.prepared import PreparedDataset
     from effvit.device import pick_device
+    from effvit.evaluation.predict import check_fits, map_test_images, score_test_split
     from effvit.files import check_apart, staged_dir
-    from effvit.inference import check_fits, map_test_images, score_test_split
+    from effvit.model.checkpoint import load_model
     from effvit.provenance import write_provenance
 
     check_apart(output_dir, model_dir, dataset_dir)

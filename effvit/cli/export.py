@@ -22,11 +22,11 @@ def export(
     if format != "onnx":
         raise UserError(f"--format {format}: unknown, expected onnx")
 
-    from effvit.checkpoint import load_model
     from effvit.data.prepared import PreparedDataset
     from effvit.deploy.export import OPSET, check_output, export_onnx
-    from effvit.inference import check_fits
-    from effvit.rounding import rounded_up
+    from effvit.deploy.rounding import rounded_up
+    from effvit.evaluation.predict import check_fits
+    from effvit.model.checkpoint import load_model
 
     check_output(output)
     model = load_model(model_dir)

@@ -8,7 +8,7 @@ import typer
 from effvit.cli import options
 
 if TYPE_CHECKING:
-    from effvit.vit import ViT
+    from effvit.model.vit import ViT
 
 _RANDOM = 16  # samples of random q, k, v
 _COMPARED, _SCORED = 64, 1000  # validation images at most: for q, k, v of layers, and for accuracy
@@ -35,8 +35,8 @@ def fidelity(
     from effvit.analysis.fidelity import compare, random_qkv, replaced_accuracy, trained_qkv, variants
     from effvit.data.prepared import PreparedDataset
     from effvit.device import pick_device
+    from effvit.evaluation.probe import accuracy, load_models, normalised, validation_images
     from effvit.files import check_apart, staged_dir, write_csv
-    from effvit.probe import accuracy, load_models, normalised, validation_images
     from effvit.provenance import write_provenance
 
     check_apart(output_dir, dataset_dir, *model_dirs)

@@ -21,14 +21,14 @@ def hardware(
     import tempfile
     from pathlib import Path
 
-    from effvit.checkpoint import load_model
     from effvit.data.prepared import PreparedDataset
     from effvit.deploy.display import print_figures
     from effvit.deploy.hardware import deploy, measure, sizes_and_accuracy
+    from effvit.evaluation.predict import check_fits
     from effvit.files import check_apart, staged_dir, write_json
-    from effvit.inference import check_fits
     from effvit.measure.alone import measuring_alone
     from effvit.measure.compare import require_positive
+    from effvit.model.checkpoint import load_model
     from effvit.provenance import write_provenance
 
     require_positive(budget_s=budget_s)

@@ -121,7 +121,7 @@ def _select(data_dir: Path, table: str, attentions: list[str], dataset: str | No
 
     It must have some of each mechanism, unless it is a table that may have no rows at all.
     """
-    from effvit.cells import read_csv
+    from effvit.study.cells import read_csv
 
     path = data_dir / f"{table}.csv"
     rows = read_csv(path, "aggregate", _COLUMNS[table], may_be_empty=table in _MAY_BE_EMPTY)
@@ -139,7 +139,7 @@ def _select(data_dir: Path, table: str, attentions: list[str], dataset: str | No
 def _maps(cells_dir: Path, attentions: list[str], seed: int, classes: int) -> dict[str, dict[str, "np.ndarray"]]:
     import numpy as np
 
-    from effvit.cells import attention_maps
+    from effvit.study.cells import attention_maps
 
     maps = {}
     for attention in attentions:
@@ -153,7 +153,7 @@ def _maps(cells_dir: Path, attentions: list[str], seed: int, classes: int) -> di
 
 
 def _class_maps(directory: Path, attentions: list[str], classes: int) -> dict[str, "np.ndarray"]:
-    from effvit.cells import class_maps
+    from effvit.study.cells import class_maps
 
     arrays = class_maps(directory, attentions)
     labels = [arrays["labels"], *(arrays[f"{attention}.predictions"] for attention in attentions)]

@@ -20,12 +20,12 @@ def predict(
     """
     import numpy as np
 
-    from effvit.checkpoint import load_model
-    from effvit.data.images import load_image
     from effvit.data.prepared import PreparedDataset
+    from effvit.data.sources.images import load_image
     from effvit.device import pick_device
-    from effvit.evaluation import predict_logits
-    from effvit.inference import check_fits
+    from effvit.evaluation.predict import check_fits
+    from effvit.evaluation.score import predict_logits
+    from effvit.model.checkpoint import load_model
 
     model = load_model(model_dir, pick_device(device))
     dataset = PreparedDataset.load(dataset_dir)

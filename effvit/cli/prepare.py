@@ -8,7 +8,7 @@ import typer
 from effvit.cli.options import OutputDir
 
 if TYPE_CHECKING:
-    from effvit.data import PreparedDataset
+    from effvit.data.prepared import PreparedDataset
 
 
 def prepare(
@@ -36,10 +36,10 @@ def prepare(
     """
     import time
 
-    from effvit import data
+    from effvit.data import preparing
 
     start = time.perf_counter()
-    prepared = data.prepare(
+    prepared = preparing.prepare(
         dataset,
         root,
         image_size,

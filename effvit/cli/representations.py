@@ -30,8 +30,8 @@ def representations(
     from effvit.analysis.survey import picture_maps, survey
     from effvit.data.prepared import PreparedDataset
     from effvit.device import pick_device
+    from effvit.evaluation.probe import few_classes, load_models, validation_images
     from effvit.files import check_apart, staged_dir, write_csv
-    from effvit.probe import few_classes, load_models, validation_images
     from effvit.provenance import write_provenance
 
     check_apart(output_dir, dataset_dir, *model_dirs)

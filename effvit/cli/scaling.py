@@ -46,8 +46,8 @@ def scaling(
     from effvit.measure.display import print_rows
     from effvit.measure.scaling import measure_scaling
     from effvit.measure.subject import Block, Model, Subject, square_grid
+    from effvit.model.vit import ViTConfig
     from effvit.provenance import write_provenance
-    from effvit.vit import ViTConfig
 
     settings: dict[str, Any] = {"tokens_per_batch": tokens_per_batch, "memory_mib": memory_mib, "budget_s": budget_s}
     require_positive(**settings, threads=threads)

@@ -60,12 +60,12 @@ def train(
     """
     from pydantic import ValidationError
 
-    from effvit.config import TrainConfig
     from effvit.data.prepared import PreparedDataset
     from effvit.errors import UserError, explain
     from effvit.files import check_apart
-    from effvit.runs import train_to
-    from effvit.vit import ViTConfig
+    from effvit.model.vit import ViTConfig
+    from effvit.training.recipe import TrainConfig
+    from effvit.training.run import train_to
 
     log = log_dir or Path(f"{output_dir}-log")
     start = init_from.expanduser() if init_from else None

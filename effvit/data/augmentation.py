@@ -1,4 +1,4 @@
-"""What a recipe does to training images: chance is drawn for the whole batch, then applied to any share of it."""
+"""What is done to training images: chance is drawn for the whole batch, then applied to any share of it."""
 
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -12,12 +12,28 @@ from effvit.data.randaugment import VARIANTS, randaugment
 from effvit.data.transforms import Box, crop, cutmix, erase, flip, mixup, to_float
 
 if TYPE_CHECKING:
-    from effvit.config import TrainConfig
     from effvit.data.prepared import Meta
 
 _ROUNDS = 2  # operations of RandAugment for each image
 # Zhong et al. 2017 (arXiv 1708.04896): the part of the image's area, and how many times one side may be the other.
 _ERASED_AREA, _ERASED_RATIO = (0.02, 0.33), 3.3
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to training images, as `docs/training.md` explains each; 0 and False are off.
+
+    ``crop_padding`` is in pixels, ``min_crop_area`` a share of images stored larger than they are used,
+    ``randaugment`` a magnitude, ``random_erasing`` a probability, ``mixup`` and ``cutmix`` the alpha of a Beta.
+    """
+
+    crop_padding: int = 0
+    min_crop_area: float = 1.0
+    horizontal_flip: bool = False
+    randaugment: int = 0
+    random_erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -39,18 +55,18 @@ class Draws:
         return Draws(**parts)
 
 
-def draw(rng: np.random.Generator, count: int, size: int, recipe: "TrainConfig", horizontal_flip: bool) -> Draws:
+def draw(rng: np.random.Generator, count: int, size: int, augmentation: Augmentation) -> Draws:
     """Draw the chance of a batch of ``count`` images of ``size`` pixels a side."""
 
     def integers(limit: int, *shape: int) -> Tensor:
         return torch.from_numpy(rng.integers(limit, size=shape))
 
     return Draws(
-        offsets=integers(2 * recipe.crop_padding + 1, 2, count) if recipe.crop_padding else None,
-        flipped=integers(2, count).bool() if horizontal_flip else None,
-        choices=integers(len(VARIANTS), _ROUNDS, count) if recipe.randaugment else None,
-        boxes=_draw_boxes(rng, count, size, recipe.random_erasing) if recipe.random_erasing else None,
-        mixing=_draw_mixing(rng, size, recipe) if recipe.mixup or recipe.cutmix else None,
+        offsets=integers(2 * augmentation.crop_padding + 1, 2, count) if augmentation.crop_padding else None,
+        flipped=integers(2, count).bool() if augmentation.horizontal_flip else None,
+        choices=integers(len(VARIANTS), _ROUNDS, count) if augmentation.randaugment else None,
+        boxes=_draw_boxes(rng, count, size, augmentation.random_erasing) if augmentation.random_erasing else None,
+        mixing=_draw_mixing(rng, size, augmentation) if augmentation.mixup or augmentation.cutmix else None,
     )
 
 
@@ -63,10 +79,10 @@ def _draw_boxes(rng: np.random.Generator, count: int, size: int, probability: fl
     return torch.from_numpy(np.stack([top, left, height * (rng.random(count) < probability), width]))
 
 
-def _draw_mixing(rng: np.random.Generator, size: int, recipe: "TrainConfig") -> float | Box:
+def _draw_mixing(rng: np.random.Generator, size: int, augmentation: Augmentation) -> float | Box:
     """Mixup or CutMix, equally likely where both are on, with a share from Beta(alpha, alpha)."""
-    cut = rng.random() < 0.5 if recipe.mixup and recipe.cutmix else bool(recipe.cutmix)
-    alpha = recipe.cutmix if cut else recipe.mixup
+    cut = rng.random() < 0.5 if augmentation.mixup and augmentation.cutmix else bool(augmentation.cutmix)
+    alpha = augmentation.cutmix if cut else augmentation.mixup
     share = float(rng.beta(alpha, alpha))
     if not cut:
         return share
@@ -78,25 +94,27 @@ def _draw_mixing(rng: np.random.Generator, size: int, recipe: "TrainConfig") -> 
     return top, left, bottom - top, right - left
 
 
-def augment(images: Tensor, labels: Tensor, draws: Draws, recipe: "TrainConfig", meta: "Meta") -> tuple[Tensor, Tensor]:
+def augment(
+    images: Tensor, labels: Tensor, draws: Draws, augmentation: Augmentation, meta: "Meta"
+) -> tuple[Tensor, Tensor]:
     """Turn uint8 images into the model's input.
 
     Args:
         images: uint8 ``(B, H, W, 3)``.
         labels: int64 ``(B,)``.
         draws: chance for just these images.
-        recipe: what the draws were drawn for.
+        augmentation: what the draws were drawn for.
         meta: mean, std and classes of the data set.
 
     Returns:
         Normalised images ``(B, 3, H, W)``, and targets: the labels, or probabilities ``(B, K)`` where images are mixed.
     """
     if draws.offsets is not None:
-        images = crop(images, recipe.crop_padding, *draws.offsets)
+        images = crop(images, augmentation.crop_padding, *draws.offsets)
     if draws.flipped is not None:
         images = flip(images, draws.flipped)
     if draws.choices is not None:
-        images = randaugment(images.permute(0, 3, 1, 2), draws.choices, recipe.randaugment).permute(0, 2, 3, 1)
+        images = randaugment(images.permute(0, 3, 1, 2), draws.choices, augmentation.randaugment).permute(0, 2, 3, 1)
     inputs = to_float(images, meta.mean, meta.std)
     if draws.boxes is not None:
         inputs = erase(inputs, draws.boxes)

@@ -7,18 +7,15 @@ entered nor the number of processes changes what the model sees.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from effvit.data.augmentation import Draws, augment, draw
+from effvit.data.augmentation import Augmentation, Draws, augment, draw
 from effvit.data.prepared import PreparedDataset
 from effvit.seeding import Purpose, derive, numpy_generator
-
-if TYPE_CHECKING:
-    from effvit.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -52,47 +49,49 @@ def steps_of(count: int, batch_size: int) -> int:
 
 def training_batches(
     dataset: PreparedDataset,
-    recipe: "TrainConfig",
+    augmentation: Augmentation,
     place: Place,
     *,
+    batch_size: int,
     seed: int,
     epoch: int,
     start: int = 0,
-    horizontal_flip: bool = False,
+    workers: int = 0,
 ) -> Iterator[Batch]:
     """Shares of the batches of an epoch's steps from ``start``: every training image once an epoch, in random order."""
     count = dataset.counts["train"]
     order = numpy_generator(seed, Purpose.ORDER, epoch).permutation(count)
-    chance = {"seed": derive(seed, Purpose.DECODING, epoch), "min_crop_area": recipe.min_crop_area}
-    shares = _shares(dataset, "train", order, recipe, place, start, **chance)
+    chance = {"seed": derive(seed, Purpose.DECODING, epoch), "min_crop_area": augmentation.min_crop_area}
+    shares = _shares(
+        dataset, "train", np.split(order, range(batch_size, count, batch_size))[start:], place, workers, **chance
+    )
     for step, (images, labels, part, total) in enumerate(shares, start):
         rng = numpy_generator(seed, Purpose.AUGMENTATION, epoch, step)
-        draws = draw(rng, total, dataset.image_size, recipe, horizontal_flip)
-        yield Batch(*augment(images, labels, draws.share(part), recipe, dataset), total)
+        draws = draw(rng, total, dataset.image_size, augmentation)
+        yield Batch(*augment(images, labels, draws.share(part), augmentation, dataset), total)
 
 
-def validation_batches(dataset: PreparedDataset, recipe: "TrainConfig", place: Place) -> Iterator[Batch]:
+def validation_batches(dataset: PreparedDataset, place: Place, *, batch_size: int, workers: int = 0) -> Iterator[Batch]:
     """Shares of the validation part's batches, as they are."""
-    order = np.arange(dataset.counts["validation"])
-    for images, labels, _, total in _shares(dataset, "validation", order, recipe, place, seed=0):
-        yield Batch(*augment(images, labels, Draws(), recipe, dataset), total)
+    count = dataset.counts["validation"]
+    batches = np.split(np.arange(count), range(batch_size, count, batch_size))
+    for images, labels, _, total in _shares(dataset, "validation", batches, place, workers, seed=0):
+        yield Batch(*augment(images, labels, Draws(), Augmentation(), dataset), total)
 
 
 def _shares(
     dataset: PreparedDataset,
     split: str,
-    order: np.ndarray,
-    recipe: "TrainConfig",
+    batches: list[np.ndarray],
     place: Place,
-    start: int = 0,
+    workers: int,
     **chance: Any,
 ) -> Iterator[tuple[Tensor, Tensor, slice, int]]:
     """Images and labels on the device, the part of the batch that they are, and the size of the batch."""
     images, labels = dataset.split(split)
-    batches = np.split(order, range(recipe.batch_size, len(order), recipe.batch_size))[start:]
     parts = [place.share(len(batch)) for batch in batches]
     rows = [batch[part] for batch, part in zip(batches, parts, strict=True)]
-    loaded = images.batches(rows, workers=recipe.workers, **chance)
+    loaded = images.batches(rows, workers=workers, **chance)
     for batch, part, index, array in zip(batches, parts, rows, loaded, strict=True):
         yield _to(array, place.device), _to(labels[index], place.device), part, len(batch)
 

@@ -15,7 +15,7 @@ from effvit.deploy.runtime import INPUT, OUTPUT, logits, open_session
 from effvit.errors import UserError
 from effvit.files import staged_file
 from effvit.measure.memory import resident_bytes
-from effvit.vit import ViT
+from effvit.model.vit import ViT
 
 if TYPE_CHECKING:
     import onnx

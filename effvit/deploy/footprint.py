@@ -40,7 +40,7 @@ def _run(model: Path) -> None:
     if model.is_dir():
         import torch
 
-        from effvit.checkpoint import load_model
+        from effvit.model.checkpoint import load_model
 
         torch.set_num_threads(1)
         vit = load_model(model)

@@ -8,19 +8,19 @@ import numpy as np
 import torch
 
 from effvit.attention import BASELINE
-from effvit.checkpoint import WEIGHTS
 from effvit.data.prepared import PreparedDataset
 from effvit.deploy.export import export_onnx
 from effvit.deploy.footprint import peak_rss_bytes
 from effvit.deploy.int8 import quantize
 from effvit.deploy.runtime import INPUT, logits, open_session, predict_one_by_one
 from effvit.errors import UserError
-from effvit.evaluation import predict_logits
+from effvit.evaluation.score import predict_logits
 from effvit.measure.compare import MIN_ROUNDS
 from effvit.measure.latency import Call, interleaved, paired_interval, paired_ratio, summarise
 from effvit.measure.memory import peak_bytes, resident_bytes
 from effvit.measure.workload import inference
-from effvit.vit import ViT
+from effvit.model.checkpoint import WEIGHTS
+from effvit.model.vit import ViT
 
 OK = "ok"
 RUNTIMES = ("onnx", "int8")  # beside eager PyTorch

@@ -1,4 +1,4 @@
-"""The study's figures: pure functions from the tables of `effvit.aggregate` to matplotlib figures, `save` apart."""
+"""The study's figures: pure functions from `effvit.study.aggregate`'s tables to matplotlib figures, `save` apart."""
 
 from effvit.figures.ablation import ablation
 from effvit.figures.cka import cka

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
+from effvit.evaluation.overlay import overlay
 from effvit.figures.style import WIDTH, look, styled
-from effvit.overlay import overlay
 
 
 @styled

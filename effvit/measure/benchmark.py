@@ -19,7 +19,7 @@ from effvit.measure.macs import count_macs
 from effvit.measure.memory import MIB, resident_bytes
 from effvit.measure.rss import max_rss_bytes
 from effvit.measure.workload import adamw, inference, training_step
-from effvit.vit import ViT, ViTConfig
+from effvit.model.vit import ViT, ViTConfig
 
 COST_STEPS = 6
 

@@ -14,7 +14,7 @@ import torch
 
 from effvit.measure.workload import adamw, training_step
 from effvit.memory import is_out_of_memory, peak_resident_bytes, status_bytes
-from effvit.vit import ViT, ViTConfig
+from effvit.model.vit import ViT, ViTConfig
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

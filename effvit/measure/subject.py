@@ -11,7 +11,7 @@ from effvit.attention import BASELINE, Attention, build_attention, check_options
 from effvit.errors import UserError, explain
 from effvit.measure.latency import Call
 from effvit.measure.workload import adamw, block_forward, block_training, inference, training_step
-from effvit.vit import ViT, ViTConfig
+from effvit.model.vit import ViT, ViTConfig
 
 FORWARD, TRAIN = MODES = "forward", "train"
 

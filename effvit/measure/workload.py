@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from effvit.measure.latency import Call
-from effvit.vit import ViT
+from effvit.model.vit import ViT
 
 
 def inference(model: ViT, batch_size: int, device: torch.device) -> Call:

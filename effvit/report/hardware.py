@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import pandas as pd
 
+from effvit.deploy.rounding import rounded_up
 from effvit.report import wording as w
 from effvit.report.compare import cost_verdicts
 from effvit.report.tables import Study, records
-from effvit.rounding import rounded_up
 
 
 def constrained_hardware(study: Study, dataset: str) -> Iterator[str]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from effvit.cells import read_csv
 from effvit.errors import UserError
+from effvit.study.cells import read_csv
 
 _KEY = {"dataset": str, "attention": str}
 _CASE = dict.fromkeys(("attention", "scope", "batch", "mode", "quantity"), str)

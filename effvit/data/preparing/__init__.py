@@ -1,0 +1,51 @@
+"""From a source's images to the prepared format, which training reads."""
+
+from pathlib import Path
+
+from effvit.data.prepared import FILES, PreparedDataset
+from effvit.data.sources import check_name, open_source
+from effvit.errors import UserError
+from effvit.files import check_apart, check_replaceable
+
+_SIZES = range(8, 1025)
+
+
+def prepare(
+    name: str,
+    root: Path | None,
+    image_size: int,
+    output_dir: Path,
+    *,
+    classes: Path | None = None,
+    num_classes: int | None = None,
+    workers: int = 1,
+) -> PreparedDataset:
+    """Write data set ``name`` to ``output_dir`` in the prepared format and open it.
+
+    Args:
+        name: one of `effvit.data.sources.available_datasets`.
+        root: directory of the original files; None for the default of the source.
+        image_size: height and width of the prepared images in pixels.
+        output_dir: replaced as a whole; must be absent, empty, or a prepared data set, and hold none of the originals.
+        classes: a file with the classes to take, one a line; all by default.
+        num_classes: how many classes are expected; None for any number.
+        workers: processes that read image files; more than one needs a ``__main__`` that can be imported.
+
+    Raises:
+        UserError: a wrong argument, or files that are missing, damaged or not what the source expects.
+    """
+    check_name(name, classes)
+    if image_size not in _SIZES:
+        raise UserError(f"--image-size {image_size}: expected {_SIZES.start} to {_SIZES[-1]} pixels")
+    from effvit.data.preparing.writer import write_prepared
+    from effvit.data.sources.base import default_root
+
+    root, classes = root and root.expanduser(), classes and classes.expanduser()
+    if name != "digits":  # which are in a package
+        check_apart(output_dir, root or default_root(name), *filter(None, [classes]))
+    check_replaceable(output_dir, FILES)
+    source = open_source(name, root, image_size, classes)
+    if num_classes not in (None, len(source.classes)):
+        raise UserError(f"num_classes={num_classes}: {name} has {len(source.classes)} classes there; set it to that")
+    write_prepared(source, name, image_size, output_dir, workers)
+    return PreparedDataset.load(output_dir)

@@ -1,0 +1,1 @@
+"""Trained models put to use: scores, predictions, attention maps and activations."""

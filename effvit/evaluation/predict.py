@@ -1,0 +1,84 @@
+"""Trained models put to use: test scores of a split, predictions and attention maps of images."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import save
+from torch import Tensor
+
+from effvit.data.prepared import PreparedDataset
+from effvit.data.transforms import to_float
+from effvit.errors import UserError
+from effvit.evaluation.score import attention_rollout, confusion, per_class, predict_logits, predictions, summarise
+from effvit.files import write_csv, write_json
+from effvit.model.vit import ViT
+
+
+def check_fits(model: ViT, dataset: PreparedDataset) -> None:
+    """Raise ``UserError`` where a model was not trained for images and classes like these."""
+    model_has = (model.config.image_size, model.config.num_classes)
+    data_has = (dataset.image_size, len(dataset.classes))
+    if model_has != data_has:
+        raise UserError(
+            f"the model is for {model_has[1]} classes and images of {model_has[0]} pixels, "
+            f"{dataset.name} has {data_has[1]} classes and images of {data_has[0]} pixels"
+        )
+
+
+def score_test_split(model: ViT, dataset: PreparedDataset, directory: Path, batch_size: int) -> dict[str, float]:
+    """Write evaluation.json, per_class.csv, confusion.csv and predictions.csv of the test split.
+
+    Returns:
+        What evaluation.json holds.
+
+    Raises:
+        UserError: the model does not fit the data set, or gives logits that are not finite.
+    """
+    images, labels_array = dataset.split("test")
+    labels = torch.from_numpy(labels_array)
+    logits = predict_logits(model, images, dataset.mean, dataset.std, batch_size)
+    if len(logits) != dataset.counts["test"]:
+        raise RuntimeError(f"evaluated {len(logits)} of {dataset.counts['test']} test images")
+    if not logits.isfinite().all():
+        raise UserError("the model's outputs are not finite numbers")
+    scores = summarise(logits, labels)
+    write_json(directory / "evaluation.json", scores)
+    write_csv(directory / "per_class.csv", per_class(logits, labels, dataset.classes))
+    write_csv(directory / "confusion.csv", confusion(logits, labels, dataset.classes))
+    write_csv(directory / "predictions.csv", predictions(logits, labels))
+    return scores
+
+
+@torch.inference_mode()
+def rollout_maps(
+    model: ViT, images: np.ndarray, mean: Sequence[float], std: Sequence[float]
+) -> tuple[Tensor, np.ndarray]:
+    """Logits ``(n, classes)`` and attention rollout ``(n, gh, gw)`` of uint8 images ``(n, H, W, 3)``."""
+    device = next(model.parameters()).device
+    logits, maps = model(to_float(torch.from_numpy(images).to(device), mean, std), output_attentions=True)
+    rows, columns = model.config.grid_size
+    return logits.float().cpu(), attention_rollout(maps).view(-1, rows, columns).cpu().numpy()
+
+
+def map_test_images(model: ViT, dataset: PreparedDataset, directory: Path, count: int = 6) -> None:
+    """Write attention maps of a few test images, the same for every model: safetensors and a picture.
+
+    The images are the first ones of as many classes, spread evenly over the classes.
+    """
+    from effvit.evaluation.overlay import map_sheet
+
+    images, labels = dataset.split("test")
+    classes = np.unique(np.linspace(0, len(dataset.classes) - 1, count).round().astype(int))
+    rows = np.array([int(np.argmax(labels == index)) for index in classes])
+    logits, maps = rollout_maps(model, images[rows], dataset.mean, dataset.std)
+    predicted = logits.argmax(dim=1).numpy()
+    arrays = {"images": images[rows], "labels": labels[rows], "predictions": predicted, "maps": maps}
+    (directory / "attention_maps.safetensors").write_bytes(save(arrays))
+    titles = [
+        f"{dataset.classes[label]}\nas {dataset.classes[guess]}"
+        for label, guess in zip(labels[rows], predicted, strict=True)
+    ]
+    figure = map_sheet(list(images[rows]), list(maps), titles, f"{model.config.attention}: attention rollout")
+    figure.savefig(directory / "attention_maps.png", dpi=120, metadata={"Software": None})

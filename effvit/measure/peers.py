@@ -1,0 +1,218 @@
+"""Our attention modules beside public ones of the same mechanism, at equal hyperparameters."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import gmean
+from torch import nn
+
+from effvit.attention import Attention, attention_class, build_attention
+from effvit.errors import UserError
+from effvit.kernels.linear import product
+from effvit.measure.latency import Call, interleaved, paired_interval, paired_ratio
+from effvit.measure.memory import peak_bytes
+from effvit.measure.subject import square_grid
+from effvit.measure.workload import block_forward, block_training
+
+MODES = {"forward": block_forward, "train": block_training}
+_GEMM_SIZE = 2048
+_PRODUCTS = {"forward": 1, "train": 3}  # each product's backward pass is two products of the same size
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A public implementation: its package, and how to build it like a module of ours without QKV bias."""
+
+    package: str
+    build: Callable[[Attention], nn.Module]
+
+
+def _timm(fused: bool) -> Callable[[Attention], nn.Module]:
+    def build(ours: Attention) -> nn.Module:
+        from timm.layers.attention import Attention as TimmAttention
+
+        module = TimmAttention(ours.dim, ours.num_heads, qkv_bias=False)
+        setattr(module, "fused_attn", fused)  # noqa: B010 - declared final, for TorchScript's sake
+        return module
+
+    return build
+
+
+def _linformer(ours: Any) -> nn.Module:
+    from linformer import LinformerSelfAttention
+
+    return LinformerSelfAttention(ours.dim, ours.num_tokens, k=ours.k, heads=ours.num_heads)
+
+
+def _performer(ours: Any) -> nn.Module:
+    from performer_pytorch import SelfAttention
+
+    return SelfAttention(
+        ours.dim, heads=ours.num_heads, dim_head=ours.head_dim, nb_features=ours.num_features, qkv_bias=False
+    )
+
+
+def _nystromformer(ours: Any) -> nn.Module:
+    from nystrom_attention import NystromAttention
+
+    return NystromAttention(
+        ours.dim,
+        dim_head=ours.head_dim,
+        heads=ours.num_heads,
+        num_landmarks=ours.num_landmarks,
+        pinv_iterations=ours.pinv_iterations,
+        residual_conv_kernel=ours.conv.kernel_size[0],
+    )
+
+
+PEERS = {
+    "standard": Peer("timm", _timm(fused=False)),
+    "fused": Peer("timm", _timm(fused=True)),
+    "linformer": Peer("linformer", _linformer),
+    "performer": Peer("performer-pytorch", _performer),
+    "nystromformer": Peer("nystrom-attention", _nystromformer),
+}
+
+
+def require_peers(mechanisms: Sequence[str]) -> None:
+    """Raise ``UserError`` for an unknown mechanism, or one whose peer is not installed."""
+    for name in mechanisms:
+        attention_class(name)
+        if name not in PEERS:
+            continue
+        package = PEERS[name].package
+        if find_spec(package.replace("-", "_")) is None:
+            raise UserError(f"attention={name}: its peer {package} is not installed; pip install 'effvit[peers]'")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One comparison: a mechanism at a size, in one mode."""
+
+    attention: str
+    hidden_size: int
+    num_attention_heads: int
+    tokens: int
+    mode: str
+
+
+def compare_with_peer(point: Point, *, tokens_per_batch: int, budget_s: float, dtype: torch.dtype) -> dict[str, object]:
+    """Time our module, its peer and a large matrix product alternately; add exact peak memory and the floor.
+
+    Args:
+        point: what to compare.
+        tokens_per_batch: the batch is as many samples as have this many tokens, at least one.
+        budget_s: seconds of sampling.
+        dtype: float32, or the type that autocast runs both modules in.
+
+    Returns:
+        ``point``'s fields, ``peer, batch_size, n``; medians ``ours_ms, peer_ms``; ``ratio`` (peer / ours: median over
+        rounds) with its 95 % interval ``ratio_low, ratio_high``; ``macs`` of one sample; ``floor_ms``, what the
+        products alone take at the speed of the large product, and ``floor_share``, floor / ours;
+        ``ours_bytes, peer_bytes``: peak memory of one call; ``autocast_ratio``: time of ours in float32 over that
+        under bfloat16 autocast. Without a public peer, what is said of the peer is NaN.
+    """
+    device = torch.device("cpu")
+    c, heads = point.hidden_size, point.num_attention_heads
+    ours = build_attention(point.attention, c, heads, square_grid(point.tokens), qkv_bias=False)
+    batch_size = max(1, tokens_per_batch // point.tokens)
+    tokens = torch.randn(batch_size, point.tokens, c)
+    calls = {"ours": _autocast(MODES[point.mode](ours, tokens), dtype)}
+    peer = PEERS.get(point.attention)
+    if peer:
+        calls["peer"] = _autocast(MODES[point.mode](peer.build(ours), tokens), dtype)
+    gemms, gemm_flops = _large_products(dtype)
+    autocast = {} if dtype == torch.bfloat16 else {"autocast": _autocast(calls["ours"], torch.bfloat16)}
+    seconds = interleaved(calls | autocast | gemms, budget_s=budget_s, device=device)
+    unknown = np.full(len(seconds["ours"]), np.nan)
+    theirs = seconds.get("peer", unknown)
+    low, high = (peer and paired_interval(theirs, seconds["ours"])) or (float("nan"), float("nan"))
+    medians = {name: float(np.median(samples)) for name, samples in seconds.items()}
+    floor_s = batch_size * 2 * _PRODUCTS[point.mode] * ours.macs() * min(medians[name] for name in gemms) / gemm_flops
+    peaks = {name: peak_bytes(call, device) for name, call in calls.items()}
+    return {
+        **vars(point),
+        "peer": peer.package if peer else None,
+        "batch_size": batch_size,
+        "n": len(theirs),
+        "ours_ms": medians["ours"] * 1e3,
+        "peer_ms": medians.get("peer", float("nan")) * 1e3,
+        "ratio": paired_ratio(theirs, seconds["ours"]),
+        "ratio_low": low,
+        "ratio_high": high,
+        "macs": ours.macs(),
+        "floor_ms": floor_s * 1e3,
+        "floor_share": floor_s / medians["ours"],
+        "ours_bytes": peaks["ours"],
+        "peer_bytes": peaks.get("peer"),
+        "autocast_ratio": paired_ratio(seconds["ours"], seconds.get("autocast", unknown)),
+    }
+
+
+def parse_width(text: str) -> tuple[int, int]:
+    """``"192x3"`` to width 192 and 3 heads; raises ``UserError`` where it is not of that form."""
+    width, _, heads = text.partition("x")
+    if not (width.isdecimal() and heads.isdecimal() and int(heads) and int(width) and int(width) % int(heads) == 0):
+        raise UserError(f"width={text!r}: expected WIDTHxHEADS with heads that divide the width, for example 192x3")
+    return int(width), int(heads)
+
+
+def print_ratios(rows: Sequence[dict[str, Any]]) -> None:
+    """Print each comparison, then the geometric mean and the smallest ratio of each mechanism."""
+    table = Table(title="time of the public module / time of ours: above 1, ours is faster")
+    columns = ["attention", "hidden_size", "tokens", "mode", "ours ms", "peer ms", "ratio", "95 % interval"]
+    columns += ["floor", "bfloat16"]
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="left" if column in ("attention", "mode") else "right")
+    for row in rows:
+        times = (f"{row[key]:.1f}" for key in ("ours_ms", "peer_ms"))
+        interval = f"{row['ratio_low']:.2f} – {row['ratio_high']:.2f}"
+        cells = (*(str(row[key]) for key in columns[:4]), *times, f"{row['ratio']:.2f}", interval)
+        table.add_row(*cells, f"{row['floor_share']:.0%}", f"{row['autocast_ratio']:.2f}")
+    console = Console()
+    console.print(table)
+    console.print("floor: time of its matrix products alone; bfloat16: float32's time over that under autocast")
+    for attention in dict.fromkeys(row["attention"] for row in rows if row["attention"] in PEERS):
+        ratios = [row["ratio"] for row in rows if row["attention"] == attention]
+        peer = PEERS[attention].package
+        console.print(f"{attention} against {peer}: geometric mean {gmean(ratios):.2f}, least {min(ratios):.2f}")
+
+
+def grid_of_points(
+    mechanisms: Sequence[str], widths: Sequence[tuple[int, int]], tokens: Sequence[int]
+) -> Iterator[Point]:
+    """Every mechanism at every (width, heads) and token count, in both modes."""
+    for attention in mechanisms:
+        for width, heads in widths:
+            for count in tokens:
+                for mode in MODES:
+                    yield Point(attention, width, heads, count, mode)
+
+
+def _autocast(call: Call, dtype: torch.dtype) -> Call:
+    if dtype == torch.float32:
+        return call
+
+    def autocast_call() -> object:
+        with torch.autocast("cpu", dtype=dtype):
+            return call()
+
+    return autocast_call
+
+
+def _large_products(dtype: torch.dtype) -> tuple[dict[str, Call], int]:
+    """A large product by each library that computes ours, and its FLOPs: the faster one is what the machine can do."""
+    a, b = (torch.randn(_GEMM_SIZE, _GEMM_SIZE).to(dtype) for _ in range(2))
+    out = torch.empty(_GEMM_SIZE, _GEMM_SIZE, dtype=dtype)
+
+    @torch.no_grad()
+    def through_linear() -> object:
+        return product(a, b)
+
+    return {"mm": lambda: torch.mm(a, b, out=out), "linear": through_linear}, 2 * _GEMM_SIZE**3

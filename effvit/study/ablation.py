@@ -1,0 +1,154 @@
+"""The hybrid's branches switched on one by one: results of an experiment sweep, gathered from DVC.
+
+The sweep is `make ablation`; every experiment of it trains and measures one set of branches.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+from scipy import stats
+
+from effvit.analysis.survey import Rows, gate_rows, summed_gate_shares
+from effvit.data.prepared import PreparedDataset
+from effvit.errors import UserError
+from effvit.evaluation.probe import normalised, recorded, validation_images
+from effvit.model.checkpoint import load_model
+from effvit.model.vit import ViT
+from effvit.study import cells
+
+ATTENTION = "hybrid"
+_GATE_IMAGES, _BATCH = 1000, 64  # validation images at most, as in `effvit representations`
+_GATES = ["dataset", "branches", "layer", "branch", "share"]
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """One row a data set and set of branches; ``gates`` one row a layer and branch, where there are several.
+
+    ``accuracy`` (fractions, exact) and ``cost`` (measured, as ratios to fused) are tables of their own.
+    """
+
+    accuracy: pd.DataFrame
+    cost: pd.DataFrame
+    gates: pd.DataFrame
+
+
+def collect(repository: Path) -> Ablation:
+    """Gather the experiments on the current commit that differ from the newest in their branches alone.
+
+    Raises:
+        UserError: no repository; no experiment of the hybrid alone; a result of one that is missing.
+    """
+    from dvc.api import DVCFileSystem
+
+    rows = sorted(_experiments(repository), key=lambda row: str(row.get("Created") or ""), reverse=True)
+    found: dict[str, tuple[Any, dict[str, Any]]] = {}
+    newest = None
+    for row in rows:
+        if row.get("rev") == "workspace" or not row.get("Experiment"):
+            continue
+        experiment = DVCFileSystem(str(repository), rev=row["Experiment"])
+        params = yaml.safe_load(experiment.read_text("params.yaml"))
+        if list(params["attention"]) != [ATTENTION]:
+            continue
+        branches = "+".join(params["attention"][ATTENTION].pop("branches"))
+        recipe = json.dumps(params, sort_keys=True)
+        newest = newest or recipe
+        if recipe == newest:
+            found.setdefault(branches, (experiment, params))
+    if not found:
+        raise UserError(
+            f"{repository}: no experiment with attention={ATTENTION} on this commit; `make ablation` runs them"
+        )
+    parts = [
+        part for branches, (fs, params) in sorted(found.items(), key=_order) for part in _read(branches, fs, params)
+    ]
+    accuracy, cost, gates = ([row for part in parts for row in part[i]] for i in range(3))
+    return Ablation(pd.DataFrame(accuracy), pd.DataFrame(cost), pd.DataFrame(gates, columns=_GATES))
+
+
+def _experiments(repository: Path) -> list[dict[str, Any]]:
+    from dvc.api import exp_show
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+    from scmrepo.exceptions import SCMError
+
+    try:
+        Repo.find_root(str(repository))  # before DVC takes a directory that is no repository for one to clone
+        return list(exp_show(str(repository)))
+    except (DvcException, SCMError) as error:
+        raise UserError(f"--repository {repository}: {error}; expected a Git repository with DVC") from error
+
+
+def _order(item: tuple[str, Any]) -> tuple[int, str]:
+    """By the number of branches; regional, dilated and linear among as many."""
+    branches = item[0].split("+")
+    return len(branches), "".join(str("rdl".index(branch[0])) for branch in branches)
+
+
+def _read(branches: str, experiment: Any, params: dict[str, Any]) -> Iterator[tuple[Rows, Rows, Rows]]:
+    for dataset in params["dataset"]:
+        key: dict[str, object] = {"dataset": dataset, "branches": branches}
+        with tempfile.TemporaryDirectory() as directory:
+            cell, models, data = (Path(directory, name) for name in ("cell", "models", "data"))
+            for source, target in (
+                (f"metrics/cells/{dataset}/{ATTENTION}", cell),
+                (f"models/{dataset}/{ATTENTION}/seed{params['seeds'][0]}", models),
+                (f"data/prepared/{dataset}", data),
+            ):
+                experiment.get(source, str(target), recursive=True)
+            size, cost = cells.model(cell / "benchmark"), cells.cost(cell / "benchmark")
+            accuracy = accuracy_over([cell / f"seed{seed}" / "evaluate" for seed in params["seeds"]])
+            latency = cost[cost["quantity"] == "latency"].sort_values("batch_size").iloc[-1]
+            memory = cost[cost["quantity"] == "train_memory"].iloc[0]
+            measured = {"batch_size": latency["batch_size"], "latency_ratio": latency["ratio_to_fused"]}
+            measured |= {f"latency_ratio_{end}": latency[f"ratio_{end}"] for end in ("low", "high")}
+            measured |= {"train_memory_mib": memory["median"] / _MIB, "train_memory_ratio": memory["ratio_to_fused"]}
+            prepared = PreparedDataset.load(data)
+            hybrid = load_model(models)
+            images, _ = validation_images(prepared, _GATE_IMAGES)
+            shares = gate_shares(hybrid, normalised(hybrid, images, prepared))
+        yield [key | accuracy | size], [key | measured], [key | row for row in shares]
+
+
+def accuracy_over(evaluations: list[Path]) -> dict[str, object]:
+    """Mean top-1 over seeds, a directory of `effvit evaluate` each, with a 95 % interval.
+
+    ``interval`` says which: Student's t over seeds, or, for one seed, Wilson's of a binomial share over test images.
+    """
+    top1 = np.array([cells.evaluation(directory)["top1"] for directory in evaluations])
+    n_images = int(cells.confusion(evaluations[0])["count"].sum())
+    if len(top1) == 1:
+        right = round(float(top1[0]) * n_images)
+        interval: Any = stats.binomtest(right, n_images).proportion_ci(method="wilson")
+    else:
+        interval = stats.ttest_1samp(top1, 0).confidence_interval(0.95)
+    kind = "images" if len(top1) == 1 else "seeds"
+    shown = {"top1": float(top1.mean()), "top1_low": float(interval.low), "top1_high": float(interval.high)}
+    return {"n_seeds": len(top1), "n_images": n_images, "interval": kind} | shown
+
+
+@torch.inference_mode()
+def gate_shares(model: ViT, images: torch.Tensor) -> Rows:
+    """Mean share of each branch by layer (from 1), over normalised images ``(n, C, H, W)`` and their patches.
+
+    No rows for a hybrid of one branch, which has no gate.
+    """
+    total = None
+    for batch in images.split(_BATCH):
+        with recorded(inputs_of=model.attentions()) as inputs:
+            model(batch)
+        shares = summed_gate_shares(model, inputs)
+        if shares is None:
+            return []
+        total = shares if total is None else total + shares
+    return [] if total is None else gate_rows(model, total / len(images))

@@ -1,0 +1,128 @@
+"""The study's configuration: what ``params.yaml`` may say, and every rule that makes it valid."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+
+from effvit.data.sources import available_datasets
+from effvit.errors import UserError, explain
+from effvit.model.vit import Depth, Size, ViTConfig
+from effvit.training.recipe import Count, Fraction, Strict, TrainConfig
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy takes
+
+
+def _distinct(values: list[int]) -> list[int]:
+    if len(set(values)) != len(values):
+        raise ValueError("must name each only once")
+    return values
+
+
+class DatasetConfig(Strict):
+    """One data set: image and patch size in pixels, classes, where the user's own files are, what suits its images.
+
+    ``classes`` is a file with the classes to take.
+    """
+
+    image_size: Size
+    patch_size: Size
+    num_classes: Size
+    root: str | None = None
+    classes: str | None = None
+    horizontal_flip: bool = True
+
+
+class ModelConfig(Strict):
+    """Size of the ViT, in Hugging Face's names, and the weights that it starts from (a path; see `pretrained`)."""
+
+    hidden_size: Size
+    num_hidden_layers: Depth
+    num_attention_heads: Size
+    intermediate_size: Size
+    initializer_range: float = Field(0.02, gt=0)
+    hidden_dropout_prob: Fraction = 0.0
+    attention_probs_dropout_prob: Fraction = 0.0
+    init_from: str | None = None
+
+
+class BenchmarkConfig(Strict):
+    """How one mechanism's cost is measured: batch, memory for the largest batch, seconds spent on each quantity."""
+
+    batch_size: Count
+    memory_mib: Count
+    budget_s: float = Field(gt=0)
+
+
+class ScalingConfig(Strict):
+    """How cost against tokens is measured: token counts, batches, patches, memory and seconds at which it stops."""
+
+    tokens: list[Count] = Field(min_length=1)
+    tokens_per_batch: Count
+    patch_size: Size
+    memory_mib: Count
+    budget_s: float = Field(gt=0)
+
+
+class Study(Strict):
+    """The whole of ``params.yaml``."""
+
+    attention: dict[str, dict[str, Any]] = Field(min_length=1)
+    dataset: dict[str, DatasetConfig] = Field(min_length=1)
+    model: ModelConfig
+    train: TrainConfig
+    seeds: Annotated[list[Seed], Field(min_length=1), AfterValidator(_distinct)]
+    benchmark: BenchmarkConfig
+    scaling: ScalingConfig
+
+    @model_validator(mode="after")
+    def _every_cell_is_possible(self) -> "Study":
+        for dataset in self.dataset:
+            if dataset not in available_datasets():
+                raise ValueError(f"dataset={dataset!r}: unknown, expected one of {', '.join(available_datasets())}")
+            self.train.check_image_size(self.dataset[dataset].image_size)
+            for attention in self.attention:
+                self.vit(dataset, attention)
+        return self
+
+    @classmethod
+    def load(cls, path: Path | str = "params.yaml") -> "Study":
+        """Read and validate ``params.yaml``.
+
+        Raises:
+            UserError: one line that names the key as one writes it after ``-S``.
+        """
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise UserError(f"{path}: not valid YAML: {error}") from error
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: expected a mapping of attention, dataset, model, train, ...")
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise UserError(explain(error)) from error
+
+    def vit(self, dataset: str, attention: str) -> ViTConfig:
+        """Return the model of one cell.
+
+        Raises:
+            UserError: the model does not fit the data set's images or the mechanism.
+        """
+        data = self.dataset[dataset]
+        try:
+            return ViTConfig(
+                image_size=data.image_size,
+                patch_size=data.patch_size,
+                num_classes=data.num_classes,
+                attention=attention,
+                attention_options=self.attention[attention],
+                **self.model.model_dump(exclude={"init_from"}),
+            )
+        except ValidationError as error:
+            message = explain(error)
+            for group, values in ((f"dataset.{dataset}", data), ("model", self.model)):
+                if message.partition("=")[0] in type(values).model_fields:
+                    message = f"{group}.{message}"
+            raise UserError(message) from error

@@ -1,0 +1,343 @@
+"""The training loop: one recipe for every mechanism, on whatever devices Lightning Fabric finds.
+
+What is random in a step derives from (seed, epoch, step) alone (see `effvit.seeding`), so that a run can stop after any
+step and go on from its `state` with the same numbers, and so that processes agree without talking about it.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from lightning_fabric import Fabric, seed_everything
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from effvit.data.loading import Batch, steps_of, training_batches, validation_batches
+from effvit.data.prepared import PreparedDataset
+from effvit.errors import UserError
+from effvit.memory import is_out_of_memory, peak_resident_bytes
+from effvit.model.vit import ViT, ViTConfig
+from effvit.seeding import Purpose, derive, torch_generator
+from effvit.training.allocator import keep_freed_memory
+from effvit.training.optimizer import build_optimizer, schedule
+from effvit.training.parallel import make_fabric, place_of, sum_gradients
+from effvit.training.recipe import TrainConfig
+
+
+class DivergedError(UserError):
+    """The loss stopped being a finite number."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step came to, over all processes; ``stop`` where one of them was asked to stop."""
+
+    images: int
+    loss: float
+    accuracy: float
+    stop: bool
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch came to. Losses in nats, accuracies as fractions, ``lr`` of its last step, time of training.
+
+    Where images are mixed, the class with the larger share is the right one. Memory is the process's peak so far: of
+    CUDA's allocator, or on a CPU resident.
+    """
+
+    epoch: int
+    lr: float
+    train_loss: float
+    train_accuracy: float
+    val_loss: float
+    val_accuracy: float
+    seconds: float
+    images_per_second: float
+    peak_memory_mib: float
+
+
+class Training:
+    """A run as far as it has come. Same arguments, same numbers on the same machine, whether it is continued or not.
+
+    Args:
+        config: model to build and train.
+        dataset: prepared images; the test split is not read.
+        recipe: optimiser, schedule, augmentation, devices.
+        seed: of weights, data order, augmentation and random features.
+        horizontal_flip: whether mirrored images are still of their class.
+        init: called with the freshly built model, to change the weights that it starts from.
+        tell: called with one line where something is changed by itself.
+        should_stop: asked in each step whether all processes shall stop after it.
+
+    Raises:
+        UserError: the device is not there, or one image does not fit its memory.
+    """
+
+    def __init__(
+        self,
+        config: ViTConfig,
+        dataset: PreparedDataset,
+        recipe: TrainConfig,
+        *,
+        seed: int,
+        horizontal_flip: bool,
+        init: Callable[[ViT], object] = lambda model: None,
+        tell: Callable[[str], None] = lambda line: None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.dataset, self.recipe, self.seed = dataset, recipe, seed
+        self.augmentation = recipe.augmentation(horizontal_flip)
+        self._tell, self._should_stop = tell, should_stop
+        keep_freed_memory()
+        self.fabric: Fabric = make_fabric(recipe.device, recipe.devices, recipe.precision)
+        self.place = place_of(self.fabric)
+        seed_everything(seed, verbose=False)
+        torch.use_deterministic_algorithms(True)
+        # Every buffer here is written before it is read.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        self.model = ViT(config)
+        init(self.model)
+        self.optimizer = build_optimizer(self.model, recipe)
+        # For each shape by itself: with shapes left open, the code would depend on the order in which they come.
+        module: nn.Module = torch.compile(self.model, dynamic=False) if recipe.compile else self.model  # type: ignore[assignment]
+        self._forward, self._update = self.fabric.setup(module, self.optimizer)
+        self._averaged = None
+        if recipe.ema_decay:
+            self._averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
+        self._attentions = self.model.attentions()
+        self._pending: deque[tuple[_Figures, int, int]] = deque()  # figures, images and number of steps done
+        self._settled: list[tuple[Step, int]] = []  # of those that have been read
+        self.steps_per_epoch = steps_of(dataset.counts["train"], recipe.batch_size)
+        self.micro_batch_size = recipe.micro_batch_size  # 0 for as many as a step has
+        self.epoch = self.step = 0  # epochs that are over, steps of the one after them
+        self.loss_sum = self.right = self.seconds = 0.0  # of those steps
+
+    @property
+    def weights(self) -> ViT:
+        """The weights that count: the averaged ones where the recipe averages. Not to be changed."""
+        return self.model if self._averaged is None else cast(ViT, self._averaged.module)
+
+    @property
+    def images_seen(self) -> int:
+        """Images trained on since the first epoch, each as often as it was."""
+        count = self.dataset.counts["train"]
+        return self.epoch * count + min(self.step * self.recipe.batch_size, count)
+
+    def run(self) -> Iterator[Step | Epoch]:
+        """Go on to the end of the recipe, giving what each step and each epoch came to.
+
+        Raises:
+            DivergedError: the loss is not finite; names epoch, step and learning rate.
+        """
+        while self.epoch < self.recipe.epochs:
+            yield from self._steps()
+            yield self._end_epoch()
+
+    def _steps(self) -> Iterator[Step]:
+        self.model.train()
+        started = time.perf_counter()
+        batches = training_batches(
+            self.dataset,
+            self.augmentation,
+            self.place,
+            batch_size=self.recipe.batch_size,
+            seed=self.seed,
+            epoch=self.epoch,
+            start=self.step,
+            workers=self.recipe.workers,
+        )
+        for batch in batches:
+            lr = self._lr(self.step)
+            self._pending.append((self._take_step(batch, lr), batch.total, self.step))
+            self.step += 1
+            last = self.step == self.steps_per_epoch
+            # A CUDA device is left with a step to do while the results of the one before it are read.
+            self._settle(keep=1 if self.place.device.type == "cuda" and not last else 0)
+            settled, self._settled = self._settled, []
+            self.seconds += time.perf_counter() - started
+            started = time.perf_counter()
+            for event, step in settled:
+                self._require_finite(event.loss, "loss", step)
+                yield event
+
+    def _lr(self, step: int) -> float:
+        done = self.epoch * self.steps_per_epoch + step
+        return self.recipe.lr * schedule(done, self.steps_per_epoch, self.recipe)
+
+    def _take_step(self, batch: Batch, lr: float) -> "_Figures":
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        figures = sum_gradients(self.fabric, self.model.parameters(), self._gradient(batch))
+        if self.recipe.clip_norm:
+            # Not finite is no error: float16's scaler skips such a step, and otherwise the next loss shows it.
+            self.fabric.clip_gradients(
+                self._forward, self._update, max_norm=self.recipe.clip_norm, error_if_nonfinite=False
+            )
+        self._update.step()
+        self._update.zero_grad()
+        done = self.epoch * self.steps_per_epoch + self.step + 1
+        generator = torch_generator(self.seed, Purpose.REDRAW, done)
+        for attention in self._attentions:
+            attention.after_step(done, generator)
+        if self._averaged is not None:
+            self._averaged.update_parameters(self.model)
+        return _Figures(figures)
+
+    def _gradient(self, batch: Batch) -> Tensor:
+        """Leave this process's part of the gradient; with less at a time where memory runs out."""
+        while True:
+            size = min(self.micro_batch_size or batch.total, max(1, len(batch.images)))
+            try:
+                return self._accumulate(batch, size)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if size == 1:
+                    raise UserError("out of memory with one image at a time: take a smaller model") from error
+            self._update.zero_grad()
+            if self.place.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.micro_batch_size = -(-size // 2)
+            self._tell(
+                f"out of memory with {size} images at a time: going on with {self.micro_batch_size} "
+                f"(train.micro_batch_size; the batch stays {self.recipe.batch_size})"
+            )
+
+    def _accumulate(self, batch: Batch, size: int) -> Tensor:
+        """Add up the gradient of the batch's mean loss, ``size`` images at a time.
+
+        Returns:
+            Sum of losses, number of right answers, and whether to stop: ``(3,)``.
+        """
+        torch.manual_seed(derive(self.seed, Purpose.DROPOUT, self.epoch, self.step, self.place.rank))
+        figures = torch.zeros(3, device=self.place.device)
+        for images, targets in zip(batch.images.split(size), batch.targets.split(size), strict=True):
+            if not len(images):
+                continue  # a share of nothing
+            with self.fabric.no_backward_sync(self._forward, enabled=self.place.world > 1):
+                logits = self._forward(images).float()
+                loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=self.recipe.label_smoothing)
+                self.fabric.backward(loss / batch.total)
+            figures[:2] += torch.stack([loss.detach(), _right(logits, targets)])
+        figures[2] = self._should_stop()
+        return figures
+
+    def _settle(self, keep: int = 0) -> None:
+        """Read the results of all steps but the latest ``keep``, and add them to the epoch's sums."""
+        while len(self._pending) > keep:
+            figures, images, step = self._pending.popleft()
+            loss_sum, right, stop = figures.read()
+            self.loss_sum += loss_sum
+            self.right += right
+            self._settled.append((Step(images, loss_sum / images, right / images, stop > 0), step))
+
+    def _end_epoch(self) -> Epoch:
+        val_loss, val_accuracy = self._validate()
+        self._require_finite(val_loss, "validation loss", self.steps_per_epoch - 1)
+        count = self.dataset.counts["train"]
+        done = Epoch(
+            epoch=self.epoch + 1,
+            lr=self._lr(self.steps_per_epoch - 1),
+            train_loss=self.loss_sum / count,
+            train_accuracy=self.right / count,
+            val_loss=val_loss,
+            val_accuracy=val_accuracy,
+            seconds=self.seconds,
+            images_per_second=count / self.seconds,
+            peak_memory_mib=self._peak_bytes() / 2**20,
+        )
+        self.epoch, self.step = self.epoch + 1, 0
+        self.loss_sum = self.right = self.seconds = 0.0
+        return done
+
+    @torch.inference_mode()
+    def _validate(self) -> tuple[float, float]:
+        """Loss and accuracy of the validation part, each image counted once whatever the number of processes."""
+        self.weights.eval()
+        sums = torch.zeros(2, dtype=torch.float64)
+        with self.fabric.autocast():
+            batches = validation_batches(
+                self.dataset, self.place, batch_size=self.recipe.batch_size, workers=self.recipe.workers
+            )
+            for batch in batches:
+                size = self.micro_batch_size or batch.total
+                for images, labels in zip(batch.images.split(size), batch.targets.split(size), strict=True):
+                    if len(images):
+                        logits = self.weights(images).float()
+                        loss = F.cross_entropy(logits, labels, reduction="sum")
+                        sums += torch.stack([loss, _right(logits, labels)]).cpu()
+        if self.place.world > 1:
+            sums = self.fabric.all_reduce(sums.to(self.place.device), reduce_op="sum").cpu()  # type: ignore[union-attr]
+        loss_sum, right = sums.tolist()
+        return loss_sum / self.dataset.counts["validation"], right / self.dataset.counts["validation"]
+
+    def _require_finite(self, loss: float, what: str, step: int) -> None:
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"{what} became {loss} at epoch {self.epoch + 1}, step {step + 1} of {self.steps_per_epoch}, "
+                f"learning rate {self._lr(step):.3g}: lower train.lr or lengthen train.warmup_epochs"
+            )
+
+    def _peak_bytes(self) -> int:
+        device = self.place.device
+        return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return all that `restore` needs to go on from here: copies of tensors on the CPU, and numbers for JSON."""
+        self._settle()
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
+        if self._averaged is not None:
+            tensors |= {f"averaged.{name}": tensor for name, tensor in self._averaged.state_dict().items()}
+        numbers = {name: getattr(self, name) for name in _NUMBERS}
+        numbers["precision"] = self.fabric.strategy.precision.state_dict()  # float16's loss scale
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}, numbers
+
+    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        """Go on from where `state` was taken in a run with the same arguments."""
+        self.model.load_state_dict(_part(tensors, "model."))
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in _part(tensors, "optimizer.").items():
+            index, _, key = name.partition(".")
+            moments.setdefault(int(index), {})[key] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        if self._averaged is not None:
+            self._averaged.load_state_dict(_part(tensors, "averaged."))
+        for name in _NUMBERS:
+            setattr(self, name, numbers[name])
+        self.fabric.strategy.precision.load_state_dict(numbers["precision"])
+
+
+_NUMBERS = ("epoch", "step", "loss_sum", "right", "seconds", "micro_batch_size")
+
+
+class _Figures:
+    """A few numbers on their way from a device, which need not be waited for until they are read."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values.to("cpu", non_blocking=values.is_cuda)
+        self._arrived = torch.cuda.Event() if values.is_cuda else None
+        if self._arrived:
+            self._arrived.record()
+
+    def read(self) -> list[float]:
+        if self._arrived:
+            self._arrived.synchronize()
+        return self._values.tolist()
+
+
+def _right(logits: Tensor, targets: Tensor) -> Tensor:
+    labels = targets if targets.ndim == 1 else targets.argmax(dim=1)
+    return (logits.argmax(dim=1) == labels).sum()
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,262 @@
+"""One training run on disk: the loop's epochs into a model directory and a log directory, whatever kills it."""
+
+import math
+import shutil
+import time
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from effvit.data.prepared import PreparedDataset
+from effvit.files import check_replaceable, staged_dir, write_csv, write_json
+from effvit.model.checkpoint import is_model_dir, save_model
+from effvit.model.pretrained import StartReport, start_from
+from effvit.model.vit import ViT, ViTConfig
+from effvit.provenance import write_provenance
+from effvit.training.interrupts import Request, noted_interrupts
+from effvit.training.loop import DivergedError, Epoch, Step, Training
+from effvit.training.recipe import TrainConfig
+from effvit.training.resume import Store, fingerprint, open_store
+
+_HISTORY = "history.csv"
+_LOGS = (_HISTORY, "timing.csv", "start.json", "provenance.json")
+_MEASURED = ["seconds", "images_per_second", "peak_memory_mib"]
+_SHOWN_EVERY_S = 0.2
+
+
+class Best:
+    """The model of the epoch with the highest validation accuracy; of equals, the one with the lowest loss."""
+
+    def __init__(self) -> None:
+        self.epoch: Epoch | None = None
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def offer(self, epoch: Epoch, model: ViT) -> bool:
+        """Keep a copy of the model's weights if it is the best so far; say whether it is."""
+        if self.epoch is not None and self._rank(epoch) <= self._rank(self.epoch):
+            return False
+        self.epoch = epoch
+        self.weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+        return True
+
+    @staticmethod
+    def _rank(epoch: Epoch) -> tuple[float, float]:
+        return epoch.val_accuracy, -epoch.val_loss
+
+    def save(self, config: ViTConfig, directory: Path) -> None:
+        """Write the kept weights as a model directory."""
+        model = ViT(config)
+        model.load_state_dict(self.weights)
+        save_model(model, directory)
+
+
+class Run:
+    """A training with its record: the epochs so far and the best model; ``store`` is of the process that leads."""
+
+    def __init__(self, training: Training, store: Store | None, console: Console) -> None:
+        self.training, self.store, self.console = training, store, console
+        self.history: list[Epoch] = []
+        self.best = Best()
+        self._saved = time.monotonic()
+
+    @property
+    def where(self) -> str:
+        """What comes next."""
+        step, steps = self.training.step + 1, self.training.steps_per_epoch
+        return f"epoch {self.training.epoch + 1}, {'validation' if step > steps else f'step {step} of {steps}'}"
+
+    def take(self, event: Step | Epoch) -> None:
+        """Record what a step or an epoch came to, and save where it is time to."""
+        recipe = self.training.recipe
+        if isinstance(event, Epoch):
+            self.history.append(event)
+            chosen = self.best.offer(event, self.training.weights)
+            self.console.print(_line(event, recipe.epochs, chosen), highlight=False, soft_wrap=True)
+            if self.store and event.epoch in self.kept_epochs():
+                with staged_dir(self.store.kept(event.epoch)) as kept:
+                    save_model(self.training.weights, kept)
+            self.save()
+        elif event.stop or time.monotonic() - self._saved >= recipe.checkpoint_s:
+            self.save()
+
+    def kept_epochs(self) -> range:
+        """Epochs so far whose weights are kept for themselves."""
+        every = self.training.recipe.save_every
+        return range(every, len(self.history) + 1, every) if every else range(0)
+
+    def save(self) -> None:
+        """Make the run survive this process, as it stands."""
+        if self.store is None:
+            return
+        tensors, numbers = self.training.state()
+        if not math.isfinite(numbers["loss_sum"]):
+            return  # about to be told: nothing to go on from
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.weights.items()}
+        best = self.best.epoch.epoch if self.best.epoch else None
+        history = [asdict(epoch) for epoch in self.history]
+        self.store.save(tensors, {"training": numbers, "history": history, "best": best})
+        self._saved = time.monotonic()
+
+    def restore(self) -> None:
+        """Go on from the state of an earlier process, if there is one."""
+        saved = self.training.fabric.broadcast(self.store.load() if self.store else None)
+        if saved is None:
+            return
+        tensors, numbers = saved
+        self.training.restore(tensors, numbers["training"])
+        self.history = [Epoch(**values) for values in numbers["history"]]
+        if numbers["best"]:
+            self.best.epoch = self.history[numbers["best"] - 1]
+            self.best.weights = {n.removeprefix("best."): t for n, t in tensors.items() if n.startswith("best.")}
+        self.console.print(f"going on at {self.where}", highlight=False, soft_wrap=True)
+
+
+def train_to(
+    output_dir: Path,
+    log_dir: Path,
+    config: ViTConfig,
+    dataset: PreparedDataset,
+    recipe: TrainConfig,
+    *,
+    seed: int,
+    horizontal_flip: bool,
+    init_from: Path | None = None,
+) -> None:
+    """Train, and write the best model to ``output_dir`` and the log to ``log_dir``.
+
+    With ``init_from`` the model starts from those weights, and the log says what became of each (``start.json``).
+    A run that was killed goes on where it was saved last, and ends with the bytes that it would have had anyway. If
+    training diverges, the best model so far is left in ``<output_dir>.diverged`` and nothing else is written.
+
+    Raises:
+        DivergedError: the loss is not finite.
+        UserError: ``init_from`` has no weights that fit.
+        SystemExit: after SIGINT or SIGTERM, with status 130 or 143, when the run has been saved. After the last step
+            there is none: the run is written in full.
+    """
+    check_replaceable(output_dir, is_model_dir)
+    check_replaceable(log_dir, _LOGS)
+    console = Console(stderr=True)
+    tell = partial(console.print, highlight=False, soft_wrap=True)
+    start: StartReport | None = None
+
+    def init(model: ViT) -> None:
+        nonlocal start
+        start = start_from(init_from, model) if init_from else None
+
+    with ExitStack() as stack:
+        request = stack.enter_context(noted_interrupts())
+        training = Training(
+            config,
+            dataset,
+            recipe,
+            seed=seed,
+            horizontal_flip=horizontal_flip,
+            init=init,
+            tell=tell,
+            should_stop=lambda: request.number is not None,
+        )
+        leads = training.fabric.is_global_zero
+        store = None
+        if leads:
+            weights = start.sha256 if start else None
+            name = fingerprint(config, dataset, recipe, seed=seed, horizontal_flip=horizontal_flip, start=weights)
+            store = stack.enter_context(open_store(name, tell))
+        console.quiet = not leads
+        if start:
+            console.print("\n".join(start.lines()), highlight=False, markup=False, soft_wrap=True)
+        run = Run(training, store, console)
+        run.restore()
+        try:
+            _follow(run, request)
+        except DivergedError:
+            if store:
+                _rescue(run.best, config, output_dir)
+                store.remove()  # it would only diverge again
+            training.fabric.barrier()
+            if not leads:
+                raise SystemExit(1) from None  # the one that leads tells it
+            raise
+        if store:
+            _write(run, store, start, output_dir, log_dir)
+            store.remove()
+        training.fabric.barrier()
+
+
+def _follow(run: Run, request: Request) -> None:
+    """Train to the end, or until all processes stop because one was asked to.
+
+    They stop after a step, where they agree on it: asked to during a validation, after the first step that follows. The
+    last validation has none after it: the run is complete, and ends as if it had not been asked.
+    """
+    training, shown = run.training, 0.0
+    total = training.recipe.epochs * training.dataset.counts["train"]
+    with _progress(run.console) as progress:
+        task = progress.add_task(training.model.config.attention, total=total, loss=math.nan, accuracy=math.nan)
+        for event in training.run():
+            run.take(event)
+            if isinstance(event, Epoch):
+                continue
+            if event.stop:
+                break
+            if time.monotonic() - shown > _SHOWN_EVERY_S:
+                shown = time.monotonic()
+                progress.update(task, completed=training.images_seen, loss=event.loss, accuracy=event.accuracy)
+        else:
+            return
+    training.fabric.barrier()  # none ends before the state is written
+    run.console.print(f"stopped at {run.where}: the same command goes on from there", highlight=False, soft_wrap=True)
+    raise SystemExit(request.status)
+
+
+def _rescue(best: Best, config: ViTConfig, output_dir: Path) -> None:
+    if best.epoch is not None:
+        with staged_dir(output_dir.with_name(f"{output_dir.name}.diverged"), is_model_dir) as rescued:
+            best.save(config, rescued)
+
+
+def _write(run: Run, store: Store, start: StartReport | None, output_dir: Path, log_dir: Path) -> None:
+    training, config = run.training, run.training.model.config
+    with staged_dir(output_dir, is_model_dir) as model_dir, staged_dir(log_dir, _LOGS) as logs:
+        run.best.save(config, model_dir)
+        for epoch in run.kept_epochs():
+            shutil.copytree(store.kept(epoch), model_dir / store.kept(epoch).name)
+        table = pd.DataFrame([asdict(epoch) for epoch in run.history])
+        write_csv(logs / _HISTORY, table.drop(columns=_MEASURED))
+        write_csv(logs / "timing.csv", table[["epoch", *_MEASURED]].round(3))
+        settings: dict[str, Any] = {"model": config.model_dump(), "train": training.recipe.model_dump()}
+        if start:
+            write_json(logs / "start.json", asdict(start))
+            settings["start"] = {"from": start.source, "sha256": start.sha256}
+        write_provenance(
+            logs,
+            {**settings, "dataset": training.dataset.name, "seed": training.seed, "processes": training.place.world},
+        )
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}  accuracy {task.fields[accuracy]:.1%}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+def _line(epoch: Epoch, epochs: int, best: bool) -> str:
+    return (
+        f"epoch {epoch.epoch:>3}/{epochs}  loss {epoch.train_loss:.3f}  accuracy {epoch.train_accuracy:.1%}  "
+        f"validation {epoch.val_loss:.3f} {epoch.val_accuracy:.1%}{' *' if best else '  '}  "
+        f"{epoch.images_per_second:,.0f} images/s"
+    )

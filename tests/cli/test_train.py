@@ -1,0 +1,181 @@
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import TINY_FLAGS
+
+from effvit.model.checkpoint import load_model
+
+LIMITED = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, 8_000))
+from effvit.cli.app import main
+main()
+"""
+
+
+@pytest.fixture
+def train(effvit, digits_dir):
+    def run(*arguments):
+        return effvit("train", "--dataset-dir", digits_dir, "--output-dir", "run", *TINY_FLAGS, *arguments)
+
+    return run
+
+
+def visible(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_it_trains_what_it_was_told_to(train, tmp_path):
+    arguments = ["--attention", "linformer", "-o", "k=4", "-o", "share=kv", "--epochs", 1, "--horizontal-flip"]
+    outcome = train(*arguments, "--log-dir", "log", "--device", "cpu")
+    assert outcome.code == 0, outcome.err
+    assert "epoch   1/1" in outcome.err
+    assert visible(tmp_path) == ["log", "run"]
+    config = load_model(tmp_path / "run").config
+    assert config.attention == "linformer" and config.attention_options == {"k": 4, "share": "kv"}
+    assert (config.hidden_size, config.image_size, config.num_classes) == (16, 16, 10)
+
+
+def test_one_line_an_epoch_in_a_log(train):
+    outcome = train("--epochs", 2, "--device", "cpu")
+    lines = [line for line in outcome.err.splitlines() if line.strip()]
+    assert len(lines) == 2 and all(line.endswith("images/s") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--attention", "lineformer"], ["attention='lineformer'", "linformer", "hybrid"]),
+        (["--attention", "../fused"], ["attention='../fused'"]),
+        (["--num-attention-heads", 3], ["num_attention_heads=3", "hidden_size=16"]),
+        (["--num-attention-heads", 0], ["num_attention_heads=0"]),
+        (["--patch-size", 5], ["patch_size=5", "image_size=16"]),
+        (["--patch-size", 0], ["patch_size=0"]),
+        (["--hidden-size", -16], ["hidden_size=-16"]),
+        (["--hidden-dropout-prob", 1], ["hidden_dropout_prob=1"]),
+        (["--attention", "linformer", "-o", "k=0"], ["attention.linformer.k=0"]),
+        (["--attention", "linformer", "-o", "k=-1"], ["attention.linformer.k=-1"]),
+        (["--attention", "linformer", "-o", "k=18"], ["attention.linformer.k=18", "17"]),
+        (["--attention", "linformer", "-o", "k=1.5"], ["attention.linformer.k=1.5", "integer"]),
+        (["--attention", "linformer", "-o", "k=many"], ["attention.linformer.k='many'", "integer"]),
+        (["--attention", "linformer", "-o", "k="], ["attention.linformer.k=None", "integer"]),
+        (["--attention", "linformer", "-o", "m=3"], ["attention.linformer.m", "unknown option"]),
+        (["--attention", "linformer", "-o", "k"], ["--option k", "KEY=VALUE"]),
+        (["--attention", "linformer", "-o", "k=[1"], ["--option k=[1"]),
+        (["--attention", "linformer", "-o", "k=1", "-o", "k=2"], ["--option k=2", "k is given twice"]),
+        (["--hidden-size", 4 * 10**9], ["hidden_size=4000000000", "65536"]),
+        (["--crop-padding", 16], ["train.crop_padding=16", "image_size=16"]),
+        (["--batch-size", 10**26], ["train.batch_size=1"]),
+        (["--attention", "performer", "-o", "num_features=0"], ["attention.performer.num_features=0"]),
+        (["--attention", "performer", "-o", "num_features=2.5"], ["attention.performer.num_features=2.5"]),
+        (["--attention", "nystromformer", "-o", "num_landmarks=-4"], ["attention.nystromformer.num_landmarks=-4"]),
+        (["--attention", "nystromformer", "-o", "num_landmarks=0"], ["attention.nystromformer.num_landmarks=0"]),
+        (["--attention", "hybrid", "-o", "window_size=5"], ["attention.hybrid.window_size=5", "4"]),
+        (["-o", "k=4"], ["attention.fused.k", "unknown option"]),
+        (["--epochs", 0], ["train.epochs=0"]),
+        (["--epochs", -3], ["train.epochs=-3"]),
+        (["--batch-size", 0], ["train.batch_size=0"]),
+        (["--lr", 0], ["train.lr=0"]),
+        (["--lr", "nan"], ["train.lr=nan"]),
+        (["--lr", "inf"], ["train.lr=inf"]),
+        (["--clip-norm", "inf"], ["train.clip_norm=inf"]),
+        (["--warmup-epochs", 10, "--epochs", 10], ["warmup_epochs=10", "epochs=10"]),
+        (["--save-every", -1], ["train.save_every=-1"]),
+        (["--device", "tpu"], ["device='tpu'", "auto", "cpu"]),
+        (["--dataset-dir", "nowhere"], ["nowhere", "effvit prepare"]),
+        (["--output-dir", "."], ["replaced as a whole"]),
+        (["--log-dir", "run"], ["run", "replaced as a whole"]),
+        (["--log-dir", "run/log"], ["run", "replaced as a whole"]),
+        (["--output-dir", "log/run", "--log-dir", "log"], ["log", "replaced as a whole"]),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_writes_nothing(train, tmp_path, arguments, parts):
+    outcome = train(*arguments)
+    assert outcome.code == 1 and outcome.out == ""
+    assert outcome.err.startswith("error: ") and len(outcome.err.splitlines()) == 1
+    for part in parts:
+        assert part in outcome.err
+    assert visible(tmp_path) == []
+
+
+def test_device_that_is_not_there_ends_in_one_line(train, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    outcome = train("--device", "cuda")
+    assert outcome.code == 1 and outcome.err.strip().startswith("error: device=cuda")
+    assert visible(tmp_path) == []
+
+
+def test_divergence_ends_in_one_line(train, tmp_path):
+    outcome = train("--lr", "1e30", "--epochs", 1, "--device", "cpu")
+    (line,) = [line for line in outcome.err.splitlines() if line]
+    assert outcome.code == 1 and line.startswith("error: loss became nan at epoch 1, step 2 of")
+    assert visible(tmp_path) == []
+
+
+def test_dataset_is_not_replaced_by_the_model(effvit, digits_dir, tmp_path):
+    outcome = effvit("train", "--dataset-dir", digits_dir, "--output-dir", digits_dir, *TINY_FLAGS)
+    assert outcome.code == 1 and (digits_dir / "meta.json").exists()
+
+
+@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="no limit of file sizes here")
+def test_model_that_cannot_be_written_whole_is_not_written(digits_dir, tmp_path):
+    arguments = ["train", "--dataset-dir", digits_dir, "--output-dir", "run", *TINY_FLAGS, "--epochs", "1"]
+    command = [sys.executable, "-c", LIMITED, *map(str, arguments), "--device", "cpu"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    last = result.stderr.splitlines()[-1]
+    assert result.returncode == 1 and last.startswith("error: ") and "File too large" in last and "run" in last
+    assert "Traceback" not in result.stderr and visible(tmp_path) == []
+
+
+@pytest.mark.parametrize("full", ["run", "log"])
+def test_full_disk_ends_in_one_line_and_leaves_nothing(train, tmp_path, full):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    # Room for neither the model (some 20 KB) nor, in the other case, for the log.
+    size = "size=12k" if full == "run" else "size=4k"
+    mount = ["mount", "-t", "tmpfs", "-o", size, "tmpfs", disk]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs takes root")
+    try:
+        place = ["--output-dir", disk / "run", "--log-dir", "log"] if full == "run" else ["--log-dir", disk / "log"]
+        outcome = train(*place, "--epochs", 1, "--device", "cpu")
+        last = outcome.err.splitlines()[-1]
+        assert outcome.code == 1 and last.startswith("error: ") and "No space left on device" in last
+        assert visible(disk) == [] and visible(tmp_path) == ["disk"]
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_it_starts_from_trained_weights_and_logs_what_became_of_each(train, trained, tmp_path):
+    still = ["--epochs", 1, "--lr", 1e-12, "--weight-decay", 0, "--device", "cpu"]
+    outcome = train("--init-from", trained / "run", "--attention", "performer", "--log-dir", "log", *still)
+    assert outcome.code == 0, outcome.err
+    assert "start from" in outcome.err and "fresh: blocks.*.attn.omega" in outcome.err
+    source, model = load_model(trained / "run").state_dict(), load_model(tmp_path / "run").state_dict()
+    assert all((model[name] - tensor).abs().max() < 1e-6 for name, tensor in source.items())
+    report = json.loads((tmp_path / "log" / "start.json").read_text())
+    assert sorted(report["loaded"]) == sorted(source)
+    assert report["fresh"] == [f"blocks.{i}.attn.omega" for i in range(2)]
+    record = json.loads((tmp_path / "log" / "provenance.json").read_text())["config"]["start"]
+    assert record == {"from": str(trained / "run"), "sha256": report["sha256"]}
+
+
+@pytest.mark.parametrize(
+    ("weights", "parts"),
+    [("nowhere.pth", ["nowhere.pth: no such file"]), ("run", ["hidden_size=16, here 32"])],
+)
+def test_weights_that_cannot_be_a_start_are_one_line_and_leave_nothing(train, trained, tmp_path, weights, parts):
+    outcome = train("--init-from", trained / weights, "--hidden-size", 32, "--epochs", 1, "--device", "cpu")
+    assert outcome.code == 1 and len(outcome.err.strip().splitlines()) == 1
+    assert all(part in outcome.err for part in parts)
+    assert visible(tmp_path) == []
+
+
+def test_weights_that_the_output_would_replace_are_refused(train, trained):
+    outcome = train("--init-from", trained / "run", "--output-dir", trained / "run", "--device", "cpu")
+    assert outcome.code == 1 and "is replaced as a whole" in outcome.err

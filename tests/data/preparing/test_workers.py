@@ -1,0 +1,306 @@
+"""Preparing files: parallel, interrupted, resumed."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from effvit.data.prepared import PreparedDataset
+from effvit.data.preparing import prepare, shards
+from effvit.errors import UserError
+
+PREPARE = "from effvit.cli.app import main; main()"
+PER_CLASS = 60
+
+
+def picture(index, side=12):
+    """A JPEG that is told from others by its grey level, with grayscale and CMYK among them."""
+    rng = np.random.default_rng(index)
+    pixels = rng.integers(0, 20, (side, side + 4, 3)) + index % 230
+    buffer = io.BytesIO()
+    mode = {0: "L", 1: "CMYK"}.get(index % 20, "RGB")
+    Image.fromarray(pixels.astype(np.uint8)).convert(mode).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def make_tree(root, per_class, side=12):
+    for split, count in (("train", per_class), ("test", per_class // 4)):
+        for label, name in enumerate(("cat", "dog")):
+            (root / split / name).mkdir(parents=True)
+            for index in range(count):
+                (root / split / name / f"{index:05}.jpg").write_bytes(picture(2 * index + label, side))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_ROWS", 25)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return make_tree(tmp_path / "images", PER_CLASS)
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """Names of the shards that are written."""
+    names = []
+    write = shards.Shard.write
+
+    def recorded(self, on_image):
+        names.append(self.record.stem)
+        return write(self, on_image)
+
+    monkeypatch.setattr(shards.Shard, "write", recorded)
+    return names
+
+
+@pytest.mark.parametrize("size", [16, 96])
+def test_prepared_files_are_the_images_in_order_and_the_statistics_are_theirs(tmp_path, tree, size):
+    prepare("folder", tree, size, tmp_path / "out")
+    dataset = PreparedDataset.load(tmp_path / "out")
+    assert dataset.storage == ("pixels" if size == 16 else "jpeg")
+    images, labels = dataset.split("test")
+    expected = [2 * index + label for label in range(2) for index in range(PER_CLASS // 4)]
+    for image, label, number in zip(images[:], labels, expected, strict=True):
+        truth = np.asarray(Image.open(io.BytesIO(picture(number))).convert("RGB")).mean()
+        assert label == number % 2 and abs(image.mean() - truth) < 4
+    pixels = dataset.split("train")[0][:].reshape(-1, 3) / 255
+    np.testing.assert_allclose(dataset.mean, pixels.mean(0), atol=1e-6)
+    np.testing.assert_allclose(dataset.std, pixels.std(0), atol=1e-6)
+    grey = sum((2 * index + label) % 20 == 0 for label in range(2) for index in range(PER_CLASS))
+    assert dataset.notes["train"]["grayscale converted to RGB"] == grey
+    assert dataset.notes["train"]["CMYK converted to RGB"] == grey
+
+
+@pytest.mark.parametrize("size", [16, 96])
+def test_number_of_workers_does_not_show_in_the_bytes(tmp_path, tree, size):
+    for workers in (1, 2):
+        prepare("folder", tree, size, tmp_path / f"{workers}", workers=workers)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("size", [16, 96])
+def test_damaged_image_is_named_and_what_was_finished_is_kept_until_it_is_mended(
+    tmp_path, tree, written, size, workers
+):
+    prepare("folder", tree, size, tmp_path / "whole")
+    damaged = tree / "test" / "dog" / "00014.jpg"
+    whole, when = damaged.read_bytes(), damaged.stat()
+    damaged.write_bytes(whole[:-40])
+    with pytest.raises(UserError, match=r"00014\.jpg: damaged image"):
+        prepare("folder", tree, size, tmp_path / "out", workers=workers)
+    assert not (tmp_path / "out").exists()
+    damaged.write_bytes(whole)
+    os.utime(damaged, ns=(when.st_atime_ns, when.st_mtime_ns))
+    written.clear()
+    prepare("folder", tree, size, tmp_path / "out")
+    assert written == ["test-000000025"] if workers == 1 else "test-000000025" in written
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out", "whole"]
+
+
+@pytest.mark.parametrize(("size", "workers"), [(16, 1), (16, 2), (96, 1), (96, 2)])
+def test_all_damaged_images_are_told_at_once_and_the_rest_is_not_read_again(tmp_path, tree, written, size, workers):
+    prepare("folder", tree, size, tmp_path / "whole")
+    damaged = [tree / "train" / "cat" / "00003.jpg", tree / "train" / "dog" / "00059.jpg"]
+    damaged.append(tree / "test" / "cat" / "00000.jpg")
+    originals = [path.read_bytes() for path in damaged]
+    for path in damaged:
+        path.write_bytes(b"\xff\xd8\xff\xe0 no jpeg")
+    with pytest.raises(UserError, match=r"^3 images are damaged: ") as caught:
+        prepare("folder", tree, size, tmp_path / "out", workers=workers)
+    assert all(f"{path}: " in str(caught.value) for path in damaged) and "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    for path, content in zip(damaged, originals, strict=True):
+        path.write_bytes(content)
+    written.clear()
+    prepare("folder", tree, size, tmp_path / "out")
+    assert written == ["train-000000000", "train-000000100", "test-000000000"]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_of_many_damaged_images_twenty_are_named(tmp_path, tree):
+    for path in (tree / "train" / "dog").iterdir():
+        path.write_bytes(b"\xff\xd8\xff\xe0 no jpeg")
+    with pytest.raises(UserError, match=r"^60 images are damaged: .*; and 40 more$") as caught:
+        prepare("folder", tree, 16, tmp_path / "out")
+    assert str(caught.value).count("/dog/") == 20
+
+
+def interrupt(tree, size, output, after):
+    """Leave a preparation behind as a kill does, with ``after`` images read."""
+    count = 0
+    read = {name: getattr(shards.images, name) for name in ("read_image", "read_jpeg")}
+
+    def counting(name):
+        def reader(path, image_size):
+            nonlocal count
+            count += 1
+            if count > after:
+                raise KeyboardInterrupt
+            return read[name](path, image_size)
+
+        return reader
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in read:
+            patch.setattr(shards.images, name, counting(name))
+        with pytest.raises(KeyboardInterrupt):
+            prepare("folder", tree, size, output)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("size", [16, 96])
+def test_finished_shards_are_kept_but_not_those_whose_files_changed(tmp_path, tree, written, size):
+    interrupt(tree, size, tmp_path / "out", after=80)
+    (tree / "train" / "cat" / "00030.jpg").write_bytes(picture(7))  # in the second shard
+    written.clear()
+    prepare("folder", tree, size, tmp_path / "out")
+    assert written[:3] == ["train-000000025", "train-000000075", "train-000000100"]
+    prepare("folder", tree, size, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("before", "size"), [(96, 128), (96, 16), (16, 96), (16, 24)])
+def test_nothing_is_kept_for_other_settings(tmp_path, tree, written, before, size):
+    interrupt(tree, before, tmp_path / "out", after=80)
+    written.clear()
+    prepare("folder", tree, size, tmp_path / "out")
+    assert len(written) == 7
+    prepare("folder", tree, size, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("size", [16, 96])
+def test_removed_file_moves_the_rest_up(tmp_path, tree, written, size):
+    interrupt(tree, size, tmp_path / "out", after=80)
+    for index in range(30):
+        (tree / "train" / "dog" / f"{index:05}.jpg").unlink()
+    written.clear()
+    prepare("folder", tree, size, tmp_path / "out")
+    assert "train-000000000" not in written  # its files, and which of them are validation, are as before
+    prepare("folder", tree, size, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_interrupt_before_the_first_shard_leaves_nothing(tmp_path, tree):
+    interrupt(tree, 16, tmp_path / "out", after=20)
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
+def processes_of(group):
+    """Processes that are alive in a process group."""
+    alive = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[2]) == group and fields[0] != "Z":
+            alive.append(int(stat.parent.name))
+    return alive
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "did not come about"
+        time.sleep(0.01)
+
+
+def test_killed_preparation_leaves_no_output_and_is_taken_up_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.undo()  # in processes of its own shards have their real size
+    rows, size = shards.SHARD_ROWS, 96
+    root = make_tree(tmp_path / "images", 3 * rows // 2, side=20)
+    options = ["--dataset", "folder", "--root", root, "--image-size", size, "--workers", 2]
+    command = [sys.executable, "-c", PREPARE, "prepare", *map(str, options), "--output-dir"]
+    partial = tmp_path / ".out.partial"
+    killed = subprocess.Popen([*command, tmp_path / "out"], start_new_session=True, stderr=subprocess.DEVNULL)
+    wait_for(lambda: len(list(partial.glob("done/train-*.json"))) >= 1)  # not one that is still written aside
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    wait_for(lambda: not processes_of(killed.pid))  # its workers do not outlive it
+    records = {path: path.stat().st_mtime_ns for path in partial.glob("done/train-*.json")}
+    finished = [partial / "data" / f"train_images-{int(path.stem[6:]) // rows:05}.arrow" for path in records]
+    before = {path.name: path.stat().st_ino for path in finished}
+
+    again = subprocess.run([*command, tmp_path / "out"], capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert f"{len(records) * rows:,} images are there" in " ".join(again.stderr.split())
+    assert {name: (tmp_path / "out" / name).stat().st_ino for name in before} == before  # the same files, not rewritten
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out"]
+    prepare("folder", root, size, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_killed_worker_is_told_and_what_was_finished_is_kept(tmp_path, tree, monkeypatch):
+    script = "\n".join(
+        [
+            "import os, signal, sys",
+            "from effvit.data.preparing import prepare, shards, workers",
+            "from effvit.errors import one_line_errors",
+            "from pathlib import Path",
+            "if __name__ == '__main__':",
+            "    shards.SHARD_ROWS = 25",
+            "    with one_line_errors():",
+            "        prepare('folder', Path(sys.argv[1]), 16, Path(sys.argv[2]), workers=2)",
+            "elif not os.path.exists(sys.argv[3]):",
+            "    write = shards.Shard.write",
+            "    def fail(self, on_image):",
+            "        if self.first == 75:",
+            "            Path(sys.argv[3]).touch()",
+            "            os.kill(os.getpid(), signal.SIGKILL)",
+            "        return write(self, on_image)",
+            "    shards.Shard.write = fail",
+        ]
+    )
+    (tmp_path / "script.py").write_text(script)
+    command = [sys.executable, tmp_path / "script.py", tree, tmp_path / "out", tmp_path / "failed"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and "error: a worker was killed" in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists() and list(tmp_path.glob(".out.partial/done/train-*.json"))
+    subprocess.run(command, check=True, capture_output=True)
+    prepare("folder", tree, 16, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_two_preparations_do_not_share_an_output(tmp_path, tree):
+    from filelock import FileLock
+
+    (tmp_path / ".out.partial").mkdir()
+    with FileLock(tmp_path / ".out.partial" / "lock"), pytest.raises(UserError, match="another `effvit prepare`"):
+        prepare("folder", tree, 16, tmp_path / "out")
+
+
+def test_folder_of_somebody_else_is_not_taken_for_an_unfinished_one(tmp_path, tree):
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "mine").touch()
+    with pytest.raises(UserError, match=r"\.out\.partial: holds something else"):
+        prepare("folder", tree, 16, tmp_path / "out")
+    assert [path.name for path in (tmp_path / ".out.partial").iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("spoil", [lambda text: text[:50], lambda text: "{}", lambda text: "[]"])
+def test_record_that_is_not_whole_counts_as_none(tmp_path, tree, written, spoil):
+    interrupt(tree, 16, tmp_path / "out", after=80)
+    record = tmp_path / ".out.partial" / "done" / "train-000000000.json"
+    record.write_text(spoil(json.dumps(json.loads(record.read_text()))))
+    written.clear()
+    prepare("folder", tree, 16, tmp_path / "out")
+    assert written[0] == "train-000000000"

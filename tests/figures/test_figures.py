@@ -1,0 +1,386 @@
+import json
+from io import BytesIO
+from pathlib import Path
+from xml.etree import ElementTree
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_hex
+from safetensors.numpy import load_file
+from synthetic_study import ATTENTIONS, TOKENS, write_study
+
+from effvit import figures
+from effvit.figures.style import look
+from effvit.study.aggregate import collect
+
+SVG = "{http://www.w3.org/2000/svg}"
+TEMPLATES = sorted((Path(__file__).parents[2] / ".dvc" / "plots").glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    return write_study(tmp_path_factory.mktemp("study"), seeds=(0, 1))
+
+
+@pytest.fixture(scope="module")
+def tables(study):
+    return collect(study, ["digits"], ATTENTIONS, [0, 1])
+
+
+@pytest.fixture(scope="module")
+def maps(study):
+    cells = study / "cells" / "digits"
+    return {a: load_file(cells / a / "seed0" / "evaluate" / "attention_maps.safetensors") for a in ATTENTIONS}
+
+
+def png(figure):
+    file = BytesIO()
+    figures.save(figure, file)
+    return file.getvalue()
+
+
+def of(table, *attentions):
+    return table[table["attention"].isin(attentions)]
+
+
+def draw_all(tables, maps, *attentions):
+    return [
+        figures.training_curves(of(tables.curves, *attentions)),
+        figures.accuracy_tradeoff(of(tables.tradeoff, *attentions)),
+        figures.scaling(of(tables.scaling, *attentions)),
+        figures.scaling(of(tables.scaling, *attentions), "model", "tokens"),
+        figures.efficiency_lengths(of(tables.efficiency, *attentions)),
+        figures.confusion(of(tables.confusion, *attentions)),
+        figures.hardware(of(tables.hardware, *attentions)),
+        figures.attention_maps({a: maps[a] for a in attentions}, [str(i) for i in range(10)]),
+        figures.fidelity(of(tables.fidelity, *attentions), of(tables.replaced, *attentions)),
+        figures.cka(tables.cka[tables.cka[["attention_a", "attention_b"]].isin(attentions).all(axis=1)]),
+        figures.heads(of(tables.heads, *attentions)),
+    ]
+
+
+def test_the_same_bytes_whatever_style_the_user_has_and_no_date_in_them(tables, maps):
+    first = [png(figure) for figure in draw_all(tables, maps, "fused", "linformer")]
+    with matplotlib.rc_context({"font.size": 20, "lines.linewidth": 9, "savefig.facecolor": "red", "axes.grid": False}):
+        before = dict(matplotlib.rcParams)
+        second = [png(figure) for figure in draw_all(tables, maps, "fused", "linformer")]
+        assert dict(matplotlib.rcParams) == before
+    assert first == second
+    assert not any(word in data for data in first for word in (b"tEXt", b"iTXt", b"tIME"))
+
+
+def test_vector_figures_are_the_same_bytes_without_a_date_and_their_text_is_text(tables, maps, tmp_path):
+    for i, figures_again in enumerate(draw_all(tables, maps, "fused", "linformer")[:4] for _ in range(2)):
+        for j, figure in enumerate(figures_again):
+            figures.save(figure, tmp_path / f"{i}-{j}.svg")
+    for j in range(4):
+        first = (tmp_path / f"0-{j}.svg").read_text(encoding="utf-8")
+        assert first == (tmp_path / f"1-{j}.svg").read_text(encoding="utf-8")
+        assert "<dc:date>" not in first and "Matplotlib v" not in first
+        words = " ".join("".join(element.itertext()) for element in ElementTree.fromstring(first).iter(f"{SVG}text"))
+        assert "Fused" in words and "Linformer" in words
+
+
+@pytest.mark.parametrize("attention", ["fused", "standard"])
+def test_every_figure_can_be_drawn_of_one_mechanism_alone(tables, maps, attention):
+    for figure in draw_all(tables, maps, attention):
+        figure.draw_without_rendering()
+
+
+def test_colours_and_markers_are_distinct_and_a_new_mechanism_has_its_own():
+    looks = [look(a) for a in ATTENTIONS]
+    assert len({colour for _, colour, _ in looks}) == len({marker for *_, marker in looks}) == len(ATTENTIONS)
+    label, colour, marker = look("sparse")
+    assert label == "sparse"
+    assert colour not in {c for _, c, _ in looks} and marker not in {m for *_, m in looks}
+
+
+def test_a_mechanism_has_the_same_colour_in_any_company(tables):
+    for attentions in (("linformer",), ATTENTIONS):
+        axes = figures.training_curves(of(tables.curves, *attentions)).axes[1]
+        drawn = {to_hex(line.get_color()).upper() for line in axes.lines}
+        assert drawn == {look(a)[1] for a in attentions}
+
+
+def test_curves_show_the_mean_over_seeds(tables):
+    axes = figures.training_curves(of(tables.curves, "hybrid")).axes[1]
+    mean = of(tables.curves, "hybrid").groupby("epoch")["val_accuracy"].mean()
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), mean)
+
+
+def test_error_bars_are_the_interval_where_there_is_one(study, tables):
+    def bars(tradeoff):
+        container, _ = figures.accuracy_tradeoff(of(tradeoff, "hybrid")).axes[0].containers
+        return container.lines[2][0].get_segments()
+
+    row = tables.tradeoff.set_index("attention").loc["hybrid"]
+    np.testing.assert_allclose(bars(tables.tradeoff)[0][:, 1], [row["top1_low"], row["top1_high"]])
+    one_seed = bars(collect(study, ["digits"], ATTENTIONS, [0]).tradeoff)
+    assert not any(len(segment) and np.isfinite(segment).all() for segment in one_seed)
+
+
+def test_a_single_seed_has_dotted_bars_over_test_images_and_says_so(study, tables):
+    one = collect(study, ["digits"], ["hybrid"], [0]).tradeoff
+    figure = figures.accuracy_tradeoff(one)
+    dotted = figure.axes[0].containers[1].lines[2][0].get_segments()[0][:, 1]
+    np.testing.assert_allclose(dotted, one.iloc[0][["top1_images_low", "top1_images_high"]].astype(float))
+    assert figure.get_supxlabel().startswith("One seed.")
+    assert not figures.accuracy_tradeoff(tables.tradeoff).get_supxlabel()
+
+
+def test_a_cost_that_nobody_could_measure_leaves_its_panel_empty(tables):
+    figure = figures.accuracy_tradeoff(tables.tradeoff.assign(train_memory_mib=np.nan))
+    figure.draw_without_rendering()
+    assert [text.get_text() for text in figure.axes[2].texts] == ["not measured"]
+
+
+def texts(axes):
+    return {label: value for text in axes.texts for label, colon, value in [text.get_text().partition(": ")] if colon}
+
+
+def test_scaling_tells_the_length_from_which_each_mechanism_is_cheaper():
+    """Costs N² (fused), 1000 N (cheaper from 1000 tokens), 0.5 N² (always), 2 N² (never), and some in between."""
+    tokens = np.array([64, 256, 1024, 4096])
+    costs = {"fused": tokens**2, "linformer": 1000 * tokens, "performer": tokens**2 / 2, "hybrid": tokens**2 * 2}
+    costs["nystromformer"] = tokens**2 * np.array([2, 0.5, 0.5, 2])
+    rows = [
+        {"attention": a, "tokens": n, "mode": m, "quantity": q, "median": c, "q25": c, "q75": c}
+        | {"ratio_to_fused": c / n**2, "ratio_low": c / n**2, "ratio_high": c / n**2, "status": "ok"}
+        | {"scope": "block", "batch": "one", "batch_size": 1, "contended": False}
+        for a, cost in costs.items()
+        for n, c in zip(tokens.tolist(), cost.tolist(), strict=True)
+        for m in ("forward", "train")
+        for q in ("time", "memory")
+    ]
+    table = pd.DataFrame(rows)
+    for chosen in (table, table[table["attention"] != "fused"]):
+        for axes in figures.scaling(chosen).axes:
+            assert texts(axes) == {"Linformer": "1,000", "Performer": "≤ 64", "Hybrid": "> 4,096"} | {
+                "Nyströmformer": "256 to 1,024 only"
+            }
+
+
+def test_scaling_draws_what_was_timed_in_turns_and_not_times_of_different_processes(tables):
+    """The hybrid's own process ran ten times slower; its ratio to fused, and hence its line, is as before."""
+    table = of(tables.scaling, "fused", "hybrid")
+    table = table[table["batch"] == "one"]
+    slower = table.assign(median=table["median"].where(table["attention"] == "fused", table["median"] * 10))
+
+    def lines(table):
+        return [line.get_ydata() for axes in figures.scaling(table).axes for line in axes.lines]
+
+    for one, other in zip(lines(table), lines(slower), strict=True):
+        np.testing.assert_allclose(one, other)
+
+
+def test_scaling_draws_the_scope_and_batch_asked_for_and_says_what_the_batches_are(tables):
+    table = of(tables.scaling, "fused")
+    time = {
+        (scope, batch): figures.scaling(table, scope, batch).axes[0].lines[0].get_ydata()
+        for scope, batch in (("block", "one"), ("model", "one"), ("model", "tokens"))
+    }
+    np.testing.assert_allclose(time["model", "one"], 6 * time["block", "one"])
+    note = figures.scaling(table, "model", "tokens").get_supxlabel()
+    assert "63×65, " in note and note.endswith("3×1,025")
+    assert not figures.scaling(table, "model").get_supxlabel()
+
+
+def test_what_was_measured_beside_other_work_is_hollow_and_in_the_legend(tables):
+    def hollow(figure):
+        return [x for axes in figure.axes for line in axes.lines for x in line.get_xdata()
+                if line.get_markerfacecolor() == "white"]  # fmt: skip
+
+    for attention, beside in (("hybrid", True), ("performer", False)):
+        figure = figures.scaling(of(tables.scaling, "fused", attention))
+        assert hollow(figure) == ([577] * 2 if beside else [])  # times of both passes
+        assert ("beside other work" in [t.get_text() for t in figure.legends[0].get_texts()]) is beside
+        lengths = figures.efficiency_lengths(of(tables.efficiency, "fused", attention))
+        assert bool(hollow(lengths)) is beside
+
+
+def efficiency_row(**changes):
+    row = {"attention": "linformer", "scope": "block", "batch": "one", "mode": "forward", "quantity": "time"}
+    row |= {"length": 500.0, "length_low": 400.0, "length_high": 700.0, "predicted_length": 300.0}
+    row |= {"cheaper_from": np.nan, "cheaper_to": np.nan}
+    return pd.DataFrame([row | {"measured_from": 65.0, "measured_to": 4097.0, "contended": False} | changes])
+
+
+def drawn(table):
+    """Marker and place of each line of the first panel of the efficiency lengths, and what is written there."""
+    axes = figures.efficiency_lengths(table).axes[0]
+    lines = {line.get_marker(): list(line.get_xdata()) for line in axes.lines}
+    return lines, [text.get_text() for text in axes.texts]
+
+
+def test_an_efficiency_length_stands_with_its_interval_beside_what_macs_foretell():
+    assert drawn(efficiency_row()) == ({"None": [400, 700], "s": [500], "|": [300]}, [])
+    assert set(drawn(efficiency_row(quantity="memory"))[0]) == {"None", "D", "|"}
+
+
+def test_a_length_that_was_not_reached_says_how_far_was_measured():
+    never = efficiency_row(length=np.nan, length_low=np.nan, length_high=np.nan)
+    assert drawn(never) == ({">": [4097], "|": [300]}, ["> 4,097"])
+    open_above = efficiency_row(length_high=np.nan)
+    assert drawn(open_above)[0] == {"None": [400, 4097], "s": [500], ">": [4097], "|": [300]}
+    perhaps = efficiency_row(length=np.nan, length_low=3000.0, length_high=np.nan)
+    assert drawn(perhaps) == ({"None": [3000, 4097], ">": [4097], "|": [300]}, ["> 4,097"])
+
+
+def test_cheaper_in_between_only_is_no_length_and_no_arrow():
+    between = efficiency_row(
+        length=np.nan, length_low=np.nan, length_high=np.nan, cheaper_from=257.0, cheaper_to=2305.0
+    )
+    assert drawn(between) == ({".": [257, 2305], "|": [300]}, ["257 to 2,305 only"])
+    labels = [text.get_text() for text in figures.efficiency_lengths(between).legends[0].get_texts()]
+    assert "in between only" in labels
+
+
+def test_a_mechanism_cheaper_throughout_or_never_measured_says_so():
+    always = efficiency_row(length=65.0, length_low=65.0, length_high=65.0)
+    assert drawn(always)[1] == ["≤ 65"] and "<" in drawn(always)[0]
+    assert drawn(efficiency_row(measured_to=np.nan))[1] == ["not measured"]
+
+
+def test_latency_is_drawn_as_the_ratio_to_fused_with_its_batch(tables):
+    axes = figures.accuracy_tradeoff(tables.tradeoff).axes[1]
+    assert axes.get_xlabel() == "Latency [× Fused, batch 64]"
+    drawn = {line.get_xdata()[0] for line in axes.lines if line.get_marker() == look("hybrid")[2]}
+    assert drawn == set(of(tables.tradeoff, "hybrid")["latency_ratio"])
+
+
+def test_hardware_says_where_a_mechanism_does_not_run_and_draws_the_rest(tables):
+    figure = figures.hardware(of(tables.hardware, "fused", "performer", "hybrid"))
+    said = {text.get_position()[1]: text.get_text() for text in figure.axes[1].texts}
+    assert said == {1: "onnxruntime, int8 weights: not supported", 2: "onnxruntime: not supported"}
+    for axes in (figure.axes[0], *figure.axes[2:]):
+        markers = [line.get_marker() for line in axes.lines if np.isfinite(line.get_xdata().astype(float)).all()]
+        assert [markers.count(marker) for marker in "oD^"] == [3, 2, 1]
+
+
+def test_hardware_draws_ratios_of_one_process_and_not_times_of_several(tables):
+    slower = tables.hardware.assign(latency_ms=tables.hardware["latency_ms"] * 10)
+    assert png(figures.hardware(slower)) == png(figures.hardware(tables.hardware))
+
+
+def test_a_stopped_mechanism_is_crossed_at_its_first_length_and_does_not_pay_off(tables):
+    figure = figures.scaling(of(tables.scaling, "standard", "fused"))
+    for axes, stopped in zip(figure.axes, (False, True, False, True), strict=True):
+        crosses = [line for line in axes.lines if line.get_marker() == "x"]
+        assert [line.get_xdata()[0] for line in crosses] == ([TOKENS[5]] if stopped else [])
+        assert all(line.get_ydata()[0] > 1 and not line.get_clip_on() for line in crosses)  # above what was measured
+        assert texts(axes)["Standard"].startswith(">")
+
+
+def test_a_mechanism_that_runs_where_fused_was_stopped_is_cheaper_there(tables):
+    table = of(tables.scaling, "fused", "performer").copy()
+    beyond = table["tokens"] == TOKENS[-1]
+    table.loc[beyond & (table["attention"] == "fused"), ["median", "status"]] = [np.nan, "out of memory"]
+    table.loc[beyond, "ratio_to_fused"] = np.nan
+    memory = figures.scaling(table).axes[2]
+    assert texts(memory)["Performer"] == f"{TOKENS[-1]:,}"
+
+
+def test_a_mechanism_stopped_everywhere_does_not_stop_the_figure(tables):
+    table = of(tables.scaling, "linformer").assign(status="over budget", median=np.nan, ratio_to_fused=np.nan)
+    assert texts(figures.scaling(table).axes[0]) == {"Linformer": "never"}
+
+
+def test_cells_of_a_confusion_matrix_are_labelled_while_that_is_readable(tables, tmp_path):
+    many = collect(write_study(tmp_path, attentions=["fused"], classes=100), ["digits"], ["fused"], [0]).confusion
+    assert not figures.confusion(many).axes[0].texts
+    panel = figures.confusion(of(tables.confusion, "fused")).axes[0]
+    assert [label.get_text() for label in panel.get_yticklabels()] == [str(i) for i in range(10)]
+    shares = np.asarray(panel.images[0].get_array())
+    np.testing.assert_allclose(shares.sum(axis=1), 1)
+    assert len(panel.texts) == (shares >= 0.005).sum()
+
+
+def test_classes_may_be_called_like_formulas(maps, tables):
+    confusion = of(tables.confusion, "fused").replace({"actual": {"0": "$x"}, "predicted": {"0": "$x"}})
+    png(figures.confusion(confusion))
+    png(figures.attention_maps({"fused": maps["fused"]}, ["$x$ $", *"123456789"]))
+
+
+def test_fidelity_has_a_line_a_mechanism_and_marks_what_is_exact(tables):
+    exact = tables.fidelity["attention"].eq("nystromformer") & tables.fidelity["value"].eq(64).fillna(False)
+    table = tables.fidelity.assign(error=tables.fidelity["error"].mask(exact.astype(bool), 0.0))
+    random, _, accuracy = figures.fidelity(table, tables.replaced).axes
+    lines = {line.get_marker(): line for line in random.lines if line.get_linestyle() == "-"}
+    for attention in ("linformer", "performer", "nystromformer", "hybrid"):
+        rows = table.query("attention == @attention and source == 'random' and error > 0")
+        line = lines[look(attention)[2]]
+        assert line.get_ydata().tolist() == pytest.approx(rows["error"].tolist())
+        assert line.get_xdata().tolist() == pytest.approx((rows["mixing_macs"] / 1e6).tolist())
+    points = [line for line in random.lines if line.get_marker() == "v" and line.get_linestyle() == "None"]
+    assert [x for line in points for x in line.get_xdata()] == [pytest.approx(48 * 65 * 4 * 64 / 1e6)]
+    assert accuracy.lines[0].get_ydata()[0] == 0.9
+
+
+def test_fidelity_has_a_point_for_a_mechanism_without_a_size(tables):
+    alone = of(tables.fidelity, "fused").assign(attention="mean", error=0.3)
+    line = figures.fidelity(alone, tables.replaced).axes[0].lines[0]
+    assert line.get_ydata().tolist() == pytest.approx([0.3])
+
+
+def test_fidelity_without_a_trained_fused_model_says_so(tables):
+    table = tables.fidelity[tables.fidelity["source"] == "random"]
+    panels = figures.fidelity(table, tables.replaced.iloc[:0]).axes
+    assert [axes.texts[0].get_text() for axes in panels[1:]] == ["no trained Fused model"] * 2
+    panels = figures.fidelity(of(tables.fidelity, "fused"), of(tables.replaced, "fused")).axes
+    assert [axes.texts[0].get_text() for axes in panels] == ["exact attention alone"] * 3
+
+
+def test_cka_is_drawn_block_by_block_in_the_order_of_the_table(tables):
+    figure = figures.cka(tables.cka.assign(cka=np.arange(len(tables.cka)) / len(tables.cka)))
+    axes = figure.axes[0]
+    drawn = np.asarray(axes.images[0].get_array())
+    np.testing.assert_allclose(drawn.ravel(), np.arange(144) / 144)
+    labels = [label.get_text() for child in axes.child_axes for label in child.get_xticklabels() if label.get_text()]
+    assert labels[: len(ATTENTIONS)] == [look(a)[0] for a in ATTENTIONS]
+
+
+def test_heads_tell_which_matrices_are_implied(tables):
+    note = figures.heads(of(tables.heads, "fused", "performer"))._supxlabel.get_text()
+    assert "Performer" in note and "Fused" not in note
+    assert figures.heads(of(tables.heads, "fused", "standard"))._supxlabel is None
+
+
+def test_gates_are_stacked_to_one(tables):
+    axes = figures.gates(tables.gates).axes[0]
+    tops = [bar.get_y() + bar.get_height() for bar in axes.containers[-1]]
+    np.testing.assert_allclose(tops, 1)
+    assert [container.get_label() for container in axes.containers] == ["window r=1", "window r=2", "linear"]
+    for container in axes.containers:
+        *trained, last = container
+        assert last.get_hatch() and not any(bar.get_hatch() for bar in trained)
+    assert "hatched: not trained" in axes.get_xlabel()
+
+
+def test_wrong_predictions_stand_out(maps):
+    figure = figures.attention_maps({"fused": maps["fused"]}, [str(i) for i in range(10)])
+    marked = [axes.xaxis.label.get_weight() == "bold" for axes in figure.axes[1::2]]
+    assert marked == (maps["fused"]["labels"] != maps["fused"]["predictions"]).tolist()
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_dvc_fills_every_anchor_of_the_templates(path, tables):
+    from dvc_render.vega import VegaRenderer
+
+    rows = tables.scaling[["attention", "tokens", "median"]].dropna().assign(rev="workspace").to_dict("records")
+    renderer = VegaRenderer(
+        rows, "plot", template=path.stem, template_dir=str(path.parent), x="tokens", y="median", title="t"
+    )
+    filled = renderer.partial_html()
+    assert "<DVC_METRIC" not in filled
+    assert json.loads(filled)["data"]["values"] == rows
+
+
+def test_the_templates_have_the_colours_of_the_figures():
+    templates = [path.read_text() for path in TEMPLATES if path.stem != "mechanisms_confusion"]
+    assert len(templates) == 5
+    for template in templates:
+        places = [template.index(f'"{look(a)[1]}"') for a in ATTENTIONS]
+        assert places == sorted(places)
+        assert [template.index(f'"{i} {a}"') for i, a in enumerate(ATTENTIONS)]

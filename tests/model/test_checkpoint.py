@@ -1,0 +1,169 @@
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from effvit.attention import available_attention
+from effvit.errors import UserError
+from effvit.files import check_replaceable
+from effvit.model.checkpoint import is_model_dir, load_model, save_model
+from effvit.model.vit import ViT
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    """A copy of the trained model's directory, to be damaged."""
+    return shutil.copytree(trained / "run", tmp_path / "model")
+
+
+def edit_config(directory, **changes):
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def refused(directory):
+    with pytest.raises(UserError) as caught:
+        load_model(directory)
+    message = " ".join(str(caught.value).split())
+    assert str(directory) in message
+    return message
+
+
+VARIANTS = [(name, {}) for name in available_attention() if name != "linformer"]
+VARIANTS += [("linformer", {"k": 5, "share": share}) for share in ("none", "heads", "kv", "layers")]
+
+
+@pytest.mark.parametrize(("attention", "options"), VARIANTS)
+def test_model_comes_back_the_same_in_eval_mode(tiny_config, tmp_path, attention, options):
+    if attention == "hybrid":
+        options = {"window_size": 2}
+    torch.manual_seed(0)
+    model = ViT(tiny_config(attention=attention, attention_options=options)).eval()
+    save_model(model, tmp_path)
+    torch.manual_seed(1)
+    loaded = load_model(tmp_path)
+    images = torch.randn(3, 3, 16, 16)
+    assert not loaded.training and loaded.config == model.config
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model(images))
+
+
+def test_shared_tensors_are_stored_once_and_shared_again(tiny_config, tmp_path):
+    model = ViT(tiny_config(attention="linformer", attention_options={"k": 5, "share": "layers"}))
+    save_model(model, tmp_path)
+    assert sum(name.endswith((".E", ".F")) for name in load_file(tmp_path / "model.safetensors")) == 1
+    first, second = load_model(tmp_path).attentions()
+    assert first.E is first.F is second.E is second.F
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_missing_file_is_named(copy, name):
+    (copy / name).unlink()
+    assert name in refused(copy)
+
+
+def test_directory_that_is_not_there_is_named(tmp_path):
+    assert "no such file" in refused(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_truncated_weights_are_refused(copy, keep):
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    assert "model.safetensors: not a whole safetensors file" in refused(copy)
+
+
+def test_pickle_is_refused_and_never_run(copy, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path.joinpath("ran").touch, ())
+
+    (copy / "model.safetensors").write_bytes(pickle.dumps(Evil()))
+    assert "not a whole safetensors file" in refused(copy)
+    torch.save({"weights": Evil()}, copy / "model.safetensors")
+    assert "not a whole safetensors file" in refused(copy)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "null", "\xff\xfe", '"fused"'])
+def test_config_that_is_no_configuration_is_refused(copy, text):
+    (copy / "config.json").write_bytes(text.encode("latin-1"))
+    assert "config.json" in refused(copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"hidden_size": 15}, "num_attention_heads=2: must divide hidden_size=15"),
+        ({"surprise": 1}, "surprise: unknown option"),
+        ({"attention": "magic"}, "magic"),
+        ({"patch_size": "4"}, "patch_size='4'"),
+        ({"attention": "linformer", "attention_options": {"k": 99}}, "attention.linformer.k=99"),
+    ],
+)
+def test_config_with_a_bad_value_is_refused(copy, changes, part):
+    edit_config(copy, **changes)
+    message = refused(copy)
+    assert "config.json" in message and part in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention": "performer"},
+        {"attention": "linformer", "attention_options": {"k": 4}},
+        {"attention": "hybrid", "attention_options": {"window_size": 2}},
+        {"hidden_size": 32},
+        {"num_hidden_layers": 1},
+        {"num_classes": 11},
+        {"patch_size": 8},
+    ],
+)
+def test_config_of_another_model_is_refused(copy, changes):
+    edit_config(copy, **changes)
+    message = refused(copy)
+    assert "model.safetensors" in message and "config.json" in message
+
+
+def test_projection_of_another_k_is_told_with_both_shapes(tiny_config, tmp_path):
+    save_model(ViT(tiny_config(attention="linformer", attention_options={"k": 4})), tmp_path)
+    edit_config(tmp_path, attention_options={"k": 5})
+    message = refused(tmp_path)
+    assert "(4, 17)" in message and "(5, 17)" in message
+
+
+def test_weights_with_a_tensor_too_many_are_refused(copy):
+    weights = load_file(copy / "model.safetensors")
+    save_file(weights | {"extra": torch.zeros(1)}, copy / "model.safetensors")
+    assert "extra" in refused(copy)
+
+
+FOREIGN = {
+    "config of Hugging Face": ("config.json", '{"architectures": ["ViTForImageClassification"], "hidden_size": 48}'),
+    "config of nothing": ("config.json", "{}"),
+    "config of Docker": ("config.json", '{"auths": {}}'),
+    "no object": ("config.json", "[1]"),
+    "no JSON": ("config.json", "\0"),
+    "a file more": ("notes.txt", "mine"),
+    "a file in the place of an epoch": ("epoch-004", "mine"),
+    "a file more in an epoch": ("epoch-001/notes.txt", "mine"),
+}
+
+
+@pytest.mark.parametrize("foreign", FOREIGN)
+def test_a_directory_that_no_training_wrote_is_not_replaced(copy, foreign):
+    check_replaceable(copy, is_model_dir)
+    name, text = FOREIGN[foreign]
+    (copy / name).write_text(text)
+    with pytest.raises(UserError, match="holds something else"):
+        check_replaceable(copy, is_model_dir)
+
+
+def test_a_configuration_without_weights_is_not_replaced(copy):
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="holds something else"):
+        check_replaceable(copy, is_model_dir)

@@ -1,0 +1,428 @@
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic_study import ATTENTIONS, write_study
+from synthetic_tables import drop_optional_tables, optional_tables
+
+from effvit.report import answers, charts, overview
+from effvit.report.compare import cost_verdicts
+from effvit.report.hardware import constrained_hardware
+from effvit.report.representations import representations
+from effvit.report.resolution import resolution
+from effvit.report.tables import read
+from effvit.study.aggregate import aggregate
+
+FEW = ["fused", "linformer", "performer"]
+IMAGES = 360
+
+
+def study_of(directory, attentions=FEW, seeds=(0,)):
+    write_study(directory / "metrics", attentions=attentions, seeds=seeds)
+    aggregate(directory / "metrics", directory / "data", ["digits"], attentions, list(seeds))
+    drop_optional_tables(directory / "data")
+    return read(directory / "data")
+
+
+@pytest.fixture(scope="module")
+def one_seed(tmp_path_factory):
+    return study_of(tmp_path_factory.mktemp("one"))
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    return replace(study_of(tmp_path_factory.mktemp("full"), ATTENTIONS), **optional_tables())
+
+
+def test_every_table_that_aggregate_writes_is_read(tmp_path):
+    write_study(tmp_path / "metrics")
+    aggregate(tmp_path / "metrics", tmp_path / "data", ["digits"], ATTENTIONS, [0])
+    study = read(tmp_path / "data")
+    assert [name for name, table in vars(study).items() if isinstance(table, pd.DataFrame) and table.empty] == []
+
+
+def with_accuracy(study, seeds=3, **intervals):
+    """Mechanisms with these (low, high) of top-1; NaN for one seed."""
+    table = study.accuracy.assign(n_seeds=seeds)
+    for attention, (low, high) in intervals.items():
+        row = table["attention"] == attention
+        table.loc[row, ["top1", "top1_low", "top1_high"]] = [(low + high) / 2, low, high]
+        if seeds == 1:
+            table.loc[row, ["top1_low", "top1_high"]] = np.nan
+    confusion = study.confusion.assign(count=study.confusion["count"] * seeds)
+    return replace(study, accuracy=table, confusion=confusion)
+
+
+def with_latency(study, **ratios):
+    """Mechanisms with these (ratio, low, high) of latency at the largest batch; that of `fused` is the noise."""
+    table = study.cost.copy()
+    for attention, numbers in ratios.items():
+        row = (table["attention"] == attention) & (table["quantity"] == "latency") & (table["batch_size"] == 64)
+        table.loc[row, ["ratio_to_fused", "ratio_low", "ratio_high"]] = list(numbers)
+    return replace(study, cost=table)
+
+
+QUIET = {"fused": (1.0, 0.98, 1.02)}
+SLOW = {"linformer": (1.5, 1.4, 1.6), "performer": (2.0, 1.9, 2.1)}
+FAST = {"linformer": (0.5, 0.45, 0.55), "performer": (2.0, 1.9, 2.1)}
+SAME = {"fused": (0.90, 0.92), "linformer": (0.91, 0.93), "performer": (0.91, 0.93)}
+
+
+def with_difference(study, seeds=3, **intervals):
+    """Mechanisms with these (low, high) of top-1 minus that of `fused`, and the verdict that follows."""
+    rows = [
+        {"dataset": "digits", "attention": attention, "n_seeds": seeds, "difference": (low + high) / 2}
+        | {"difference_low": low, "difference_high": high, "p_holm": np.nan}
+        | {"verdict": "better" if low > 0 else "worse" if high < 0 else "no difference shown"}
+        for attention, (low, high) in intervals.items()
+    ]
+    return replace(study, paired=pd.DataFrame(rows))
+
+
+def text(sentences):
+    return " ".join(sentences).replace("\N{NO-BREAK SPACE}", " ")
+
+
+def best(study):
+    return text([next(answers.tradeoff(study, "digits"))])
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "latency", "expected"),
+    [
+        (SAME, FAST, "Faster than Fused: Linformer (0.50×; +1.0 points). Whether that costs more than 1 point"),
+        (
+            SAME | {"linformer": (0.95, 0.97)},
+            FAST,
+            "Linformer: 0.50× (0.45 to 0.55) the latency of Fused, more accurate",
+        ),
+        (SAME | {"linformer": (0.80, 0.82)}, FAST, "None is shown to beat Fused here: Linformer saves time and loses"),
+        (SAME, SLOW, "None is shown to beat Fused here: none is faster beyond the noise"),
+        (SAME | {"performer": (0.95, 0.97)}, SLOW, "more accurate, for more time, is Performer (2.00× its latency)"),
+        (SAME, SLOW | {"linformer": (0.97, 0.95, 0.99)}, "none is faster beyond the noise"),
+    ],
+    ids=["faster", "faster and better", "faster and worse", "slower", "slower and better", "within the noise"],
+)
+def test_best_trade_off_with_several_seeds(one_seed, accuracy, latency, expected):
+    assert expected in best(with_latency(with_accuracy(one_seed, **accuracy), **QUIET, **latency))
+
+
+@pytest.mark.parametrize(
+    ("interval", "expected"),
+    [
+        (
+            (-0.009, 0.011),
+            "Linformer: 0.50× (0.45 to 0.55) the latency of Fused, a loss above 1 point excluded "
+            "(+0.1 points, −0.9 to +1.1, 2 seeds).",
+        ),
+        (
+            (0.01, 0.03),
+            "Linformer: 0.50× (0.45 to 0.55) the latency of Fused, more accurate as well "
+            "(+2.0 points, +1.0 to +3.0, 2 seeds).",
+        ),
+        (
+            (-0.25, 0.05),
+            "Faster than Fused: Linformer (0.50×; −10.0 points, −25.0 to +5.0). Whether that costs more than 1 point "
+            "of accuracy, the data cannot tell with 2 seeds.",
+        ),
+        ((-0.03, -0.02), "None is shown to beat Fused here: Linformer saves time and loses accuracy"),
+    ],
+    ids=["loss excluded", "better", "too wide", "worse"],
+)
+def test_a_faster_mechanism_is_recommended_where_the_interval_excludes_a_loss_of_more_than_a_point(
+    one_seed, interval, expected
+):
+    study = with_latency(with_accuracy(one_seed, seeds=2, **SAME), **QUIET, **FAST)
+    assert expected in best(with_difference(study, seeds=2, linformer=interval, performer=(-0.2, 0.2)))
+
+
+def test_recommended_mechanisms_each_have_their_interval(one_seed):
+    fast = FAST | {"performer": (0.7, 0.6, 0.8)}
+    study = with_latency(with_accuracy(one_seed, **SAME), **QUIET, **fast)
+    said = best(with_difference(study, linformer=(-0.002, 0.004), performer=(-0.01, 0.02)))
+    assert said.startswith("Linformer: ") and "; likewise Performer (0.70×; +0.5 points, −1.0 to +2.0)." in said
+
+
+def test_one_seed_ranks_nothing_and_says_how_many_images_a_difference_is(one_seed):
+    nine = 9 / IMAGES
+    accuracy = {"fused": (0.9, 0.9), "linformer": (0.9 + nine, 0.9 + nine), "performer": (0.9, 0.9)}
+    study = with_latency(with_accuracy(one_seed, seeds=1, **accuracy), **QUIET, **SLOW)
+    said = text(answers.tradeoff(study, "digits"))
+    assert "one seed ranks no two mechanisms by accuracy" in said
+    assert "9 images apart" in said and f"{IMAGES} test images" in said
+    assert "ore accurate" not in said and "ess accurate" not in said
+    faster = text(answers.tradeoff(with_latency(study, **QUIET, **FAST), "digits"))
+    assert faster.startswith("Faster than Fused: Linformer (0.50×). What that costs in accuracy, one seed cannot say.")
+
+
+def test_paired_differences_decide_over_overlapping_intervals(one_seed):
+    row = {"dataset": "digits", "attention": "linformer", "n_seeds": 3, "difference": 0.01, "p_holm": 0.01}
+    paired = pd.DataFrame([row | {"difference_low": 0.005, "difference_high": 0.015, "verdict": "better"}])
+    study = with_latency(with_accuracy(one_seed, **SAME), **QUIET, **SLOW)
+    assert "More accurate than Fused: Linformer" not in text(answers.tradeoff(study, "digits"))
+    said = text(answers.tradeoff(replace(study, paired=paired), "digits"))
+    assert "More accurate than Fused: Linformer (+1.0 points, +0.5 to +1.5)." in said
+    tested = with_accuracy(one_seed, seeds=1, **SAME)
+    models = replace(tested, paired=paired.assign(verdict="one seed", n_seeds=1, p_holm=0.01))
+    said = text(answers.tradeoff(with_latency(models, **QUIET, **SLOW), "digits"))
+    assert "Linformer (+1.0 points) differs from Fused beyond chance" in said and "More accurate" not in said
+    both = pd.concat([models.paired, models.paired.assign(attention="performer")])
+    said = text(answers.tradeoff(with_latency(replace(models, paired=both), **QUIET, **SLOW), "digits"))
+    assert "Linformer (+1.0 points) and Performer (+1.0 points) differ from Fused" in said
+    chance = replace(models, paired=models.paired.assign(p_holm=0.2))
+    assert "none of them differs from Fused beyond chance" in text(answers.tradeoff(chance, "digits"))
+    worse = paired.assign(difference=-0.01, difference_low=-0.015, difference_high=-0.005, verdict="worse")
+    assert "Less accurate than Fused: Linformer" in text(answers.tradeoff(replace(study, paired=worse), "digits"))
+
+
+def test_a_time_is_a_difference_only_beyond_the_noise_of_the_baseline_and_bytes_beyond_a_hundredth():
+    rows = pd.DataFrame(
+        [
+            ("fused", 1.0, 0.9, 1.1),
+            ("a", 0.95, 0.94, 0.96),
+            ("b", 0.8, 0.7, 0.89),
+            ("c", 1.3, 1.2, 1.4),
+            ("d", 1.05, 1.02, 1.2),
+            ("e", 0.995, np.nan, np.nan),
+            ("f", 0.5, np.nan, np.nan),
+            ("g", np.nan, np.nan, np.nan),
+        ],
+        columns=["attention", "ratio_to_fused", "ratio_low", "ratio_high"],
+    )
+    same, shown = "no difference shown", {"b": "cheaper", "c": "dearer", "f": "cheaper"}
+    assert cost_verdicts(rows) == dict.fromkeys("ade", same) | shown
+
+
+def test_without_fused_nothing_is_compared(tmp_path):
+    study = study_of(tmp_path, ["linformer", "hybrid"])
+    for answer in answers.answers(study)[:2]:
+        assert "this needs Fused" in text(answer.findings[0].sentences)
+    assert "nothing to hold it against" in text(answers.hybrid(study, "digits"))
+
+
+def test_one_mechanism_alone_has_a_report(tmp_path):
+    study = study_of(tmp_path, ["fused"])
+    said = [text(finding.sentences) for answer in answers.answers(study) for finding in answer.findings]
+    assert len(said) == 5 and all(said)
+    assert "not among the mechanisms selected" in said[3]
+
+
+def test_tables_that_are_absent_are_said_to_be(one_seed):
+    assert "not computed" in text(resolution(one_seed))
+    assert text(representations(one_seed, "digits")).startswith("Not measured")
+    assert text(constrained_hardware(one_seed, "digits")).startswith("Not measured")
+
+
+def test_resolution_names_the_lengths_from_which_each_mechanism_pays_off(full):
+    said = text(resolution(full))
+    assert "Less time than Fused in the forward pass: Linformer from about 200 tokens (180 to 220)" in said
+    assert "never up to 4,097 tokens: Standard" in said
+    assert "from 257 to 4,097 tokens 1.9 (1.0 to 2.0) for Standard, 1.9 (1.0 to 2.0) for Fused, 1.1" in said
+    assert "Standard was stopped in a training step at 2,305 tokens: out of memory." in said
+
+
+def with_efficiency(study, attention="linformer", **columns):
+    """The table with these entries of one mechanism's forward time on one block, and the sentence about it."""
+    table = study.efficiency.copy()
+    case = (table["attention"] == attention) & (table["scope"] == "block") & (table["mode"] == "forward")
+    table.loc[case & (table["quantity"] == "time"), list(columns)] = list(columns.values())
+    changed = replace(study, efficiency=table)
+    return changed, text(s for s in resolution(changed) if s.startswith("Less time than Fused in the forward pass"))
+
+
+def test_an_efficiency_length_is_at_every_length_from_one_on_in_between_or_never(full):
+    for length, low, high, expected in (
+        (65.0, 65.0, 65.0, "Linformer at every length,"),
+        (65.0, 65.0, 76.2, "Linformer at every length (≤ 65 to 76),"),
+        (80.0, 65.0, 91.0, "Linformer from about 80 tokens (≤ 65 to 91),"),
+        (257.6, 257.6, 257.6, "Linformer from about 260 tokens,"),
+        (580.0, 550.0, np.nan, "Linformer from about 580 tokens (550 to > 4,097)"),
+    ):
+        _, said = with_efficiency(full, length=length, length_low=low, length_high=high)
+        assert f"{said} ".replace(" and ", ", ").find(expected) > 0, said
+    none = {"length": np.nan, "length_low": np.nan, "length_high": np.nan}
+    _, said = with_efficiency(full, **none, cheaper_from=257.0, cheaper_to=2305.0)
+    assert "; Linformer from 257 to 2,305 tokens, not at 4,097; never up to 4,097 tokens: Standard." in said
+    _, said = with_efficiency(full, **none, cheaper_from=1025.0, cheaper_to=1025.0)
+    assert "; Linformer at 1,025 tokens, not at 4,097;" in said
+    _, said = with_efficiency(full, **none, cheaper_from=257.0, cheaper_to=2305.0, measured_to=2305)
+    assert "; Linformer from 257 to 2,305 tokens, but stopped beyond;" in said
+
+
+def test_lengths_come_with_what_they_were_measured_at_and_what_their_interval_covers(full):
+    said = text(resolution(full))
+    assert "noise of one run alone; measured were 65, 145, 257, 577, 1,025, 2,305 and 4,097 tokens." in said
+
+
+def test_each_mechanism_is_never_cheaper_up_to_its_own_longest_point(full):
+    none = {"length": np.nan, "length_low": np.nan, "length_high": np.nan}
+    _, said = with_efficiency(full, **none, measured_to=2305)
+    assert said.endswith("; never up to 4,097 tokens: Standard; never up to 2,305 tokens: Linformer.")
+    _, said = with_efficiency(full, **none, measured_to=np.nan)
+    assert said.endswith("never up to 4,097 tokens: Standard; not measured: Linformer.")
+
+
+def test_the_table_of_lengths_says_the_same_as_the_answer_and_has_fused_for_its_slope(full):
+    changes = {"length": np.nan, "cheaper_from": 257.0, "cheaper_to": 2305.0, "predicted_length": 65.0}
+    table = overview.efficiency(with_efficiency(full, **changes)[0])
+    first = {row[0].text: [cell.text.replace("\N{NO-BREAK SPACE}", " ") for cell in row] for row in table.rows[::-1]}
+    assert first["Linformer"][2:4] == ["257 to 2,305 only", "200 (180 to 220)"]
+    assert first["Linformer"][6:] == ["≤ 65", "1.10 (1.00 to 2.00)", "1.00", "257 to 4,097"]
+    assert first["Standard"][2] == "> 4,097"
+    assert first["Fused"][2:6] == ["–"] * 4 and first["Fused"][7] == "1.90 (1.00 to 2.00)"
+
+
+def test_slopes_of_other_ranges_are_told_apart_and_two_points_give_no_interval(full):
+    changes = {"slope_from": 1025, "slope_to": 16385, "slope": 0.7, "slope_low": -0.2, "slope_high": 1.6}
+    said = text(resolution(with_efficiency(full, **changes)[0]))
+    assert "; from 1,025 to 16,385 tokens 0.7 (−0.2 to 1.6) for Linformer." in said
+    said = text(resolution(with_efficiency(full, **changes | {"slope_low": np.nan, "slope_high": np.nan})[0]))
+    assert "; from 1,025 to 16,385 tokens 0.7 for Linformer." in said
+
+
+def test_resolution_says_at_which_end_who_is_faster(full):
+    headline = text([next(resolution(full))])
+    assert "at 4,097 tokens Linformer" in headline and "are faster than Fused" in headline
+    rows = full.scaling.assign(ratio_to_fused=1.0, ratio_low=0.9, ratio_high=1.1)
+    same = text([next(resolution(replace(full, scaling=rows)))])
+    assert "at 4,097 tokens none is shown to be faster than Fused" in same
+
+
+def test_resolution_speaks_of_one_block_and_one_sample(full):
+    model = full.scaling.assign(scope="model", ratio_to_fused=0.01, ratio_low=0.01, ratio_high=0.01)
+    both = replace(full, scaling=pd.concat([full.scaling, model]))
+    assert list(resolution(both)) == list(resolution(full))
+
+
+def test_how_many_times_were_measured_beside_other_work_is_said_where_any_were(full):
+    assert "Not to be trusted, as measured beside other work: 2 of the 82 times here." in text(resolution(full))
+    all_busy = replace(full, scaling=full.scaling.assign(contended=True))
+    assert "other work: 82 of the 82 times here." in text(resolution(all_busy))
+    assert "other work" not in text(resolution(replace(full, scaling=full.scaling.assign(contended=False))))
+
+
+def test_the_scaling_chart_marks_what_was_measured_beside_other_work_where_anything_was(full):
+    busy = charts.scaling(full).specs.values()
+    marked = {(v["attention"], v["tokens"]) for spec in busy for v in spec["data"]["values"]
+              if v.get("contended") == "beside other work"}  # fmt: skip
+    assert marked == {("hybrid", 577)}
+    assert any(spec.get("title", {}).get("text") == "Hollow: measured beside other work" for spec in busy)
+    for spec in charts.scaling(replace(full, scaling=full.scaling.assign(contended=False))).specs.values():
+        assert "title" not in spec and all("contended" not in value for value in spec["data"]["values"])
+
+
+def with_similarity(study, **to_fused):
+    """CKA of each mechanism's layers with the same layer of `fused`."""
+    keys = {"dataset": "digits", "attention_a": "fused", "n_images": 145}
+    rows = [
+        keys | {"layer_a": layer, "attention_b": attention, "layer_b": layer, "cka": cka + offset}
+        for attention, cka in to_fused.items()
+        for layer, offset in ((1, 0.05), (2, -0.05))
+    ]
+    return replace(study, cka=pd.DataFrame(rows))
+
+
+def test_similarity_is_held_against_that_of_two_trainings_of_the_same_function(full):
+    study = with_similarity(full, standard=0.68, linformer=0.33, performer=0.63, hybrid=0.70)
+    said = text(representations(study, "digits"))
+    assert said.startswith("Two trainings of the same function, Standard and Fused, share")
+    assert (
+        "a linear CKA of 0.68, mean over layers; less with Fused has Linformer 0.33 and Performer 0.63. From one"
+        in said
+    )
+    assert "As much as two trainings of the same function or more: Hybrid 0.70." in said
+    assert "whether that would repeat is not known" in said
+    none = text(representations(with_similarity(full, standard=0.6, linformer=0.7), "digits"))
+    assert "no other mechanism is shown to share less with Fused" in none
+    alone = text(representations(with_similarity(full, linformer=0.7, hybrid=0.6), "digits"))
+    assert alone.startswith("Not known: ") and "Hybrid 0.60 and Linformer 0.70." in alone
+
+
+def test_where_heads_look_is_held_against_uniform_attention(full):
+    said = text(representations(full, "digits"))
+    assert "distance over all heads, in pixels: Standard 5.5," in said
+    assert "Hybrid 10.5; uniform attention has 16.5." in said
+    assert "entropy over all heads, in nats: Standard 3.50," in said and "uniform attention has 4.17." in said
+
+
+def test_only_sizes_that_cost_less_than_exact_attention_stand_in_for_it(full):
+    said = text(representations(full, "digits"))
+    assert "Least relative error to exact attention for q, k, v of the trained Fused, among the sizes that mix" in said
+    # place / 8 at k = 8: 320 multiply-adds beside 500; k = 32, with a lesser error, takes 1,280
+    assert "Linformer 25.0 % (k = 8)" in said and "k = 32" not in said and "no such size of Hybrid was tried" in said
+    assert "Put into the trained Fused (97.0 % on 145 images)" in said and "Linformer 72.0 % (k = 8)" in said
+    dear = replace(full, fidelity=full.fidelity.assign(mixing_macs=full.fidelity["fused_macs"]))
+    said = text(representations(dear, "digits"))
+    assert "At no size tried does any mix with fewer multiply-adds than exact attention." in said
+    assert "Least relative error" not in said and "Put into" not in said
+
+
+def test_hybrid_says_what_it_adds_and_where_its_gate_goes(full):
+    deep = replace(full, gates=optional_tables(layers=4)["gates"])
+    said = text(answers.hybrid(deep, "digits"))
+    assert said.startswith("No difference in accuracy to Fused is shown: +0.1 points")
+    assert "In the first block its gate gives 50.0 % to regional, 20.0 % to dilated and 30.0 % to linear." in said
+    assert "In block 3, the last in which it is trained, its gate gives 30.0 % to regional" in said
+    assert "20.0 % to regional" not in said  # of the fourth, which has no gradient
+    assert text(answers.hybrid(full, "digits")).count("its gate gives") == 1
+    one = replace(full, gates=full.gates[full.gates["layer"] == 1])
+    assert "Its one gate, in block 1, is not trained" in text(answers.hybrid(one, "digits"))
+    assert "make ablation (docs/hardware.md)" in said
+    for verdict, expected in (("better", "It adds accuracy"), ("worse", "It costs accuracy")):
+        assert text(answers.hybrid(replace(full, paired=full.paired.assign(verdict=verdict)), "digits")).startswith(
+            expected
+        )
+    assert "with one seed" in text(answers.hybrid(replace(full, paired=full.paired.iloc[:0]), "digits"))
+
+
+def test_hardware_tells_losses_in_images_and_what_is_not_exported(full):
+    said = text(constrained_hardware(full, "digits"))
+    assert "Hybrid loses most, 5 of 360 validation images" in said
+    assert "is 0.50× the size of PyTorch's weights" in said
+    assert "500.0 MiB in PyTorch, 60.0 MiB to 65.0 MiB under onnxruntime and 64.0 MiB under onnxruntime with" in said
+    assert "1.0 MiB (Standard) to 6.0 MiB (Hybrid)" in said
+    assert "outputs within 3e-06 of PyTorch's" in said  # 2.1e-6 is not within 2e-6
+    assert (
+        "eight-bit weights, beside PyTorch's Fused: Standard 0.12× (0.11 to 0.14), Fused 0.25× (0.23 to 0.28)" in said
+    )
+    assert "than the same model in PyTorch, by: Standard 2.00× (1.80 to 2.20)" in said
+    table = full.hardware.copy()
+    table.loc[table["attention"] == "performer", "onnx_error"] = np.nan
+    table["int8_top1"] = table["top1"]
+    said = text(constrained_hardware(replace(full, hardware=table), "digits"))
+    assert "Not exported to ONNX: Performer." in said and "none gets fewer of 360 validation images right" in said
+    ratios = table.assign(
+        ratio_to_fused=[2, 1, 0.5, 2, 2, 2], ratio_low=[2, 1, 0.4, 2, 2, 2], ratio_high=[2, 1, 0.6, 2, 2, 2]
+    )
+    assert "Linformer is faster than Fused" in text(constrained_hardware(replace(full, hardware=ratios), "digits"))
+    unknown = replace(full, hardware=table.assign(ratio_to_fused=np.nan))
+    assert text(constrained_hardware(unknown, "digits")).startswith("How fast they are on one thread beside Fused was")
+
+
+def test_hardware_names_all_that_tie(full):
+    tied = full.hardware.assign(peak_memory_bytes=[2, 1, 1, 3, 1, 3], int8_top1=[0.98, 0.97, 0.97, 0.98, 0.98, 0.98])
+    said = text(constrained_hardware(replace(full, hardware=tied.assign(n_images=100)), "digits"))
+    assert "(Fused, Linformer and Nyströmformer) to 0 KiB (Performer and Hybrid)" in said
+    assert "Fused and Linformer lose most, 1 of 100 validation images" in said
+
+
+def test_absolute_times_in_the_tables_are_ratios_times_one_baseline(full):
+    """Each mechanism's own median came from a process of its own: here they say the opposite of the ratios."""
+    cost = full.cost.copy()
+    one = (cost["quantity"] == "latency") & (cost["batch_size"] == 1)
+    medians, ratios = {"fused": 8.0, "linformer": 6.0}, {"fused": 0.97, "linformer": 1.25}
+    for a in medians:
+        numbers = [medians[a], ratios[a], 0.9 * ratios[a], 1.1 * ratios[a]]
+        cost.loc[one & (cost["attention"] == a), ["median", "ratio_to_fused", "ratio_low", "ratio_high"]] = numbers
+    table = overview.accuracy_and_cost(replace(full, cost=cost), "digits")
+    ratio, time = (table.columns.index(f"Latency{text}, one image") for text in (" × Fused", ""))
+    shown = {row[0].text: (row[ratio].text, row[time].key) for row in table.rows}
+    assert shown["Linformer"] == ("1.25× (1.12 to 1.38)", 10.0)  # 1.25 * 8, though its own median is 6
+    assert shown["Fused"][1] == 8.0
+    hardware = overview.hardware_latency(full, "digits")
+    time = hardware.columns.index("Latency, onnxruntime")
+    baseline = full.hardware["fused_latency_ms"].median()
+    expected = list(full.hardware["onnx_ratio_to_fused"] * baseline)
+    assert [row[time].key for row in hardware.rows] == pytest.approx(expected)
+    assert hardware.rows[2][hardware.columns.index("× Fused, onnxruntime")].text == "0.75× (0.68 to 0.83)"

@@ -1,0 +1,248 @@
+"""dvc.yaml names as a stage's code what the stage imports when it runs: no less, or a change would go unnoticed; no
+more, or it would run for nothing.
+"""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import vl_convert
+import yaml
+from dvc_render.vega import VegaRenderer
+
+from effvit import data
+from effvit.attention import available_attention
+
+ROOT = Path(__file__).parents[2]
+PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+STAGES = PIPELINE["stages"]
+PLOTS = {name: plot for entry in PIPELINE["plots"] if isinstance(entry, dict) for name, plot in entry.items()}
+ITEM = {"dataset": "digits", "attention": "linformer", "seed": "0"}
+
+# Imported by stages, yet without a say in their results.
+INERT = {
+    "effvit/__init__.py",  # names only
+    "effvit/errors.py",  # how failures are told
+    "effvit/study/config.py",  # rules; the values themselves are params
+    "effvit/provenance.py",  # records, beside the results
+    "effvit/cli/__init__.py",  # empty
+    "effvit/cli/options.py",  # names and help of options, whose values are params
+    "effvit/measure/display.py",  # what is printed at the end
+    "stages/study.py",  # paths, which are outs and deps
+}
+# The registry of data sets, which only prepare asks; other stages run it by importing a module beside it.
+REGISTRY = "effvit/data/__init__.py"
+
+# Runs stages as DVC does, each in a child of a process that has the slow libraries already, and prints which of the
+# project's files each imported. What validating params.yaml imported is forgotten first, so that only a stage's own
+# imports count.
+RUN = """
+import importlib, json, os, runpy, sys
+for name in ("torch", "lightning_fabric", "pandas", "matplotlib.figure", "scipy.stats", "sklearn.datasets", "ptflops"):
+    importlib.import_module(name)
+
+KEPT = ("effvit", "effvit.errors", "effvit.study.config", "effvit.cli")
+
+def forget_validation():
+    for name in [n for n in sys.modules if n.startswith("effvit.") and not n.startswith(KEPT[1:])]:
+        del sys.modules[name]
+        parent, _, child = name.rpartition(".")
+        if hasattr(sys.modules.get(parent), child):
+            delattr(sys.modules[parent], child)
+
+def run(stage, arguments):
+    from stages import study
+    load = study.load
+    def load_and_forget():
+        result = load()
+        forget_validation()
+        if stage == "hardware":  # as below
+            importlib.import_module("effvit.deploy.footprint").peak_rss_bytes = lambda models: [1] * len(models)
+        if stage == "benchmark":  # spare the processes in which it measures resident memory: slow, with no other code
+            importlib.import_module("effvit.measure.rss").max_rss_bytes = lambda configs, *_: [1] * len(configs)
+        return result
+    study.load = load_and_forget
+    sys.argv = [stage, *arguments]
+    runpy.run_module("stages." + stage, run_name="__main__")
+    files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+    with open(stage + ".json", "w") as file:
+        json.dump(sorted(f for f in files if f), file)
+
+for stage, *arguments in json.loads(sys.argv[1]):
+    child = os.fork()
+    if not child:
+        try:
+            run(stage, arguments)
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(stage + " failed")
+"""
+
+
+def fill(text):
+    for key, value in ITEM.items():
+        text = text.replace(f"${{item.{key}}}", value)
+    return text
+
+
+def code_of(stage):
+    """Files of code among a stage's deps, folders as the files in them."""
+    paths = [ROOT / fill(dep) for dep in STAGES[stage]["deps"] if dep.startswith(("effvit", "stages"))]
+    files = [file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path])]
+    return {str(file.relative_to(ROOT)) for file in files}
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """Files of the project that each stage imports, by running all stages on a tiny recipe in a copy of the study."""
+    copy = tmp_path_factory.mktemp("study")
+    for name in ("effvit", "stages"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params["attention"] = {"linformer": {"k": 8, "share": "heads"}}
+    params["model"] |= {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    params["train"] |= {"epochs": 2, "batch_size": 256, "device": "cpu"}
+    params["dataset"]["digits"] |= {"image_size": 16}
+    params["benchmark"] |= {"batch_size": 4, "memory_mib": 4, "budget_s": 0.01}
+    params["scaling"] |= {"tokens": [17, 65], "budget_s": 0.2}
+    (copy / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
+    commands = [fill(STAGES[stage]["cmd"]).removeprefix("python -m stages.").split() for stage in STAGES]
+    environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-c", RUN, json.dumps(commands)]
+    result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    found = {}
+    for stage in STAGES:
+        files = map(Path, json.loads((copy / f"{stage}.json").read_text()))
+        found[stage] = {str(file.relative_to(copy)) for file in files if file.is_relative_to(copy)}
+        found[stage].add(f"stages/{stage}.py")  # runs as __main__, which runpy takes away again
+    return found
+
+
+def test_stages_are_those_of_the_study():
+    files = {path.stem for path in (ROOT / "stages").glob("*.py")} - {"__init__", "study", "params"}
+    assert set(STAGES) == files
+    for stage, content in STAGES.items():
+        assert content["cmd"].startswith(f"python -m stages.{stage}")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_dependency_on_code_that_is_not_there(stage):
+    for attention in available_attention():
+        for dep in STAGES[stage]["deps"]:
+            if dep.startswith(("effvit", "stages")):
+                assert (ROOT / fill(dep.replace("${item.attention}", attention))).exists(), dep
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_depends_on_all_code_that_it_runs(imported, stage):
+    needed = imported[stage] - INERT - {REGISTRY}
+    assert needed - code_of(stage) == set()
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "prepare"])
+def test_stage_depends_on_no_code_that_it_does_not_run(imported, stage):
+    folders = tuple(d + "/" for d in STAGES[stage]["deps"] if (ROOT / d).is_dir())
+    spare = {file for file in code_of(stage) - imported[stage] if not file.startswith(folders)}
+    assert spare == set()
+
+
+def imports_of(path):
+    """Files of the project that a file imports anywhere, but for types alone."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for_types = {
+        child
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+        for child in ast.walk(node)
+    }
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node not in for_types and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import) and node not in for_types:
+            names |= {alias.name for alias in node.names}
+    for name in names:
+        base = ROOT / name.replace(".", "/")
+        if name.startswith(("effvit", "stages")):
+            yield from (file for file in (base.with_suffix(".py"), base / "__init__.py") if file.is_file())
+
+
+def test_prepare_depends_on_the_code_of_every_data_set_and_no_more():
+    waiting = [ROOT / "stages/prepare.py"]
+    waiting += [ROOT / (module.replace(".", "/") + ".py") for module in data._SOURCES.values()]
+    reached = set()
+    while waiting:
+        file = waiting.pop()
+        name = str(file.relative_to(ROOT))
+        if name not in reached and name not in INERT:
+            reached.add(name)
+            waiting += imports_of(file)
+    assert reached | {"effvit/data/imagenet100.txt"} == code_of("prepare")
+
+
+def test_mechanism_depends_on_no_other():
+    """So a mechanism's cells need the code of that mechanism, of the contract and of nothing else."""
+    for attention in available_attention():
+        names = {file.name for file in imports_of(ROOT / "effvit" / "attention" / f"{attention}.py")}
+        assert names <= {"__init__.py", "base.py", "errors.py", "linear.py", "processor.py"}, attention
+
+
+def test_cells_depend_on_their_own_parameters_alone():
+    for stage, content in STAGES.items():
+        if "attention" in content.get("matrix", {}):
+            assert "attention" not in content.get("params", []), stage
+        for param in content.get("params", []):
+            assert param.split(".")[0] in {"attention", "dataset", "model", "train", "seeds", "benchmark", "scaling"}
+
+
+def drawn(plot):
+    """The SVG of a plot's entry, of the tables in Git."""
+    ((path, y),) = plot["y"].items()
+    rows = pd.read_csv(ROOT / path, dtype=str, keep_default_na=False).assign(rev="workspace").to_dict("records")
+    options = {key: plot[key] for key in ("x", "title", "x_label", "y_label", "template")}
+    renderer = VegaRenderer(rows, "plot", y=y, template_dir=str(ROOT / ".dvc/plots"), **options)
+    return vl_convert.vegalite_to_svg(renderer.partial_html())
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_every_plot_has_a_title_labels_and_marks(name):
+    plot = PLOTS[name]
+    svg = drawn(plot)
+    assert all(plot[key].split("$")[0] in svg for key in ("title", "x_label", "y_label"))
+    assert "mark-symbol role-mark" in svg or "mark-rect role-mark" in svg
+
+
+@pytest.mark.parametrize(
+    ("name", "panels"),
+    [
+        ("scaling", ["block, forward, time", "block, forward, time, equal tokens", "model, training, memory"]),
+        ("efficiency-length", ["block, forward, time", "block, forward, time, equal tokens"]),
+        ("attention-error", ["digits, random q, k, v", "digits, trained q, k, v"]),
+        ("gate-shares", ["digits, linear", "digits, window r=1", "digits, window r=2"]),
+        ("hardware-latency", ["PyTorch", "onnxruntime", "onnxruntime, int8"]),
+    ],
+)
+def test_no_kind_of_row_is_left_out_of_a_plot(name, panels):
+    svg = drawn(PLOTS[name])
+    assert [panel for panel in panels if f">{panel}<" not in svg] == []
+
+
+def test_similarity_is_that_of_the_same_layer_of_fused():
+    table = pd.read_csv(ROOT / "plots/data/cka.csv")
+    same = (
+        (table["attention_a"] == "fused") & (table["attention_b"] != "fused") & (table["layer_a"] == table["layer_b"])
+    )
+    points = set(re.findall(r"Linear CKA \(0 to 1\): ([0-9.]+)", drawn(PLOTS["similarity-to-fused"])))
+    assert sorted(map(float, points)) == pytest.approx(sorted(table.loc[same, "cka"]))

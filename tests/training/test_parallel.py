@@ -1,0 +1,183 @@
+"""Two gloo processes on the CPU beside one."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from contextlib import ExitStack
+
+import pandas as pd
+import pytest
+import torch
+from conftest import TINY, TINY_FLAGS
+from lightning_fabric import Fabric
+
+from effvit.attention import available_attention
+from effvit.data.loading import Place
+from effvit.errors import UserError
+from effvit.model.vit import ViTConfig
+from effvit.training.parallel import make_fabric
+from effvit.training.recipe import TrainConfig
+from effvit.training.run import train_to
+
+OPTIONS = {
+    "linformer": {"k": 6},
+    "performer": {"num_features": 8, "redraw_every": 3},
+    "nystromformer": {"num_landmarks": 6},
+    "hybrid": {"window_size": 2},
+}
+# 1,293 training images: a last batch of one, of which a process has none; 145 of validation.
+RECIPE = {"epochs": 2, "batch_size": 68, "lr": 3e-3, "clip_norm": 1.0, "crop_padding": 1, "device": "cpu"}
+MIXED = {"mixup": 0.8, "cutmix": 1.0, "random_erasing": 0.3, "ema_decay": 0.9, "label_smoothing": 0.1}
+MUON = {"optimizer": "muon"}
+JOBS = [(name, {}) for name in available_attention()] + [("fused", MIXED), ("fused", MUON)]
+
+WORKER = """
+import json, sys
+from pathlib import Path
+from effvit.training.recipe import TrainConfig
+from effvit.data.prepared import PreparedDataset
+from effvit.training.run import train_to
+from effvit.model.vit import ViTConfig
+
+job = json.loads(sys.argv[1])
+dataset = PreparedDataset.load(Path(job["dataset"]))
+for number, (model, recipe) in enumerate(job["runs"]):
+    out = Path(f"run{number}"), Path(f"log{number}")
+    train_to(*out, ViTConfig(**model), dataset, TrainConfig(**recipe), seed=0, horizontal_flip=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def histories(tmp_path_factory, digits, digits_dir):
+    """History of each of JOBS by one process, and by two under torchrun on two nodes, which are both this one."""
+    directory = tmp_path_factory.mktemp("parallel")
+    runs = []
+    for name, more in JOBS:
+        model = {"image_size": 16, "attention": name, "attention_options": OPTIONS.get(name, {}), **TINY}
+        runs.append((model, RECIPE | more))
+    (directory / "worker.py").write_text(WORKER)
+    place = {"--rdzv-backend": "c10d", "--rdzv-conf": "store_type=file", "--rdzv-id": "test"}  # no port to run for
+    place |= {"--rdzv-endpoint": str(directory / "meeting")}
+    options = itertools.chain(*({"--nnodes": "2", "--nproc-per-node": "1"} | place).items())
+    command = [sys.executable, "-m", "torch.distributed.run", *options, "worker.py"]
+    job = json.dumps({"dataset": str(digits_dir), "runs": runs})
+    logs = [directory / f"node{number}.txt" for number in range(2)]
+    with ExitStack() as stack:
+        files = [stack.enter_context(log.open("w")) for log in logs]
+        nodes = [subprocess.Popen([*command, job], cwd=directory, stdout=file, stderr=file) for file in files]
+        codes = [node.wait(timeout=1200) for node in nodes]
+    said = "".join(log.read_text() for log in logs)
+    assert codes == [0, 0], said
+    pairs = []
+    for number, (model, recipe) in enumerate(runs):
+        outputs = directory / f"alone{number}", directory / f"alone{number}-log"
+        train_to(*outputs, ViTConfig(**model), digits, TrainConfig(**recipe), seed=0, horizontal_flip=True)
+        tables = [outputs[1] / "history.csv", directory / f"log{number}" / "history.csv"]
+        pairs.append([pd.read_csv(table) for table in tables])
+    assert said.count("epoch   1/2") == len(runs), "only the first process speaks"
+    return pairs
+
+
+@pytest.mark.parametrize("number", range(len(JOBS)), ids=[f"{name}-{'-'.join(more)}" for name, more in JOBS])
+def test_two_processes_have_the_losses_of_one(histories, number):
+    one, two = histories[number]
+    pd.testing.assert_frame_equal(two, one, rtol=1e-5, atol=0)
+
+
+def test_the_sizes_are_those_that_two_does_not_divide(digits):
+    assert digits.counts["train"] % RECIPE["batch_size"] == 1 and digits.counts["validation"] % 2 == 1
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("count", [1, 2, 5, 17, 64])
+def test_shares_are_even_parts_of_a_batch_that_keep_pairs_together(world, count):
+    shares = [range(count)[Place(torch.device("cpu"), rank, world).share(count)] for rank in range(world)]
+    assert [index for share in shares for index in share] == list(range(count))
+    assert all(share.start % 2 == 0 for share in shares if len(share))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 3
+
+
+@pytest.fixture
+def command(tmp_path, digits_dir):
+    """Command that trains with two processes, into a directory of a name."""
+    script = tmp_path / "start" / "script.py"
+    script.parent.mkdir()
+    script.write_text("from effvit.cli.app import main\nmain()\n")
+
+    def command(name):
+        arguments = ["train", "--dataset-dir", digits_dir, "--output-dir", tmp_path / name, *TINY_FLAGS]
+        arguments += ["--epochs", 12, "--batch-size", 68, "--device", "cpu", "--devices", 2]
+        return [sys.executable, str(script), *map(str, arguments)]
+
+    return command
+
+
+def test_devices_starts_as_many_processes_and_a_stopped_run_goes_on(tmp_path, command):
+    environment = os.environ | {"EFFVIT_STATE": str(tmp_path / "state")}
+    with subprocess.Popen(command("run"), stderr=subprocess.PIPE, text=True, env=environment) as process:
+        next(line for line in process.stderr if line.startswith("epoch   1/"))
+        process.terminate()
+        error = process.stderr.read()
+    assert process.returncode == 143, error
+    assert "stopped at epoch" in error and "Traceback" not in error
+    result = subprocess.run(command("run"), capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "going on at epoch" in result.stderr
+    subprocess.run(command("whole"), capture_output=True, env=environment, check=True)
+    for path in ("{}/model.safetensors", "{}-log/history.csv"):
+        assert len({(tmp_path / path.format(name)).read_bytes() for name in ("run", "whole")}) == 1
+    settings = json.loads((tmp_path / "run-log" / "provenance.json").read_text())["config"]
+    assert settings["processes"] == 2
+
+
+def test_no_process_outlives_the_first_not_even_one_that_waits_for_it(command, tmp_path):
+    environment = os.environ | {"EFFVIT_STATE": str(tmp_path / "state")}
+    with subprocess.Popen(command("run"), stderr=subprocess.PIPE, text=True, env=environment) as process:
+        next(line for line in process.stderr if "MEMBER: 1/2" in line)  # the other still imports
+        process.kill()
+        process.communicate(timeout=300)  # until nobody has stderr open
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_a_start_that_fails_leaves_nothing_behind_for_the_next(monkeypatch):
+    def fail(self):
+        raise RuntimeError("no port is free")
+
+    before = dict(os.environ)
+    with monkeypatch.context() as patch:
+        patch.setattr(Fabric, "launch", fail)
+        with pytest.raises(RuntimeError, match="no port"):
+            make_fabric("cpu")
+    assert os.environ.keys() - before.keys() <= {"CUBLAS_WORKSPACE_CONFIG"}
+    assert make_fabric("cpu").world_size == 1
+
+
+def test_what_ends_one_process_is_told_in_one_line_by_each(command, tmp_path):
+    (tmp_path / "state").touch()  # where a directory should be
+    environment = os.environ | {"EFFVIT_STATE": str(tmp_path / "state")}
+    result = subprocess.run(command("run"), capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert f"error: {tmp_path / 'state'}" in result.stderr
+    assert "error: another process of this training has ended; its own message says why" in result.stderr
+
+
+def test_device_that_is_not_there_is_a_user_error():
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="device=cuda"):
+            make_fabric("cuda")
+        with pytest.raises(UserError, match="device=cuda"):
+            make_fabric("cuda", precision="16-mixed")
+    assert make_fabric("cpu").device.type == "cpu"
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_float16_without_cuda_is_a_user_error_and_nothing_else(monkeypatch, capfd, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with warnings.catch_warnings(record=True) as warned, pytest.raises(UserError, match="precision=16-mixed"):
+        warnings.simplefilter("always")
+        make_fabric(device, precision="16-mixed")
+    assert warned == [] and capfd.readouterr() == ("", "")
