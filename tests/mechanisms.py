@@ -17,9 +17,9 @@ CASES = [(name, options) for name in available_attention() for options in SMALL.
 FIRST = [(name, SMALL.get(name, [{}])[0]) for name in available_attention()]
 
 
-def options_for(name, grid):
+def options_for(name, grid, prefix_tokens=1):
     """Strategy for options of a mechanism that fit a grid, its extremes included."""
-    tokens, side = 1 + grid[0] * grid[1], max(grid)
+    tokens, side = prefix_tokens + grid[0] * grid[1], max(grid)
     return {
         "linformer": st.fixed_dictionaries(
             {"k": st.integers(1, tokens), "share": st.sampled_from(["none", "heads", "kv", "layers"])}

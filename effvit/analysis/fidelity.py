@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from effvit.attention import BASELINE, Attention, build_attention, check_options
 from effvit.attention.base import Grid
+from effvit.attention.grid import block_order
 from effvit.attention.hybrid import HybridAttention
 from effvit.attention.linformer import LinformerAttention
-from effvit.attention.nystromformer import block_order
 from effvit.evaluation.probe import recorded
 from effvit.model.pretrained import start_from
 from effvit.model.vit import ViT, ViTConfig
@@ -89,15 +89,15 @@ def variants(attention: str, options: dict[str, Any], grid: Grid) -> list[Varian
     return [Variant(attention, options | {size.option: value}, size.option, value) for value in values]
 
 
-def pooling(rows: int, grid: Grid) -> Tensor:
+def pooling(rows: int, grid: Grid, prefix_tokens: int = 1) -> Tensor:
     """Means over compact groups of tokens whose sizes differ by one at most, ``(rows, N)``; a permutation if rows = N.
 
     Wang et al. (arXiv 2006.04768, section 4, "General projections") name pooling beside learned projections. Groups
-    are runs of the class token and then the patches in Nyströmformer's block order: docs/analysis.md has what other
+    are runs of the prefix tokens and then the patches in Nyströmformer's block order: docs/analysis.md has what other
     orders and a fit to data give.
     """
-    tokens = 1 + grid[0] * grid[1]
-    order = torch.cat([torch.zeros(1, dtype=torch.long), 1 + block_order(grid, rows)])
+    tokens = prefix_tokens + grid[0] * grid[1]
+    order = torch.cat([torch.arange(prefix_tokens), prefix_tokens + block_order(grid, rows)])
     group = torch.empty(tokens, dtype=torch.long)
     group[order] = torch.arange(tokens) * rows // tokens
     members = F.one_hot(group, rows).T.float()
@@ -110,7 +110,7 @@ def set_untrained(model: nn.Module) -> None:
         for module in model.modules():
             if isinstance(module, LinformerAttention):
                 for projection in (module.E, module.F):
-                    projection.copy_(pooling(module.k, module.grid_size))
+                    projection.copy_(pooling(module.k, module.grid_size, module.prefix_tokens))
 
 
 def mix(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ __all__ = ["Attention", "attention_class", "available_attention", "build_attenti
 
 BASELINE = "fused"
 _ORDER = ("standard", "fused", "linformer", "performer", "nystromformer", "hybrid")  # of tables and legends
-_NOT_MECHANISMS = {"__init__", "base"}
+_NOT_MECHANISMS = {"__init__", "base", "grid"}
 
 
 def available_attention() -> tuple[str, ...]:
@@ -37,7 +37,9 @@ def attention_class(name: str) -> type[Attention]:
     return registered(name)
 
 
-def check_options(name: str, options: dict[str, Any], grid_size: Grid | None = None) -> AttentionOptions:
+def check_options(
+    name: str, options: dict[str, Any], grid_size: Grid | None = None, prefix_tokens: int = 1
+) -> AttentionOptions:
     """Validate the options of a mechanism, and that they fit a grid of patches where one is given.
 
     Raises:
@@ -48,7 +50,7 @@ def check_options(name: str, options: dict[str, Any], grid_size: Grid | None = N
     except ValidationError as error:
         raise UserError(explain(error, f"attention.{name}")) from error
     if grid_size is not None:
-        checked.check_grid(grid_size)
+        checked.check_grid(grid_size, prefix_tokens)
     return checked
 
 
@@ -58,6 +60,9 @@ def build_attention(
     num_heads: int,
     grid_size: Grid,
     *,
+    prefix_tokens: int = 1,
+    layer: int = 0,
+    depth: int = 1,
     qkv_bias: bool = True,
     attn_drop: float = 0.0,
     proj_drop: float = 0.0,
@@ -69,14 +74,17 @@ def build_attention(
         name: one of ``available_attention()``.
         dim: width C of the tokens.
         num_heads: heads H, dividing ``dim``.
-        grid_size: rows and columns of patches; the tokens are one class token and these patches, row-major.
+        grid_size: rows and columns of patches; the tokens are prefix tokens and these patches, row-major.
+        prefix_tokens: tokens before the patches: 0, 1 (the class token), or more (registers).
+        layer: index of the block, from 0, for mechanisms that alternate.
+        depth: number of blocks.
         qkv_bias: whether the query, key and value maps have a bias.
         attn_drop: dropout of attention probabilities.
         proj_drop: dropout after the output projection.
         **options: the mechanism's own options.
 
     Returns:
-        A module from tokens ``(B, 1 + gh*gw, C)`` to tokens of the same shape.
+        A module from tokens ``(B, prefix_tokens + gh*gw, C)`` to tokens of the same shape.
 
     Raises:
         UserError: unknown mechanism or option, or one that does not fit.
@@ -85,12 +93,19 @@ def build_attention(
         raise UserError(f"num_heads={num_heads}: must divide the width {dim}")
     if min(grid_size) < 1:
         raise UserError(f"grid_size={tuple(grid_size)}: needs at least one row and one column of patches")
+    if prefix_tokens < 0:
+        raise UserError(f"prefix_tokens={prefix_tokens}: must be 0 or more")
+    if not 0 <= layer < depth:
+        raise UserError(f"layer={layer}: must be from 0 to depth - 1, with depth={depth}")
     checked = check_options(name, options)
     return attention_class(name)(
         dim,
         num_heads,
         (grid_size[0], grid_size[1]),
         checked,
+        prefix_tokens=prefix_tokens,
+        layer=layer,
+        depth=depth,
         qkv_bias=qkv_bias,
         attn_drop=attn_drop,
         proj_drop=proj_drop,

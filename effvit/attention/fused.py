@@ -6,7 +6,8 @@ out as in timm's ``Attention``: ``qkv.weight`` (3C, C) with rows q, k, v, each h
 
 from torch import Tensor
 
-from effvit.attention.base import Attention, register, softmax_attention
+from effvit.attention.base import Attention, register
+from effvit.kernels.softmax_attention import softmax_attention
 
 
 @register
@@ -15,6 +16,7 @@ class FusedAttention(Attention):
 
     complexity = "O(N²), memory O(N)"
     paper = "Dao et al. 2022, arXiv 2205.14135"
+    exact = True
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
         return softmax_attention(q, k, v, self.dropout_p)

@@ -9,10 +9,12 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from effvit.attention.base import Attention, AttentionOptions, Grid, register
 from effvit.errors import UserError
+from effvit.kernels.feature_attention import Features, feature_attention
+from effvit.kernels.softmax_attention import softmax_attention
+from effvit.kernels.window_attention import Windows, window_attention
 
 _EPS = 1e-6  # exp underflows far below 0, and the normaliser with it
 Branch = Literal["regional", "dilated", "linear"]
@@ -47,7 +49,7 @@ class HybridOptions(AttentionOptions):
             raise ValueError("branches: 'dilated' needs a dilation above 1 among dilations")
         return self
 
-    def check_grid(self, grid_size: Grid) -> None:
+    def check_grid(self, grid_size: Grid, prefix_tokens: int = 1) -> None:
         rows, columns = grid_size
         if max(self.window_size, *self.dilations) > max(grid_size):
             name = "window_size" if self.window_size > max(grid_size) else "dilations"
@@ -63,32 +65,25 @@ class HybridOptions(AttentionOptions):
 
 @register
 class HybridAttention(Attention):
-    """Σ_branch g_branch(x) · branch(q, k, v) for patches; exact attention for the class token.
+    """Σ_branch g_branch(x) · branch(q, k, v) for patches; exact attention for prefix tokens.
 
     One q, k, v serves all branches. In the branch of dilation r a patch attends to the patches of its window (same
-    row and column modulo r, w x w of them) and to the class token; in the linear branch to all tokens, with
-    φ = elu + 1 + ε. The class token attends to all tokens by softmax. Dropout acts on the softmaxes and on φ(q).
+    row and column modulo r, w x w of them) and to the prefix tokens; in the linear branch to all tokens, with
+    φ = elu + 1 + ε. Prefix tokens attend to all tokens by softmax. Dropout acts on the softmaxes and on φ(q).
     """
 
     Options = HybridOptions
     complexity = "O(N (w² |dilations| + d))"
     paper = "effvit; inspired by arXiv 2403.04200 and 2006.16236"
+    needs_grid = True
 
     def __init__(self, dim: int, num_heads: int, grid_size: Grid, options: HybridOptions, **kwargs: Any) -> None:
         super().__init__(dim, num_heads, grid_size, options, **kwargs)
-        self.window_size = options.window_size
-        self.dilations = options.used_dilations()
+        self.windows = [Windows(*grid_size, options.window_size, r) for r in options.used_dilations()]
         self.linear = "linear" in options.branches
-        self.branch_names = [f"window r={r}" for r in self.dilations] + ["linear"] * self.linear
+        self.branch_names = [f"window r={each.dilation}" for each in self.windows] + ["linear"] * self.linear
         self.gate = nn.Linear(dim, len(self.branch_names)) if len(self.branch_names) > 1 else None
         self.reset_mechanism()
-        for r in self.dilations:
-            members = window_members(grid_size, self.window_size, r)
-            slots = torch.empty(self.num_patches, dtype=torch.long)
-            slots[members[members >= 0]] = torch.nonzero(members.flatten() >= 0).squeeze(1)
-            # Derived from the grid, hence not in the state dict.
-            self.register_buffer(f"members_{r}", members, persistent=False)
-            self.register_buffer(f"slots_{r}", slots, persistent=False)
 
     def reset_mechanism(self) -> None:
         if self.gate is not None:  # equal shares at the start
@@ -103,60 +98,29 @@ class HybridAttention(Attention):
     def gate_shares(self, x: Tensor) -> Tensor:
         """Share of each branch in each patch's output: tokens ``(B, N, C)`` to ``(B, P, branches)``, summing to 1."""
         assert self.gate is not None, "a single branch has no gate"
-        return self.gate(x[:, 1:]).softmax(dim=-1)
+        return self.gate(x[:, self.prefix_tokens :]).softmax(dim=-1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
-        dtype, device = v.dtype, q.device.type
-        on_cpu = device == "cpu"
-        with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and not on_cpu):
-            if on_cpu:  # half precision takes four times as long backward on windows this small
-                q, k, v = (tokens.to(torch.promote_types(dtype, torch.float32)) for tokens in (q, k, v))
-            branches = [self.window_branch(q, k, v, r) for r in self.dilations]
-            if self.linear:
-                branches.append(self.linear_branch(q, k, v))
-            if self.gate is None:
-                patches = branches[0]
-            else:
-                shares = context[0].to(v.dtype)[:, None].unbind(dim=-1)  # one (B, 1, P) a branch
-                patches = torch.stack([g[..., None] * y for g, y in zip(shares, branches, strict=True)]).sum(dim=0)
-            class_token = F.scaled_dot_product_attention(q[:, :, :1], k, v, dropout_p=self.dropout_p)
-            return torch.cat([class_token, patches], dim=2).to(dtype)
-
-    def window_branch(self, q: Tensor, k: Tensor, v: Tensor, r: int) -> Tensor:
-        """Softmax attention of each patch in its window: ``(B, H, P, e)``."""
-        members, slots = self.get_buffer(f"members_{r}"), self.get_buffer(f"slots_{r}")  # (windows, w²), (P,)
-        windows, size = members.shape
-        token = members.clamp(min=0) + 1  # where a window hangs over the grid, any token: it is masked
-        with_class = torch.cat([token.new_zeros(windows, 1), token], dim=1)  # (windows, 1 + w²)
-        mask = None
-        if windows * size != self.num_patches:
-            mask = torch.cat([members.new_zeros(windows, 1), members], dim=1)[None, :, None] >= 0
-        b = q.shape[0]
-        q, k, v = (tokens.flatten(0, 1) for tokens in (q, k, v))  # windows take the place of heads
-        y = F.scaled_dot_product_attention(
-            q[:, token], k[:, with_class], v[:, with_class], attn_mask=mask, dropout_p=self.dropout_p
-        )  # (B H, windows, w², e)
-        return y.flatten(1, 2)[:, slots].unflatten(0, (b, self.num_heads))
-
-    def linear_branch(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """φ(q) (φ(k)ᵀ v) / (φ(q) · Σ φ(k)) for the patches: ``(B, H, P, e)``."""
-        with torch.autocast(q.device.type, enabled=False):  # sums over all tokens overflow float16
-            dtype = torch.promote_types(q.dtype, torch.float32)
-            phi_q, phi_k = elu_features(q[:, :, 1:].to(dtype)), elu_features(k.to(dtype))
-            phi_q = phi_q / (phi_q @ phi_k.sum(dim=-2).unsqueeze(-1))
-            y = F.dropout(phi_q, self.dropout_p) @ (phi_k.transpose(-2, -1) @ v.to(dtype))
-        return y.to(v.dtype)
+        s = self.prefix_tokens
+        branches = [window_attention(q[:, :, s:], k, v, each, self.dropout_p) for each in self.windows]
+        if self.linear:
+            branches.append(feature_attention(q[:, :, s:], k, v, Features("elu", _EPS), self.dropout_p))
+        patches = branches[0] if self.gate is None else mix(branches, *context)
+        if not s:
+            return patches
+        prefix = softmax_attention(q[:, :, :s], k, v, self.dropout_p)
+        return torch.cat([prefix.transpose(1, 2), patches.transpose(1, 2)], dim=1).transpose(1, 2)
 
     def mixing_macs(self) -> int:
-        """2NC for the class token; per dilation 2SC(w² + 1) with S window slots (P where windows tile the grid).
+        """2SNC for prefix tokens; per dilation 2P'C(w² + S) with P' patches of the padded grid, P where windows tile.
 
         Linear branch: NCd + PCd + PC. Gate over R > 1 branches: PCR.
         """
         n, p, c, d = self.num_tokens, self.num_patches, self.dim, self.head_dim
-        total = 2 * n * c
-        for r in self.dilations:
-            members = self.get_buffer(f"members_{r}")
-            total += 2 * members.numel() * c * (members.shape[1] + 1)
+        total = 2 * self.prefix_tokens * n * c
+        for windows in self.windows:
+            rows, columns = windows.padded
+            total += 2 * rows * columns * c * (windows.size**2 + self.prefix_tokens)
         if self.linear:
             total += n * c * d + p * c * d + p * c
         if self.gate is not None:
@@ -164,22 +128,10 @@ class HybridAttention(Attention):
         return total
 
 
-def elu_features(x: Tensor) -> Tensor:
-    """φ(x) = elu(x) + 1 + ε."""
-    # elu + 1 is exp(x) below 0 and x + 1 above. Adding 1 to elu's -1 + exp(x) would round exp(x) away.
-    return x.clamp(max=0).exp() + (x.relu() + _EPS)
-
-
-def window_members(grid_size: Grid, window_size: int, dilation: int) -> Tensor:
-    """Patches of each window: ``(windows, w²)`` row-major patch numbers, -1 where a window hangs over the grid.
-
-    The grid is split into r x r phases (rows and columns modulo r), each phase into w x w windows.
-    """
-    rows, columns = grid_size
-    span = window_size * dilation
-    padded_rows, padded_columns = (-(-side // span) * span for side in grid_size)
-    patch = torch.full((padded_rows, padded_columns), -1)
-    patch[:rows, :columns] = torch.arange(rows * columns).view(rows, columns)
-    windows = patch.view(padded_rows // span, window_size, dilation, padded_columns // span, window_size, dilation)
-    members = windows.permute(0, 2, 3, 5, 1, 4).reshape(-1, window_size**2)
-    return members[(members >= 0).any(dim=1)]  # a phase's last window can lie wholly outside
+def mix(branches: list[Tensor], shares: Tensor) -> Tensor:
+    """Σ g_branch · branch, of branches ``(B, H, P, e)`` and shares ``(B, P, branches)``."""
+    first, *rest = shares.to(branches[0].dtype)[:, None, ..., None].unbind(dim=-2)  # one (B, 1, P, 1) a branch
+    mixed = first * branches[0]
+    for share, branch in zip(rest, branches[1:], strict=True):
+        mixed = torch.addcmul(mixed, share, branch)
+    return mixed

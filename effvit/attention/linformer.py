@@ -8,11 +8,11 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from effvit.attention.base import Attention, AttentionOptions, Grid, register, softmax_attention
+from effvit.attention.base import Attention, AttentionOptions, Grid, register
 from effvit.errors import UserError
-from effvit.kernels.linear import linear
+from effvit.kernels.qkv import QKVLinear, apply_qkv_apart
+from effvit.kernels.softmax_attention import softmax_attention
 
 
 class LinformerOptions(AttentionOptions):
@@ -21,8 +21,8 @@ class LinformerOptions(AttentionOptions):
     k: int = Field(64, ge=1)
     share: Literal["none", "heads", "kv", "layers"] = "heads"
 
-    def check_grid(self, grid_size: Grid) -> None:
-        tokens = 1 + grid_size[0] * grid_size[1]
+    def check_grid(self, grid_size: Grid, prefix_tokens: int = 1) -> None:
+        tokens = prefix_tokens + grid_size[0] * grid_size[1]
         if self.k > tokens:
             raise UserError(f"attention.linformer.k={self.k}: must be at most {tokens}, the number of tokens")
 
@@ -37,6 +37,7 @@ class LinformerAttention(Attention):
     Options = LinformerOptions
     complexity = "O(N k)"
     paper = "Wang et al. 2020, arXiv 2006.04768"
+    fixed_length = True
 
     def __init__(self, dim: int, num_heads: int, grid_size: Grid, options: LinformerOptions, **kwargs: Any) -> None:
         super().__init__(dim, num_heads, grid_size, options, **kwargs)
@@ -47,20 +48,29 @@ class LinformerAttention(Attention):
         self.E = nn.Parameter(torch.randn(shape) * std)
         self.F = self.E if self.share in ("kv", "layers") else nn.Parameter(torch.randn(shape) * std)
 
+    def build_maps(self, qkv_bias: bool) -> None:
+        self.qkv = QKVLinear(self.dim, qkv_bias)
+
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        w_q, w_k, w_v = self.qkv.weight.chunk(3)
-        b_q, b_k, b_v = self.qkv.bias.chunk(3) if self.qkv.bias is not None else (None, None, None)
-        q = self.split_heads(linear(x, w_q, b_q))
         if self.share == "none":
-            # Each head has its own E: mixing d columns after the map is cheaper than C columns before it.
-            k = self.E @ self.split_heads(linear(x, w_k)) + self._bias(b_k)
-            v = self.F @ self.split_heads(linear(x, w_v)) + self._bias(b_v)
-            return q, k, v
+            # Each head has its own E: mixing d columns after the map is cheaper than C columns before it. As the bias
+            # is to be added once a row, E (x W + b) is lacking (1 - E 1) b.
+            q, k, v = super().project(x)
+            _, b_k, b_v = self.biases(x)
+            k = self.E @ k + (1 - self.E.sum(dim=-1, keepdim=True)) * b_k
+            return q, k, self.F @ v + (1 - self.F.sum(dim=-1, keepdim=True)) * b_v
         # E (x W) = (E x) W: projecting tokens first applies the maps to k rows instead of N. The bias is added
         # after the projection, once a row.
         ex = self._project_tokens(self.E, x)  # (B, k, C)
         fx = ex if self.F is self.E else self._project_tokens(self.F, x)
-        return q, self.split_heads(linear(ex, w_k, b_k)), self.split_heads(linear(fx, w_v, b_v))
+        q, k, v = apply_qkv_apart(self.qkv, x, ex, fx)
+        return self.split_heads(q), self.split_heads(k), self.split_heads(v)
+
+    def biases(self, x: Tensor) -> list[Tensor]:
+        """What the maps add to x W: of each map ``(H, 1, d)``."""
+        bias = self.qkv.bias if isinstance(self.qkv, nn.Linear) else self.qkv(x.new_zeros(1, self.dim))[0]
+        bias = x.new_zeros(3 * self.dim) if bias is None else bias
+        return [part.view(self.num_heads, 1, self.head_dim) for part in bias.chunk(3)]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
         return softmax_attention(q, k, v, self.dropout_p)
@@ -88,31 +98,12 @@ class LinformerAttention(Attention):
         # As a batch of products: one product over all samples would have to turn x around in memory first.
         return torch.bmm(projection.expand(x.shape[0], -1, -1), x)
 
-    def _bias(self, bias: Tensor | None) -> Tensor | float:
-        return 0.0 if bias is None else bias.view(self.num_heads, 1, self.head_dim)
-
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         for name in ("E", "F"):
             loaded = state_dict.get(prefix + name)
             if loaded is not None and loaded.shape != self.E.shape:
                 raise UserError(
                     f"{prefix}{name}: has shape {tuple(loaded.shape)}, this model needs {tuple(self.E.shape)}; "
-                    "for another number of tokens pass it through effvit.attention.linformer.resize_projection"
+                    "for another number of tokens pass it through effvit.model.resize.resize_projection"
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def resize_projection(projection: Tensor, old_grid: Grid, new_grid: Grid) -> Tensor:
-    """Carry E or F ``(..., k, N_old)`` over to another grid of patches: ``(..., k, N_new)``.
-
-    The patch part of each row is an image of the old grid, interpolated bilinearly; the class token's column is
-    kept; all is scaled by N_old / N_new, so that rows of E x keep their scale.
-    """
-    n_old, n_new = (1 + grid[0] * grid[1] for grid in (old_grid, new_grid))
-    if projection.shape[-1] != n_old:
-        raise UserError(f"projection of {projection.shape[-1]} tokens: a grid of {old_grid} has {n_old}")
-    rows = projection.flatten(0, -2)
-    patches = rows[:, 1:].view(-1, 1, *old_grid)
-    patches = F.interpolate(patches, size=new_grid, mode="bilinear", align_corners=False).flatten(1)
-    resized = torch.cat([rows[:, :1], patches], dim=1) * (n_old / n_new)
-    return resized.view(*projection.shape[:-1], n_new)

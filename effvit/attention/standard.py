@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effvit.attention.base import Attention, register
+from effvit.kernels.choice import is_plain
+from effvit.kernels.qkv import qkv
 
 _MAPS = ("query", "key", "value")
 
@@ -31,15 +33,21 @@ class StandardAttention(Attention):
 
     complexity = "O(N²)"
     paper = "Dosovitskiy et al. 2021, arXiv 2010.11929"
+    exact = True
 
     def build_maps(self, qkv_bias: bool) -> None:
         self.heads = nn.ModuleList(Head(self.dim, self.head_dim, qkv_bias) for _ in range(self.num_heads))
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        maps = [getattr(head, name) for name in _MAPS for head in self.heads]
+        maps = [[getattr(head, name) for head in self.heads] for name in _MAPS]
+        if not all(is_plain(each) for of_heads in maps for each in of_heads):
+            q, k, v = (torch.stack([each(x) for each in of_heads], dim=1) for of_heads in maps)
+            return q, k, v
         # The heads' maps one below the other: the same products, as one.
-        bias = None if maps[0].bias is None else torch.cat([each.bias for each in maps])
-        return self.split_maps(x, torch.cat([each.weight for each in maps]), bias)
+        weight = torch.cat([each.weight for of_heads in maps for each in of_heads])
+        biases = [each.bias for of_heads in maps for each in of_heads]
+        q, k, v = qkv(x, weight, None if biases[0] is None else torch.cat(biases))
+        return self.split_heads(q), self.split_heads(k), self.split_heads(v)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
         scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)  # (B, H, N, N)

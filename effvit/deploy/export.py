@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -97,7 +97,7 @@ def _describe(graph: "onnx.ModelProto", model: ViT, meta: "Meta | None") -> None
     import onnx
 
     config = model.config
-    notes = {"attention": config.attention, "image_size": config.image_size}
+    notes: dict[str, Any] = {"attention": config.attention, "image_size": config.image_size}
     if meta is not None:
         notes |= {"dataset": meta.name, "classes": meta.classes, "mean": meta.mean, "std": meta.std}
     onnx.helper.set_model_props(
@@ -119,7 +119,7 @@ def _largest_difference(model: ViT, path: Path) -> float:
 def _images(model: ViT, batch: int) -> torch.Tensor:
     config = model.config
     generator = torch.Generator().manual_seed(batch)
-    return torch.randn(batch, config.num_channels, config.image_size, config.image_size, generator=generator)
+    return torch.randn(batch, config.num_channels, *config.image_shape, generator=generator)
 
 
 @contextmanager

@@ -44,9 +44,8 @@ def _run(model: Path) -> None:
 
         torch.set_num_threads(1)
         vit = load_model(model)
-        size = vit.config.image_size
         with torch.inference_mode():
-            vit(torch.zeros(1, vit.config.num_channels, size, size))
+            vit(torch.zeros(1, vit.config.num_channels, *vit.config.image_shape))
     else:
         import numpy as np
 

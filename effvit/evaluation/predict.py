@@ -18,12 +18,13 @@ from effvit.model.vit import ViT
 
 def check_fits(model: ViT, dataset: PreparedDataset) -> None:
     """Raise ``UserError`` where a model was not trained for images and classes like these."""
-    model_has = (model.config.image_size, model.config.num_classes)
-    data_has = (dataset.image_size, len(dataset.classes))
-    if model_has != data_has:
+    (height, width), classes = model.config.image_shape, model.config.num_classes
+    side, known = dataset.image_size, len(dataset.classes)
+    if (height, width, classes) != (side, side, known):
+        pixels = f"{height}" if height == width else f"{height} x {width}"
         raise UserError(
-            f"the model is for {model_has[1]} classes and images of {model_has[0]} pixels, "
-            f"{dataset.name} has {data_has[1]} classes and images of {data_has[0]} pixels"
+            f"the model is for {classes} classes and images of {pixels} pixels, "
+            f"{dataset.name} has {known} classes and images of {side} pixels"
         )
 
 
@@ -59,7 +60,9 @@ def rollout_maps(
     device = next(model.parameters()).device
     logits, maps = model(to_float(torch.from_numpy(images).to(device), mean, std), output_attentions=True)
     rows, columns = model.config.grid_size
-    return logits.float().cpu(), attention_rollout(maps).view(-1, rows, columns).cpu().numpy()
+    return logits.float().cpu(), attention_rollout(maps, model.config.prefix_tokens).view(
+        -1, rows, columns
+    ).cpu().numpy()
 
 
 def map_test_images(model: ViT, dataset: PreparedDataset, directory: Path, count: int = 6) -> None:

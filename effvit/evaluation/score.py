@@ -89,17 +89,18 @@ def predictions(logits: Tensor, labels: Tensor) -> "pd.DataFrame":
     return pd.DataFrame({"index": range(len(labels)), "label": labels.numpy(), "prediction": predicted})
 
 
-def attention_rollout(maps: Sequence[Tensor]) -> Tensor:
-    """What the class token's output rests on, followed through all blocks.
+def attention_rollout(maps: Sequence[Tensor], prefix_tokens: int = 1) -> Tensor:
+    """What the class token's output rests on, or that of all patches where there is none, through all blocks.
 
     Abnar and Zuidema 2020 (arXiv 2005.00928, eq. 1): heads averaged, the residual path as half an identity, rows
     normalised, blocks multiplied. Implied matrices may have negative entries (Nyström's do); magnitudes are taken.
 
     Args:
         maps: one ``(B, H, N, N)`` per block, first block first.
+        prefix_tokens: how many tokens come before the patches; the first of them is the class token.
 
     Returns:
-        ``(B, N - 1)``: share of each patch in the class token, summing to one.
+        ``(B, P)``: share of each patch, summing to one.
     """
     n = maps[0].shape[-1]
     identity = torch.eye(n, device=maps[0].device)
@@ -108,5 +109,6 @@ def attention_rollout(maps: Sequence[Tensor]) -> Tensor:
         mixed = attention_map.float().mean(dim=1).abs()
         mixed = mixed / mixed.sum(dim=-1, keepdim=True)
         rollout = (0.5 * mixed + 0.5 * identity) @ rollout
-    patches = rollout[:, 0, 1:]
+    rows = rollout[:, 0] if prefix_tokens else rollout.mean(dim=1)
+    patches = rows[:, prefix_tokens:]
     return patches / patches.sum(dim=-1, keepdim=True)

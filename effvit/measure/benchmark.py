@@ -27,7 +27,7 @@ COST_STEPS = 6
 def model_size(config: ViTConfig) -> dict[str, int]:
     """Parameters, tokens and exact MACs of one image; ``attention_macs`` are those of one block's attention."""
     model = ViT(config)
-    image = torch.empty(1, config.num_channels, config.image_size, config.image_size)
+    image = torch.empty(1, config.num_channels, *config.image_shape)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),

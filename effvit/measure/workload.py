@@ -74,4 +74,4 @@ def block_training(block: nn.Module, tokens: torch.Tensor) -> Call:
 
 def _images(model: ViT, batch_size: int, device: torch.device) -> torch.Tensor:
     config = model.config
-    return torch.randn(batch_size, config.num_channels, config.image_size, config.image_size, device=device)
+    return torch.randn(batch_size, config.num_channels, *config.image_shape, device=device)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from effvit.attention.base import Grid
 from effvit.errors import UserError
+from effvit.model.resize import resize_positions, resize_projection
 from effvit.model.vit import ViT, ViTConfig
 from effvit.model.weights import Weights, read_weights
 
@@ -85,16 +85,6 @@ def start_from(path: Path, model: ViT) -> StartReport:
     return report
 
 
-def interpolate_positions(positions: Tensor, old_grid: Grid, new_grid: Grid) -> Tensor:
-    """Position embeddings ``(1, 1 + P, C)`` of one grid of patches to ``(1, 1 + P', C)`` of another.
-
-    Bicubic with antialiasing, as timm does it; the class token's is kept.
-    """
-    patches = positions[:, 1:].float().unflatten(1, old_grid).permute(0, 3, 1, 2)  # (1, C, gh, gw)
-    patches = F.interpolate(patches, size=new_grid, mode="bicubic", antialias=True)
-    return torch.cat([positions[:, :1].float(), patches.flatten(2).transpose(1, 2)], dim=1)
-
-
 def _fit(weights: Weights, model: ViT) -> tuple[StateDict, StartReport]:
     """What each weight of the model becomes, and the report on it."""
     config, source = model.config, _renamed(weights.tensors, model.config)
@@ -151,11 +141,9 @@ def _renamed(tensors: StateDict, config: ViTConfig) -> StateDict:
 def _to_grid(name: str, tensor: Tensor, grid: Grid, config: ViTConfig) -> Tensor | None:
     """Carry what belongs to a grid of patches over to the model's; None for anything else."""
     if name == "pos_embed":
-        return interpolate_positions(tensor, grid, config.grid_size)
+        return resize_positions(tensor, grid, config.grid_size, config.prefix_tokens)
     if config.attention == "linformer" and name.endswith((".attn.E", ".attn.F")):
-        from effvit.attention.linformer import resize_projection
-
-        return resize_projection(tensor.float(), grid, config.grid_size)
+        return resize_projection(tensor.float(), grid, config.grid_size, config.prefix_tokens)
     return None
 
 

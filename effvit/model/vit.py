@@ -1,7 +1,8 @@
 """The Vision Transformer, with attention left open.
 
-Dosovitskiy et al. 2021 (arXiv 2010.11929). B batch, P patches, N = P + 1 tokens, C width. Parameters are named as
-in timm's ``VisionTransformer``, so that with ``fused`` attention state dicts map one to one.
+Dosovitskiy et al. 2021 (arXiv 2010.11929). B batch, S prefix tokens (a class token, then registers), P patches,
+N = S + P tokens, C width. Parameters are named as in timm's ``VisionTransformer``, so that with ``fused`` attention
+state dicts map one to one.
 """
 
 from typing import Annotated, Any
@@ -9,10 +10,11 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from effvit.attention import Attention, build_attention, check_options
 from effvit.errors import UserError, explain
-from effvit.kernels.linear import Linear
+from effvit.kernels.linear import apply_linear
 
 # Far beyond any ViT, so that a slip of the keyboard is told at once and a product of sizes fits 64 bits.
 Size = Annotated[int, Field(ge=1, le=2**16)]
@@ -20,11 +22,15 @@ Depth = Annotated[int, Field(ge=1, le=1024)]
 
 
 class ViTConfig(BaseModel):
-    """Shape of a ViT, in Hugging Face's names; raises pydantic's ``ValidationError`` (a ``ValueError``) if invalid."""
+    """Shape of a ViT, in Hugging Face's names; raises pydantic's ``ValidationError`` (a ``ValueError``) if invalid.
+
+    ``image_size`` in pixels is one number or a pair of height and width. Of ``prefix_tokens`` the first is the class
+    token, further ones are registers; with none the patches are averaged.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    image_size: Size = 32
+    image_size: Size | Annotated[tuple[Size, Size], Field(strict=False)] = 32
     patch_size: Size = 4
     num_channels: Size = 3
     num_classes: Size = 10
@@ -32,6 +38,7 @@ class ViTConfig(BaseModel):
     num_hidden_layers: Depth = 4
     num_attention_heads: Size = 4
     intermediate_size: Size = 192
+    prefix_tokens: Annotated[int, Field(ge=0, le=1024)] = 1
     qkv_bias: bool = True
     hidden_dropout_prob: float = Field(0.0, ge=0, lt=1)
     attention_probs_dropout_prob: float = Field(0.0, ge=0, lt=1)
@@ -42,25 +49,30 @@ class ViTConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fits(self) -> "ViTConfig":
-        if self.image_size % self.patch_size:
+        if any(side % self.patch_size for side in self.image_shape):
             raise ValueError(f"patch_size={self.patch_size}: must divide image_size={self.image_size}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads}: must divide hidden_size={self.hidden_size}"
             )
-        check_options(self.attention, self.attention_options, self.grid_size)
+        check_options(self.attention, self.attention_options, self.grid_size, self.prefix_tokens)
         return self
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width of images in pixels."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
     @property
     def grid_size(self) -> tuple[int, int]:
         """Rows and columns of patches."""
-        side = self.image_size // self.patch_size
-        return side, side
+        height, width = self.image_shape
+        return height // self.patch_size, width // self.patch_size
 
     @property
     def num_tokens(self) -> int:
-        """Patches and the class token."""
-        return 1 + self.grid_size[0] * self.grid_size[1]
+        """Prefix tokens and patches."""
+        return self.prefix_tokens + self.grid_size[0] * self.grid_size[1]
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ViTConfig":
@@ -117,20 +129,20 @@ class MLP(nn.Module):
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.act = nn.GELU()
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
         self.drop = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens ``(B, N, C)`` to tokens ``(B, N, C)``, each by itself."""
-        return self.drop(self.fc2(self.act(self.fc1(x))))
+        return self.drop(apply_linear(self.fc2, self.act(apply_linear(self.fc1, x))))
 
 
 class Block(nn.Module):
     """Pre-norm transformer block: attention mixes tokens, the MLP works on each."""
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, config: ViTConfig, layer: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attn = build_attention(
@@ -138,6 +150,9 @@ class Block(nn.Module):
             config.hidden_size,
             config.num_attention_heads,
             config.grid_size,
+            prefix_tokens=config.prefix_tokens,
+            layer=layer,
+            depth=config.num_hidden_layers,
             qkv_bias=config.qkv_bias,
             attn_drop=config.attention_probs_dropout_prob,
             proj_drop=config.hidden_dropout_prob,
@@ -161,38 +176,38 @@ class ViT(nn.Module):
         self.config = config
         c = config.hidden_size
         self.patch_embed = PatchEmbedding(config)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, c))
+        self.cls_token = nn.Parameter(torch.empty(1, 1, c)) if config.prefix_tokens else None
+        self.reg_token = nn.Parameter(torch.empty(1, config.prefix_tokens - 1, c)) if config.prefix_tokens > 1 else None
         self.pos_embed = nn.Parameter(torch.empty(1, config.num_tokens, c))
         self.pos_drop = nn.Dropout(config.hidden_dropout_prob)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(c, eps=config.layer_norm_eps)
-        self.head = Linear(c, config.num_classes)
+        self.head = nn.Linear(c, config.num_classes)
         self._initialise()
 
     def forward(self, images: Tensor, output_attentions: bool = False) -> Any:
         """Classify images.
 
         Args:
-            images: normalised images ``(B, num_channels, image_size, image_size)``.
+            images: normalised images ``(B, num_channels, height, width)``.
             output_attentions: also return the attention matrix that each block's mechanism implies.
 
         Returns:
             Logits ``(B, num_classes)``; with ``output_attentions`` a pair of those and a list of ``(B, H, N, N)``.
         """
-        config = self.config
-        if images.shape[1:] != (config.num_channels, config.image_size, config.image_size):
-            raise UserError(
-                f"images of shape {tuple(images.shape)}: expected "
-                f"(batch, {config.num_channels}, {config.image_size}, {config.image_size})"
-            )
-        patches = self.patch_embed(images)  # (B, P, C)
-        x = torch.cat([self.cls_token.expand(images.shape[0], -1, -1), patches], dim=1)  # (B, N, C)
+        if not isinstance(images, Proxy):  # whose shape torch.fx does not know
+            self._check_shape(images)
+        prefix = [
+            token.expand(images.shape[0], -1, -1) for token in (self.cls_token, self.reg_token) if token is not None
+        ]
+        x = torch.cat([*prefix, self.patch_embed(images)], dim=1)  # (B, N, C)
         x = self.pos_drop(x + self.pos_embed)
         maps = []
         for block in self.blocks:
             x, attention_map = block(x, output_attentions)
             maps.append(attention_map)
-        logits = self.head(self.norm(x[:, 0]))
+        pooled = self.norm(x[:, 0]) if self.cls_token is not None else self.norm(x).mean(dim=1)
+        logits = apply_linear(self.head, pooled)
         return (logits, maps) if output_attentions else logits
 
     def attentions(self) -> list[Attention]:
@@ -203,7 +218,7 @@ class ViT(nn.Module):
         """Multiply-adds of one image, in closed form: patches, attention, MLPs, head."""
         config = self.config
         c, tokens = config.hidden_size, config.num_tokens
-        patches = (tokens - 1) * c * config.num_channels * config.patch_size**2
+        patches = (tokens - config.prefix_tokens) * c * config.num_channels * config.patch_size**2
         mlps = config.num_hidden_layers * 2 * tokens * c * config.intermediate_size
         return patches + self.attention_macs() + mlps + c * config.num_classes
 
@@ -211,10 +226,17 @@ class ViT(nn.Module):
         """Multiply-adds of all blocks' attention for one image, in closed form."""
         return sum(attention.macs() for attention in self.attentions())
 
+    def _check_shape(self, images: Tensor) -> None:
+        wanted = (self.config.num_channels, *self.config.image_shape)
+        if images.shape[1:] != wanted:
+            channels, height, width = wanted
+            raise UserError(f"images of shape {tuple(images.shape)}: expected (batch, {channels}, {height}, {width})")
+
     def _initialise(self) -> None:
         std = self.config.initializer_range
-        nn.init.trunc_normal_(self.cls_token, std=std)
-        nn.init.trunc_normal_(self.pos_embed, std=std)
+        for embedding in (self.cls_token, self.pos_embed, self.reg_token):
+            if embedding is not None:
+                nn.init.trunc_normal_(embedding, std=std)
         for module in self.modules():
             if isinstance(module, nn.Linear) or module is self.patch_embed.proj:
                 nn.init.trunc_normal_(module.weight, std=std)

@@ -23,11 +23,11 @@ def schedule(step: int, steps_per_epoch: int, recipe: "TrainConfig") -> float:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameters with and without weight decay: none on biases, norms, position and class token."""
+    """Parameters with and without weight decay: none on biases, norms, positions and prefix tokens."""
     decayed: list[Tensor] = []
     exempt: list[Tensor] = []
     for name, parameter in model.named_parameters():
-        matrix = parameter.ndim >= 2 and name not in ("pos_embed", "cls_token")
+        matrix = parameter.ndim >= 2 and name not in ("pos_embed", "cls_token", "reg_token")
         (decayed if matrix else exempt).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
 

@@ -4,8 +4,10 @@ from mechanisms import qkv_of
 from torch.nn import functional as F
 
 from effvit import build_attention
-from effvit.attention import base
-from effvit.attention.base import QKVMaps, softmax_attention
+from effvit.kernels import choice
+from effvit.kernels import softmax_attention as module
+from effvit.kernels.qkv import qkv
+from effvit.kernels.softmax_attention import softmax_attention
 
 
 def test_it_is_softmax_attention_written_out():
@@ -55,7 +57,7 @@ def test_maps_in_three_parts_have_the_gradients_of_the_merged_one(bias):
     inputs = (x, *merged.parameters())
 
     def parts(x, weight, bias=None):
-        return torch.cat(QKVMaps.apply(x, weight, bias), dim=-1)
+        return torch.cat(qkv(x, weight, bias), dim=-1)
 
     gradient = torch.randn(2, 5, 36, dtype=torch.float64)
     results = [(y, *torch.autograd.grad(y, inputs, gradient)) for y in (merged(x), parts(*inputs))]
@@ -87,7 +89,7 @@ def test_short_sequences_in_half_precision_are_trained_as_in_float32(compiled):
     "rows, columns, trained", [(9, 9, False), (200, 200, True), (9, 1030, False), (1030, 9, False)]
 )
 def test_half_precision_is_torchs_own_where_float32_does_not_pay(rows, columns, trained, pays, monkeypatch):
-    monkeypatch.setattr(base, "_FLOAT32_PAYS", pays)
+    monkeypatch.setattr(choice, "LONG_ATTENTION_IN_FLOAT32", pays)
     torch.manual_seed(0)
     shapes = [(2, 3, rows, 4), (2, 3, columns, 4), (2, 3, columns, 4)]
     q, k, v = (torch.randn(shape, dtype=torch.bfloat16, requires_grad=trained) for shape in shapes)
@@ -99,11 +101,11 @@ def test_half_precision_is_torchs_own_where_float32_does_not_pay(rows, columns, 
 def test_long_sequences_in_half_precision_pass_in_float32_where_that_pays(dtype, samples, at_once, monkeypatch):
     torch.manual_seed(0)
     q, k, v = (torch.randn(samples, 1030, 3, 4, dtype=dtype).transpose(1, 2) for _ in range(3))
-    monkeypatch.setattr(base, "_COPIED_NUMBERS", at_once * 1030 * 3 * 4)
-    monkeypatch.setattr(base, "_FLOAT32_PAYS", True)
+    monkeypatch.setattr(module, "_COPIED_NUMBERS", at_once * 1030 * 3 * 4)
+    monkeypatch.setattr(choice, "LONG_ATTENTION_IN_FLOAT32", True)
     with torch.autocast("cpu", dtype=dtype):
         y = softmax_attention(q, k, v)
     assert torch.equal(y, F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(dtype))
     assert y.transpose(1, 2).is_contiguous()
-    monkeypatch.setattr(base, "_FLOAT32_PAYS", False)
+    monkeypatch.setattr(choice, "LONG_ATTENTION_IN_FLOAT32", False)
     assert torch.equal(softmax_attention(q, k, v), F.scaled_dot_product_attention(q, k, v))

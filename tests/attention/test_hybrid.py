@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from mechanisms import copy_maps, options_for, qkv_of
 
 from effvit import ViT, ViTConfig, build_attention
-from effvit.attention.hybrid import window_members
+from effvit.kernels.window_attention import Windows, from_windows, to_windows
 
 
 def hybrid(grid=(6, 6), **options):
@@ -30,10 +30,11 @@ def neighbours(patch, grid, w, r):
 
 def brute_force_map(attention, x, w, dilations, linear):
     """The implied matrix, token by token and branch by branch."""
+    s = attention.prefix_tokens
     q, k, _ = qkv_of(attention, x)
     grid, n, d = attention.grid_size, x.shape[1], q.shape[-1]
     matrix = torch.zeros(*q.shape[:2], n, n, dtype=x.dtype)
-    matrix[:, :, 0] = (q[:, :, :1] @ k.mT / d**0.5).softmax(dim=-1)[:, :, 0]
+    matrix[:, :, :s] = (q[:, :, :s] @ k.mT / d**0.5).softmax(dim=-1)
     branches = len(dilations) + linear
     if branches > 1:
         shares = (x @ attention.gate.weight.T + attention.gate.bias).softmax(dim=-1)
@@ -43,9 +44,9 @@ def brute_force_map(attention, x, w, dilations, linear):
     def phi(t):
         return torch.where(t > 0, t + 1, t.exp())
 
-    for token in range(1, n):
+    for token in range(s, n):
         for branch, r in enumerate(dilations):
-            seen = [0] + [1 + other for other in neighbours(token - 1, grid, w, r)]
+            seen = [*range(s), *(s + other for other in neighbours(token - s, grid, w, r))]
             weights = torch.einsum("bhd,bhjd->bhj", q[:, :, token], k[:, :, seen]) / d**0.5
             matrix[:, :, token, seen] += shares[:, None, token, branch, None] * weights.softmax(dim=-1)
         if linear:
@@ -59,8 +60,9 @@ def brute_force_map(attention, x, w, dilations, linear):
 def test_a_loop_over_tokens_with_explicit_neighbour_sets_gives_the_same(data):
     grid = data.draw(st.tuples(st.integers(1, 7), st.integers(1, 7)))
     options = data.draw(options_for("hybrid", grid))
-    attention = hybrid(grid, **options)
-    x = torch.randn(2, 1 + grid[0] * grid[1], 12, dtype=torch.float64)
+    prefix = data.draw(st.sampled_from([0, 1, 5]))
+    attention = hybrid(grid, prefix_tokens=prefix, **options)
+    x = torch.randn(2, prefix + grid[0] * grid[1], 12, dtype=torch.float64)
     used = [r for r in options["dilations"] if ("regional" if r == 1 else "dilated") in options["branches"]]
     expected = brute_force_map(attention, x, options["window_size"], used, "linear" in options["branches"])
     y, matrix = attention(x, return_map=True)
@@ -80,12 +82,16 @@ def test_one_window_over_the_whole_grid_is_fused_class_token_included(grid):
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(grid=st.tuples(st.integers(1, 9), st.integers(1, 9)), w=st.integers(1, 5), r=st.integers(1, 4))
 def test_windows_are_a_partition_that_never_wraps(grid, w, r):
-    members = window_members(grid, w, r)
-    assert sorted(members[members >= 0].tolist()) == list(range(grid[0] * grid[1]))
+    windows, patches = Windows(*grid, w, r), grid[0] * grid[1]
+    number = torch.arange(1.0, patches + 1).view(1, 1, patches, 1)
+    members = to_windows(number, windows).flatten(2)[0].long() - 1  # -1 where a window hangs over the grid
+    assert sorted(members[members >= 0].tolist()) == list(range(patches))
     for window in members:
         inside = window[window >= 0]
-        for side in (inside // grid[1], inside % grid[1]):
+        for side in (inside // grid[1], inside % grid[1]) if len(inside) else ():
             assert side.max() - side.min() <= (w - 1) * r
+            assert (side % r == side[0] % r).all()
+    assert torch.equal(from_windows(to_windows(number, windows), 1, windows), number)
 
 
 def test_a_patch_sees_its_window_and_the_class_token_only():

@@ -5,9 +5,9 @@ import torch
 from mechanisms import copy_maps, qkv_of
 
 from effvit import ViT, ViTConfig, build_attention, load_model
-from effvit.attention.linformer import resize_projection
 from effvit.errors import UserError
 from effvit.model.checkpoint import save_model
+from effvit.model.resize import resize_projection
 
 SHARES = ("none", "heads", "kv", "layers")
 

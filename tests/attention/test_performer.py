@@ -8,7 +8,9 @@ from scipy import stats
 from torch.nn import functional as F
 
 from effvit import build_attention
-from effvit.attention.performer import blocks, draw_features, exp_, half_norms, key_features, query_features
+from effvit.attention.performer import draw_features
+from effvit.kernels import choice
+from effvit.kernels.qkv import qkv
 
 D = 4
 
@@ -75,24 +77,25 @@ def test_one_feature_and_heads_of_width_one_work():
 
 
 def test_query_features_are_the_formula_up_to_one_factor_a_token_and_keys_up_to_one_a_head():
-    omega = performer(m=20).omega.double()
+    attention = performer(m=20).double()
+    features, omega = attention.features(torch.float64)._replace(eps=0.0), attention.omega
     x = 0.5 * torch.randn(2, 3, 13, 4, dtype=torch.float64)
     x_hat = x * 4**-0.25
     h = x_hat @ omega.T
     formula = (h - x_hat.square().sum(dim=-1, keepdim=True) / 2).exp()
-    ratio = query_features(h, "softmax") / formula
+    ratio = features.of_queries(x) / formula
     torch.testing.assert_close(ratio, ratio[..., :1].expand_as(ratio))
-    ratio = key_features(h, half_norms(x, torch.tensor(4**-0.25)), "softmax") / formula
+    ratio = features.of_keys(x) / formula
     torch.testing.assert_close(ratio, ratio[..., :1, :1].expand_as(ratio))
     assert not torch.allclose(ratio[0, 0, 0], ratio[1, 0, 0])
 
 
 def test_every_query_and_the_keys_of_a_head_together_reach_the_largest_feature_whatever_their_norms():
-    omega = performer(m=20).omega * 4**-0.25
+    features = performer(m=20).features(torch.float32)._replace(eps=0.0)
     x = torch.randn(2, 3, 13, 4) * torch.logspace(-1, 2, 13)[:, None]
-    queries = query_features(x @ omega.T, "softmax").amax(dim=-1)
+    queries = features.of_queries(x).amax(dim=-1)
     torch.testing.assert_close(queries, torch.ones_like(queries))
-    keys = key_features(x @ omega.T, half_norms(x, torch.tensor(4**-0.25)), "softmax").amax(dim=(-2, -1))
+    keys = features.of_keys(x).amax(dim=(-2, -1))
     torch.testing.assert_close(keys, torch.ones_like(keys))
 
 
@@ -111,26 +114,9 @@ def test_epsilon_is_added_to_features_of_scale_one_over_root_m():
 
 
 @pytest.mark.parametrize("kernel", ["softmax", "relu"])
-@pytest.mark.parametrize("shape", [(1, 3, 13, 4), (7, 3, 13, 4), (2, 1, 1, 5)])
-@pytest.mark.parametrize("numbers", [1, 2 * 13 * 4, 10**6], ids=["sample by sample", "two samples", "at once"])
-def test_in_blocks_output_and_gradients_are_those_of_the_whole(kernel, shape, numbers, monkeypatch):
-    monkeypatch.setattr("effvit.attention.performer._BLOCK_NUMBERS", numbers)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    attention = performer(m=11, width=shape[1] * shape[3], heads=shape[1], kernel=kernel).double()
-    q, k, v, gradient = torch.randn(4, *shape, dtype=torch.float64)
-    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-    results = []
-    for compiling in (False, True):  # a compiler is given the formula over whole tensors
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
-        y = attention.attend(*inputs)
-        results.append((y.detach(), *torch.autograd.grad(y, inputs, gradient)))
-    torch.testing.assert_close(*results)
-
-
-@pytest.mark.parametrize("kernel", ["softmax", "relu"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_blocks_half_precision_is_rounded_at_the_ends_only(kernel, dtype, monkeypatch):
-    monkeypatch.setattr("effvit.attention.performer._BLOCK_NUMBERS", 1)
+    monkeypatch.setattr("effvit.kernels.feature_attention._BLOCK_NUMBERS", 1)
     attention = performer(m=11, kernel=kernel)
     inputs = [x.to(dtype).requires_grad_() for x in torch.randn(3, 5, 3, 13, 4)]
     exact = [x.detach().double().requires_grad_() for x in inputs]
@@ -139,19 +125,12 @@ def test_in_blocks_half_precision_is_rounded_at_the_ends_only(kernel, dtype, mon
         y = attention.attend(*inputs)
         results = (y, *torch.autograd.grad(y, inputs, gradient))
     assert all(result.dtype == dtype for result in results)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # the formula over whole tensors
+    monkeypatch.setattr(choice, "ONLY_REFERENCE", True)
     truth = attention.double().attend(*exact)
     # y is rounded once by itself, and once more where the gradient of the normaliser is taken from it.
     unit = torch.finfo(dtype).eps
     for result, expected in zip(results, (truth, *torch.autograd.grad(truth, exact, gradient.double())), strict=True):
         assert relative_error(result.double(), expected) < unit
-
-
-def test_blocks_cover_each_sample_and_head_once():
-    x = torch.zeros(7, 3, 13, 4)
-    for block in blocks(x):
-        x[block] += 1
-    assert torch.equal(x, torch.ones_like(x))
 
 
 def test_attention_is_the_quotient_of_kernel_sums_token_by_token():
@@ -234,7 +213,7 @@ def test_its_macs_are_linear_in_tokens():
 @pytest.mark.parametrize("qkv_bias", [True, False])
 @pytest.mark.parametrize("numbers", [1, 10**6], ids=["in blocks", "whole"])
 def test_features_folded_into_the_maps_change_neither_output_nor_gradients(kernel, qkv_bias, numbers, monkeypatch):
-    monkeypatch.setattr("effvit.attention.performer._BLOCK_NUMBERS", numbers)
+    monkeypatch.setattr("effvit.kernels.feature_attention._BLOCK_NUMBERS", numbers)
     attention = performer(m=4, kernel=kernel, qkv_bias=qkv_bias).double()
     x, gradient = torch.randn(2, 5, 13, 12, dtype=torch.float64)
     x.requires_grad_()
@@ -246,15 +225,6 @@ def test_features_folded_into_the_maps_change_neither_output_nor_gradients(kerne
     torch.testing.assert_close(*results)
 
 
-def test_features_are_folded_into_the_maps_where_that_takes_fewer_products():
-    c, heads, d = 12, 3, 4
-    for m, grid in [(4, (3, 4)), (4, (2, 4)), (8, (3, 4)), (2, (3, 4))]:
-        n = 1 + grid[0] * grid[1]
-        folded, apart = 4 * n * c**2 + 2 * d * c**2 + 2 * n * m * c, 4 * n * c**2 + 4 * n * m * c
-        fewest = min(folded, apart) if m == d else apart
-        assert performer(m=m, grid=grid).macs() == fewest + n * m * heads
-
-
 @pytest.mark.parametrize("autocast", [True, False])
 def test_in_float16_features_are_not_folded_as_they_are_out_of_range_before_the_keys_are(autocast):
     attention = performer(m=4, qkv_bias=False)
@@ -262,7 +232,7 @@ def test_in_float16_features_are_not_folded_as_they_are_out_of_range_before_the_
         attention.qkv.weight[12:24] = 2e4 * torch.eye(12)
         attention.omega.mul_(4)
     x = torch.ones(8, 13, 12)
-    assert attention.folds(len(x))
+    assert attention.folds(x)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.float16, enabled=autocast):
         y = attention(x) if autocast else attention.half()(x.half())
     assert y.isfinite().all()
@@ -286,28 +256,13 @@ def test_folded_features_in_bfloat16_have_the_errors_of_rounding_maps_and_tokens
 def test_folded_maps_are_rounded_once_under_autocast_whatever_the_batch(samples, monkeypatch):
     attention = performer(m=4, grid=(2, 2))
     given = []
-    split_maps = attention.split_maps
-    monkeypatch.setattr(attention, "split_maps", lambda *args: given.append(args) or split_maps(*args))
+    monkeypatch.setattr("effvit.attention.performer.qkv", lambda *args: given.append(args) or qkv(*args))
     for dtype in (torch.bfloat16, torch.float16):
         with torch.autocast("cpu", dtype=dtype):
             attention(torch.randn(samples, 5, 12))
-    (_, folded, bias), (_, apart, _) = given
-    assert apart is attention.qkv.weight
+    ((_, folded, bias),) = given  # in float16 Ω stays apart
     omega, weight = attention.omega.double() * 4**-0.25, attention.qkv.weight.double()
     exact = torch.cat([omega @ rows for rows in weight[:24].split(4)] + [weight[24:]])
     torch.testing.assert_close(folded.double(), exact, rtol=1e-5, atol=1e-6)
     exact = torch.cat([omega @ rows for rows in attention.qkv.bias.double()[:24].split(4)])
     torch.testing.assert_close(bias.double()[:24], exact, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("pays", [True, False])
-def test_exponentials_are_those_of_e(pays, monkeypatch):
-    monkeypatch.setattr("effvit.attention.performer._POWERS_OF_TWO_PAY", pays)
-    x = torch.linspace(-90, 2, 1001, requires_grad=True)
-    y = exp_(x * 1)
-    exact = x.detach().double().exp()
-    # Rounding x log₂e is an error of as much of the exponent, here up to 130.
-    torch.testing.assert_close(y.double(), exact, rtol=131 * 2.0**-24 + 2.0**-22, atol=0)
-    torch.testing.assert_close(
-        torch.autograd.grad(y.sum(), x)[0].double(), exact, rtol=131 * 2.0**-24 + 2.0**-22, atol=0
-    )

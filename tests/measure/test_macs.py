@@ -37,8 +37,7 @@ def test_attention_is_counted_exactly_as_its_closed_form(name, options, grid):
 
 
 @pytest.mark.parametrize("name, options", OPTIONS)
-def test_attention_is_counted_as_torch_counts_flops_where_all_products_are_written_out(name, options, monkeypatch):
-    monkeypatch.setattr("effvit.kernels.linear._ONEDNN", None)  # whose products torch's counter does not know
+def test_attention_is_counted_as_torch_counts_flops_where_all_products_are_written_out(name, options):
     attention = build_attention(name, 24, 3, (4, 4), **options).eval()
     x = torch.zeros(1, 17, 24)
     # Its counter knows no fused attention on CPU, hence the mathematical backend; a FLOP count is two a MAC.

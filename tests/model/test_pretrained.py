@@ -5,11 +5,11 @@ import torch
 from safetensors.torch import save_file
 
 from effvit import ViT, ViTConfig, available_attention
-from effvit.attention.linformer import resize_projection
 from effvit.attention.standard import standard_to_fused
 from effvit.errors import UserError
 from effvit.model.checkpoint import save_model
-from effvit.model.pretrained import interpolate_positions, start_from
+from effvit.model.pretrained import start_from
+from effvit.model.resize import resize_positions, resize_projection
 
 OPTIONS = {"linformer": {"k": 6}, "nystromformer": {"num_landmarks": 5}, "hybrid": {"window_size": 2}}
 
@@ -132,9 +132,9 @@ def test_positions_are_carried_over_to_another_grid_as_timm_does(tmp_path, size)
 
 def test_positions_of_the_same_grid_stay_and_a_linear_ramp_stays_one():
     positions = torch.randn(1, 17, 5)
-    torch.testing.assert_close(interpolate_positions(positions, (4, 4), (4, 4)), positions)
+    torch.testing.assert_close(resize_positions(positions, (4, 4), (4, 4)), positions)
     ramp = torch.cat([torch.full((1, 1, 1), 9.0), torch.arange(8.0).repeat_interleave(8).view(1, 64, 1)], dim=1)
-    larger = interpolate_positions(ramp, (8, 8), (16, 16))
+    larger = resize_positions(ramp, (8, 8), (16, 16))
     assert larger[0, 0, 0] == 9
     inside = larger[0, 1:, 0].view(16, 16)[5:11]  # away from the border, where a cubic runs out of pixels
     torch.testing.assert_close(inside, (torch.arange(5.0, 11.0) / 2 - 0.25)[:, None].expand(6, 16))

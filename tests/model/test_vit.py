@@ -143,8 +143,7 @@ def test_a_seed_fixes_the_whole_model(name):
 
 
 @pytest.mark.parametrize("name", available_attention())
-def test_its_macs_are_what_torch_counts_and_what_hooks_on_its_layers_see(name, monkeypatch):
-    monkeypatch.setattr("effvit.kernels.linear._ONEDNN", None)  # whose products torch's counter does not know
+def test_its_macs_are_what_torch_counts_and_what_hooks_on_its_layers_see(name):
     model = small_model(name)
     image = torch.zeros(1, 3, 16, 16)
     by_layers = 0

@@ -1,0 +1,214 @@
+"""Attention through features of queries and keys: φ(q) (φ(k)ᵀ v) / (φ(q) · Σ φ(k))."""
+
+from collections.abc import Iterator
+from math import e, log2
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from effvit.kernels import choice
+
+_LOG2_E = log2(e)
+_BLOCK_NUMBERS = 2**18  # per thread: 1 MiB of float32, as a block needs a handful of such tensors
+
+
+class Features(NamedTuple):
+    """φ: how rows ``(..., d)`` become features ``(..., m)``, with h = Ωx, or x where there is no Ω ``(m, d)``.
+
+    - ``exp``: exp(h - c) + ε for queries, exp(h - ‖s x‖² / 2 - c) + ε for keys, with s a ``scale`` ``()`` or ``(d,)``;
+      c is the largest exponent, of each query by itself, of all keys of a head together, so that it cancels.
+    - ``relu``: max(h, 0) + ε.
+    - ``elu``: elu(h) + 1 + ε.
+    """
+
+    kernel: Literal["exp", "relu", "elu"]
+    eps: float
+    omega: Tensor | None = None
+    scale: Tensor | None = None
+
+    def of_queries(self, q: Tensor) -> Tensor:
+        """φ(q), for ``exp`` up to a factor of each query, which cancels in the quotient."""
+        h = q if self.omega is None else q @ self.omega.mT
+        return self._positive(h, dims=(-1,)) + self.eps
+
+    def of_keys(self, k: Tensor) -> Tensor:
+        """φ(k), for ``exp`` up to a factor common to all keys of a head."""
+        h = k if self.omega is None else k @ self.omega.mT
+        if self.kernel == "exp":
+            h = h - half_norms(k, self.scale)
+        return self._positive(h, dims=(-2, -1)) + self.eps
+
+    def _positive(self, h: Tensor, dims: tuple[int, ...]) -> Tensor:
+        if self.kernel == "exp":
+            return exp_(h - h.detach().amax(dim=dims, keepdim=True))
+        if self.kernel == "relu":
+            return h.relu()
+        # elu + 1 is exp(x) below 0 and x + 1 above. Adding 1 to elu's -1 + exp(x) would round exp(x) away.
+        return h.clamp(max=0).exp() + h.relu()
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, features: Features, dropout_p: float = 0.0) -> Tensor:
+    """Queries ``(B, H, M, d)``, keys ``(B, H, N, d)`` and values ``(B, H, N, e)`` to ``(B, H, M, e)``.
+
+    Dropout acts on φ(q), not on the normaliser.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):  # φ, its sums over tokens and 1 / them overflow float16
+        phi_q, phi_k = features.of_queries(q.to(dtype)), features.of_keys(k.to(dtype))
+        y = F.dropout(phi_q, dropout_p) @ (phi_k.mT @ v.to(dtype))
+        return (y / (phi_q @ phi_k.sum(dim=-2).unsqueeze(-1))).to(v.dtype)
+
+
+@choice.primitive
+def feature_attention(q: Tensor, k: Tensor, v: Tensor, features: Features, dropout_p: float = 0.0) -> Tensor:
+    """`reference`, by blocks that stay in a CPU's cache where it would not."""
+    # Of elu's two parts PyTorch would keep all intermediate results, and go back through each.
+    blocks_pay = k.numel() > _BLOCK_NUMBERS or features.kernel == "elu"
+    if choice.on_cpu(q, k, v) and blocks_pay and not dropout_p:
+        return by_blocks(q, k, v, features)
+    return reference(q, k, v, features, dropout_p)
+
+
+def by_blocks(q: Tensor, k: Tensor, v: Tensor, features: Features) -> Tensor:
+    """One head of a few samples at a time."""
+    return Blockwise.apply(q, k, v, features)
+
+
+def half_norms(x: Tensor, scale: Tensor | None) -> Tensor:
+    """‖s x‖² / 2 of rows ``(..., d)``: ``(..., 1)``."""
+    return (x if scale is None else x * scale).square().sum(dim=-1, keepdim=True).mul(0.5)
+
+
+def exp_(x: Tensor) -> Tensor:
+    """e^x in place of x, as 2^(x log₂e) where that is faster."""
+    # Compiled it is no slower, and ONNX has no 2^x but the slow power.
+    return x.mul_(_LOG2_E).exp2_() if choice.POWERS_OF_TWO and choice.on_cpu(x) else x.exp_()
+
+
+class Blockwise(torch.autograd.Function):
+    """The normaliser D is one more column of the same product: [n, D] = φ(q) S with S = [φ(k)ᵀ v, Σ φ(k)].
+
+    Training keeps q and φ(k), and nothing else of their size; φ(q) is computed again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, features: Features) -> Tensor:
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        samples, heads, rows, d = q.shape
+        columns, m = k.shape[2], d if features.omega is None else len(features.omega)
+        y = v.new_empty(samples, rows, heads, v.shape[-1]).transpose(1, 2)
+        normaliser = q.new_empty(samples, heads, rows, 1, dtype=dtype)
+        # Heads first: a product writes a block directly where the block is whole in memory.
+        kept = q.new_empty(heads, samples, columns, m, dtype=dtype) if any(ctx.needs_input_grad) else None
+        with torch.autocast(q.device.type, enabled=False):
+            for block in _blocks(k):
+                query, key, value = (tokens[block].to(dtype) for tokens in (q, k, v))
+                phi_q = _of_queries(query, features)
+                place = q.new_empty(len(key), columns, m, dtype=dtype) if kept is None else kept[block[::-1]]
+                phi_k = _of_keys(key, features, place)
+                both = torch.bmm(phi_q, _context(phi_k, value))
+                normaliser[block] = both[..., -1:]
+                torch.div(both[..., :-1], both[..., -1:], out=y[block])
+        ctx.save_for_backward(q, k, v, features.omega, features.scale, y, normaliser, kept)
+        ctx.features = features._replace(omega=None, scale=None)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        q, k, v, omega, scale, y, normaliser, kept = ctx.saved_tensors
+        features: Features = ctx.features._replace(omega=omega, scale=scale)
+        if torch.is_grad_enabled():  # gradients of gradients: through the equation
+            inputs = [tensor for tensor in (q, k, v) if tensor.requires_grad]
+            found = iter(torch.autograd.grad(reference(q, k, v, features), inputs, gradient, create_graph=True))
+            return *(next(found) if tensor.requires_grad else None for tensor in (q, k, v)), None
+        d_q, d_k, d_v = (torch.empty_like(tokens) for tokens in (q, k, v))
+        with torch.autocast(k.device.type, enabled=False):
+            for block in _blocks(k):
+                query, key, value = (tokens[block].to(kept.dtype) for tokens in (q, k, v))
+                d_y, phi_k = (gradient[block], y[block], normaliser[block]), kept[block[::-1]]
+                d_q[block], d_context = _through_queries(query, _context(phi_k, value), d_y, features)
+                d_k[block], d_v[block] = _through_keys(key, value, phi_k, d_context, features)
+        return d_q, d_k, d_v, None
+
+
+def _blocks(x: Tensor) -> Iterator[tuple[slice, int]]:
+    """Cut ``(B, H, N, d)`` into blocks ``(b, N, d)`` of one head, sized to a CPU's cache."""
+    samples, heads, tokens, width = x.shape
+    at_once = max(1, _BLOCK_NUMBERS * torch.get_num_threads() // (tokens * width))
+    for sample in range(0, samples, at_once):
+        for head in range(heads):
+            yield slice(sample, sample + at_once), head
+
+
+def _of_queries(q: Tensor, features: Features) -> Tensor:
+    """`Features.of_queries` of a block ``(b, N, d)``, in one piece of memory."""
+    h = _products(q, features.omega)
+    return _positive_(h, None if h is q else h, features, dims=(-1,))
+
+
+def _of_keys(k: Tensor, features: Features, out: Tensor) -> Tensor:
+    """`Features.of_keys` of a block ``(b, N, d)``, written to ``out``."""
+    h = _products(k, features.omega, out)
+    if features.kernel == "exp":
+        h = torch.sub(h, half_norms(k, features.scale), out=out)
+    return _positive_(h, out, features, dims=(-2, -1))
+
+
+def _products(x: Tensor, omega: Tensor | None, out: Tensor | None = None) -> Tensor:
+    if omega is None:
+        return x
+    # As a batch of products, which read rows where they lie; one product over all would copy them first.
+    return torch.bmm(x, omega.T.expand(len(x), -1, -1), out=out)
+
+
+def _positive_(h: Tensor, out: Tensor | None, features: Features, dims: tuple[int, ...]) -> Tensor:
+    if features.kernel == "relu":
+        return torch.clamp(h, min=0, out=out).add_(features.eps)
+    if features.kernel == "elu":
+        above = h.relu().add_(features.eps)
+        return exp_(torch.clamp(h, max=0, out=out)).add_(above)
+    return exp_(torch.sub(h, h.amax(dim=dims, keepdim=True), out=out)).add_(features.eps)
+
+
+def _through_queries(
+    q: Tensor, context: Tensor, d_y: tuple[Tensor, Tensor, Tensor], features: Features
+) -> tuple[Tensor, Tensor]:
+    """Gradients of a block's queries and of S, from the gradient of y, y and D."""
+    gradient, y, normaliser = d_y
+    phi = _of_queries(q, features)
+    # y = n / D: ∂n = ∂y / D and ∂D = -(∂n · y), side by side as n and D are.
+    d_both = phi.new_empty(*y.shape[:-1], y.shape[-1] + 1)
+    d_n = torch.div(gradient, normaliser, out=d_both[..., :-1])
+    d_both[..., -1] = -(d_n * y).sum(dim=-1)
+    d_context = torch.bmm(phi.mT, d_both)
+    d_h = torch.bmm(d_both, context.mT).mul_(_derivative(phi, features, out=phi))
+    return d_h if features.omega is None else d_h @ features.omega, d_context
+
+
+def _through_keys(k: Tensor, v: Tensor, phi: Tensor, d_context: Tensor, features: Features) -> tuple[Tensor, Tensor]:
+    """Gradients of a block's keys and values."""
+    d_context, d_sum = d_context.split([v.shape[-1], 1], dim=-1)
+    d_h = torch.baddbmm(d_sum.mT, v, d_context.mT).mul_(_derivative(phi, features))
+    d_k = d_h if features.omega is None else d_h @ features.omega
+    if features.kernel == "exp":  # the gradient of -‖s k‖² / 2
+        squares = 1.0 if features.scale is None else features.scale.square()
+        d_k.addcmul_(k * squares, d_h.sum(dim=-1, keepdim=True), value=-1)
+    return d_k, torch.bmm(phi, d_context)
+
+
+def _derivative(phi: Tensor, features: Features, out: Tensor | None = None) -> Tensor:
+    """φ'(h) from φ: exp' = exp, relu' = 1 above zero, elu' = exp but at most 1."""
+    if features.kernel == "relu":
+        return phi > features.eps
+    derivative = torch.sub(phi, features.eps, out=out)
+    return derivative.clamp_(max=1) if features.kernel == "elu" else derivative
+
+
+def _context(phi_k: Tensor, v: Tensor) -> Tensor:
+    return torch.cat([torch.bmm(phi_k.mT, v), phi_k.sum(dim=-2).unsqueeze(-1)], dim=-1)
+
+
+FORMS = {"by blocks": by_blocks}
