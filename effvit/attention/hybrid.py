@@ -4,10 +4,10 @@ effvit's own, inspired by ACC-ViT's atrous windows and gated fusion (Ibtehaz et 
 2406.08859) and by linear attention (Katharopoulos et al. 2020, arXiv 2006.16236).
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor, nn
 
 from effvit.attention.base import Attention, AttentionOptions, Grid, register
@@ -20,26 +20,18 @@ _EPS = 1e-6  # exp underflows far below 0, and the normaliser with it
 Branch = Literal["regional", "dilated", "linear"]
 
 
+def _distinct(values: list[Any]) -> list[Any]:
+    if not values or len(set(values)) != len(values):
+        raise ValueError("must name at least one, each once")
+    return values
+
+
 class HybridOptions(AttentionOptions):
     """w x w windows at each of ``dilations``; ``branches`` picks regional (dilation 1), dilated (the rest), linear."""
 
     window_size: int = Field(4, ge=1)
-    dilations: list[int] = Field([1, 2])
-    branches: list[Branch] = Field(["regional", "dilated", "linear"])
-
-    @field_validator("dilations", "branches")
-    @classmethod
-    def _distinct(cls, values: list[Any]) -> list[Any]:
-        if not values or len(set(values)) != len(values):
-            raise ValueError("must name at least one, each once")
-        return values
-
-    @field_validator("dilations")
-    @classmethod
-    def _positive(cls, dilations: list[int]) -> list[int]:
-        if min(dilations) < 1:
-            raise ValueError("each must be at least 1")
-        return dilations
+    dilations: Annotated[list[Annotated[int, Field(ge=1)]], AfterValidator(_distinct)] = Field([1, 2])
+    branches: Annotated[list[Branch], AfterValidator(_distinct)] = Field(["regional", "dilated", "linear"])
 
     @model_validator(mode="after")
     def _branches_have_dilations(self) -> "HybridOptions":
@@ -105,7 +97,12 @@ class HybridAttention(Attention):
         branches = [window_attention(q[:, :, s:], k, v, each, self.dropout_p) for each in self.windows]
         if self.linear:
             branches.append(feature_attention(q[:, :, s:], k, v, Features("elu", _EPS), self.dropout_p))
-        patches = branches[0] if self.gate is None else mix(branches, *context)
+        patches = branches[0]
+        if self.gate is not None:
+            shares = context[0].to(v.dtype)[:, None, ..., None]  # (B, 1, P, branches, 1)
+            patches = shares[:, :, :, 0] * branches[0]
+            for number, branch in enumerate(branches[1:], 1):
+                patches = torch.addcmul(patches, shares[:, :, :, number], branch)
         if not s:
             return patches
         prefix = softmax_attention(q[:, :, :s], k, v, self.dropout_p)
@@ -126,12 +123,3 @@ class HybridAttention(Attention):
         if self.gate is not None:
             total += p * c * len(self.branch_names)
         return total
-
-
-def mix(branches: list[Tensor], shares: Tensor) -> Tensor:
-    """Σ g_branch · branch, of branches ``(B, H, P, e)`` and shares ``(B, P, branches)``."""
-    first, *rest = shares.to(branches[0].dtype)[:, None, ..., None].unbind(dim=-2)  # one (B, 1, P, 1) a branch
-    mixed = first * branches[0]
-    for share, branch in zip(rest, branches[1:], strict=True):
-        mixed = torch.addcmul(mixed, share, branch)
-    return mixed

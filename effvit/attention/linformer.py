@@ -56,7 +56,7 @@ class LinformerAttention(Attention):
             # Each head has its own E: mixing d columns after the map is cheaper than C columns before it. As the bias
             # is to be added once a row, E (x W + b) is lacking (1 - E 1) b.
             q, k, v = super().project(x)
-            _, b_k, b_v = self.biases(x)
+            b_k, b_v = self.biases(x)
             k = self.E @ k + (1 - self.E.sum(dim=-1, keepdim=True)) * b_k
             return q, k, self.F @ v + (1 - self.F.sum(dim=-1, keepdim=True)) * b_v
         # E (x W) = (E x) W: projecting tokens first applies the maps to k rows instead of N. The bias is added
@@ -66,11 +66,12 @@ class LinformerAttention(Attention):
         q, k, v = apply_qkv_apart(self.qkv, x, ex, fx)
         return self.split_heads(q), self.split_heads(k), self.split_heads(v)
 
-    def biases(self, x: Tensor) -> list[Tensor]:
-        """What the maps add to x W: of each map ``(H, 1, d)``."""
+    def biases(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the maps add to keys and values x W, ``(H, 1, d)`` each."""
         bias = self.qkv.bias if isinstance(self.qkv, nn.Linear) else self.qkv(x.new_zeros(1, self.dim))[0]
         bias = x.new_zeros(3 * self.dim) if bias is None else bias
-        return [part.view(self.num_heads, 1, self.head_dim) for part in bias.chunk(3)]
+        _, b_k, b_v = bias.chunk(3)
+        return b_k.view(self.num_heads, 1, self.head_dim), b_v.view(self.num_heads, 1, self.head_dim)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
         return softmax_attention(q, k, v, self.dropout_p)

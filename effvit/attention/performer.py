@@ -45,17 +45,15 @@ class PerformerAttention(Attention):
         self.register_buffer("omega", draw_features(self.num_features, self.head_dim))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
-        return feature_attention(q, k, v, self.features(q.dtype, *context), self.dropout_p)
+        return feature_attention(q, k, v, self.features(*context), self.dropout_p)
 
-    def features(self, dtype: torch.dtype, scale: Tensor | None = None) -> Features:
+    def features(self, scale: Tensor | None = None) -> Features:
         """φ up to the factor m^-½, which cancels; with the ``scale`` that `fold` gives, φ of Ωx̂ in place of x."""
         kernel: Literal["exp", "relu"] = "exp" if self.kernel == "softmax" else "relu"
         eps = _EPS[self.kernel] * self.num_features**0.5
         if scale is not None:
             return Features(kernel, eps, None, scale)
-        dtype = torch.promote_types(dtype, torch.float32)
-        scale = self.omega.new_tensor(self.head_dim**-0.25, dtype=dtype)
-        return Features(kernel, eps, self.omega.to(dtype) * scale, scale)  # Ωx̂ = (d^-¼ Ω) x
+        return Features(kernel, eps, self.omega, self.head_dim**-0.25)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.fold(x) if self.folds(x) else super().project(x)

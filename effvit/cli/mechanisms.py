@@ -1,17 +1,27 @@
 """``effvit mechanisms``."""
 
+_CAPABILITIES = {
+    "exact": "exact",
+    "has_map": "has a map",
+    "needs_grid": "needs the grid",
+    "fixed_length": "fixed length",
+}
+
 
 def mechanisms() -> None:
-    """List the attention mechanisms: name, options with their defaults, complexity, paper."""
+    """List the attention mechanisms: name, options with their defaults, capabilities, complexity, paper."""
     from rich import print as show
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from effvit.attention import attention_class, available_attention
 
-    table = Table("name", "options and defaults", "complexity", "source")
+    table = Table(
+        "name", Column("options and defaults", overflow="fold", min_width=27), "capabilities", "complexity", "source"
+    )
     for name in available_attention():
         mechanism = attention_class(name)
         defaults = mechanism.Options().model_dump().items()
         settings = "\n".join(f"{key}={value}" for key, value in defaults).replace("[", r"\[")
-        table.add_row(name, settings, mechanism.complexity, mechanism.paper)
+        abilities = "\n".join(words for flag, words in _CAPABILITIES.items() if getattr(mechanism, flag))
+        table.add_row(name, settings, abilities, mechanism.complexity, mechanism.paper)
     show(table)

@@ -15,10 +15,10 @@ _BLOCK_NUMBERS = 2**18  # per thread: 1 MiB of float32, as a block needs a handf
 
 
 class Features(NamedTuple):
-    """φ: how rows ``(..., d)`` become features ``(..., m)``, with h = Ωx, or x where there is no Ω ``(m, d)``.
+    """φ: how rows ``(..., d)`` become features ``(..., m)``, with h = Ω (s x), or x where there is no Ω ``(m, d)``.
 
-    - ``exp``: exp(h - c) + ε for queries, exp(h - ‖s x‖² / 2 - c) + ε for keys, with s a ``scale`` ``()`` or ``(d,)``;
-      c is the largest exponent, of each query by itself, of all keys of a head together, so that it cancels.
+    - ``exp``: exp(h - c) + ε for queries, exp(h - ‖s x‖² / 2 - c) + ε for keys, with s a number or ``(d,)``; c is the
+      largest exponent, of each query by itself, of all keys of a head together, so that it cancels.
     - ``relu``: max(h, 0) + ε.
     - ``elu``: elu(h) + 1 + ε.
     """
@@ -26,19 +26,24 @@ class Features(NamedTuple):
     kernel: Literal["exp", "relu", "elu"]
     eps: float
     omega: Tensor | None = None
-    scale: Tensor | None = None
+    scale: Tensor | float = 1.0
 
     def of_queries(self, q: Tensor) -> Tensor:
         """φ(q), for ``exp`` up to a factor of each query, which cancels in the quotient."""
-        h = q if self.omega is None else q @ self.omega.mT
+        h = q if self.omega is None else q @ self.matrix(q.dtype).mT
         return self._positive(h, dims=(-1,)) + self.eps
 
     def of_keys(self, k: Tensor) -> Tensor:
         """φ(k), for ``exp`` up to a factor common to all keys of a head."""
-        h = k if self.omega is None else k @ self.omega.mT
+        h = k if self.omega is None else k @ self.matrix(k.dtype).mT
         if self.kernel == "exp":
             h = h - half_norms(k, self.scale)
         return self._positive(h, dims=(-2, -1)) + self.eps
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """s Ω ``(m, d)``, so that m d numbers are scaled and not N d."""
+        assert self.omega is not None, "h is x"
+        return self.omega.to(dtype) * self.scale
 
     def _positive(self, h: Tensor, dims: tuple[int, ...]) -> Tensor:
         if self.kernel == "exp":
@@ -76,9 +81,9 @@ def by_blocks(q: Tensor, k: Tensor, v: Tensor, features: Features) -> Tensor:
     return Blockwise.apply(q, k, v, features)
 
 
-def half_norms(x: Tensor, scale: Tensor | None) -> Tensor:
+def half_norms(x: Tensor, scale: Tensor | float) -> Tensor:
     """‖s x‖² / 2 of rows ``(..., d)``: ``(..., 1)``."""
-    return (x if scale is None else x * scale).square().sum(dim=-1, keepdim=True).mul(0.5)
+    return (x * scale).square().sum(dim=-1, keepdim=True).mul(0.5)
 
 
 def exp_(x: Tensor) -> Tensor:
@@ -111,15 +116,16 @@ class Blockwise(torch.autograd.Function):
                 both = torch.bmm(phi_q, _context(phi_k, value))
                 normaliser[block] = both[..., -1:]
                 torch.div(both[..., :-1], both[..., -1:], out=y[block])
-        ctx.save_for_backward(q, k, v, features.omega, features.scale, y, normaliser, kept)
-        ctx.features = features._replace(omega=None, scale=None)
+        scale = features.scale if isinstance(features.scale, Tensor) else None
+        ctx.save_for_backward(q, k, v, features.omega, scale, y, normaliser, kept)
+        ctx.features = features._replace(omega=None, scale=1.0 if scale is not None else features.scale)
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         q, k, v, omega, scale, y, normaliser, kept = ctx.saved_tensors
-        features: Features = ctx.features._replace(omega=omega, scale=scale)
+        features: Features = ctx.features._replace(omega=omega, scale=ctx.features.scale if scale is None else scale)
         if torch.is_grad_enabled():  # gradients of gradients: through the equation
             inputs = [tensor for tensor in (q, k, v) if tensor.requires_grad]
             found = iter(torch.autograd.grad(reference(q, k, v, features), inputs, gradient, create_graph=True))
@@ -145,23 +151,23 @@ def _blocks(x: Tensor) -> Iterator[tuple[slice, int]]:
 
 def _of_queries(q: Tensor, features: Features) -> Tensor:
     """`Features.of_queries` of a block ``(b, N, d)``, in one piece of memory."""
-    h = _products(q, features.omega)
+    h = _products(q, features)
     return _positive_(h, None if h is q else h, features, dims=(-1,))
 
 
 def _of_keys(k: Tensor, features: Features, out: Tensor) -> Tensor:
     """`Features.of_keys` of a block ``(b, N, d)``, written to ``out``."""
-    h = _products(k, features.omega, out)
+    h = _products(k, features, out)
     if features.kernel == "exp":
         h = torch.sub(h, half_norms(k, features.scale), out=out)
     return _positive_(h, out, features, dims=(-2, -1))
 
 
-def _products(x: Tensor, omega: Tensor | None, out: Tensor | None = None) -> Tensor:
-    if omega is None:
+def _products(x: Tensor, features: Features, out: Tensor | None = None) -> Tensor:
+    if features.omega is None:
         return x
     # As a batch of products, which read rows where they lie; one product over all would copy them first.
-    return torch.bmm(x, omega.T.expand(len(x), -1, -1), out=out)
+    return torch.bmm(x, features.matrix(x.dtype).T.expand(len(x), -1, -1), out=out)
 
 
 def _positive_(h: Tensor, out: Tensor | None, features: Features, dims: tuple[int, ...]) -> Tensor:
@@ -185,17 +191,16 @@ def _through_queries(
     d_both[..., -1] = -(d_n * y).sum(dim=-1)
     d_context = torch.bmm(phi.mT, d_both)
     d_h = torch.bmm(d_both, context.mT).mul_(_derivative(phi, features, out=phi))
-    return d_h if features.omega is None else d_h @ features.omega, d_context
+    return d_h if features.omega is None else d_h @ features.matrix(d_h.dtype), d_context
 
 
 def _through_keys(k: Tensor, v: Tensor, phi: Tensor, d_context: Tensor, features: Features) -> tuple[Tensor, Tensor]:
     """Gradients of a block's keys and values."""
     d_context, d_sum = d_context.split([v.shape[-1], 1], dim=-1)
     d_h = torch.baddbmm(d_sum.mT, v, d_context.mT).mul_(_derivative(phi, features))
-    d_k = d_h if features.omega is None else d_h @ features.omega
+    d_k = d_h if features.omega is None else d_h @ features.matrix(d_h.dtype)
     if features.kernel == "exp":  # the gradient of -‖s k‖² / 2
-        squares = 1.0 if features.scale is None else features.scale.square()
-        d_k.addcmul_(k * squares, d_h.sum(dim=-1, keepdim=True), value=-1)
+        d_k.addcmul_(k * features.scale**2, d_h.sum(dim=-1, keepdim=True), value=-1)
     return d_k, torch.bmm(phi, d_context)
 
 

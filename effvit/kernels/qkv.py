@@ -43,8 +43,11 @@ class QKVLinear(nn.Linear):
         """Rows ``(B, N, C)`` to ``(B, N, 3C)``; with rows for keys and values, to q, k, v ``(B, rows, C)``."""
         if of_k is None or of_v is None:
             return linear(x, self.weight, self.bias)
-        biases = (None,) * 3 if self.bias is None else self.bias.chunk(3)
-        return tuple(map(linear, (x, of_k, of_v), self.weight.chunk(3), biases))
+        w_q, w_k, w_v = self.weight.chunk(3)
+        if self.bias is None:
+            return linear(x, w_q), linear(of_k, w_k), linear(of_v, w_v)
+        b_q, b_k, b_v = self.bias.chunk(3)
+        return linear(x, w_q, b_q), linear(of_k, w_k, b_k), linear(of_v, w_v, b_v)
 
 
 def apply_qkv_apart(layer: nn.Module, x: Tensor, of_k: Tensor, of_v: Tensor) -> Thirds:

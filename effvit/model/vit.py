@@ -74,6 +74,10 @@ class ViTConfig(BaseModel):
         """Prefix tokens and patches."""
         return self.prefix_tokens + self.grid_size[0] * self.grid_size[1]
 
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and values, as libraries of Hugging Face ask a model's ``config`` for them."""
+        return self.model_dump()
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ViTConfig":
         """Read a dictionary of this class's fields, or the flat form in which mechanisms have prefixed options.
@@ -195,7 +199,9 @@ class ViT(nn.Module):
         Returns:
             Logits ``(B, num_classes)``; with ``output_attentions`` a pair of those and a list of ``(B, H, N, N)``.
         """
-        if not isinstance(images, Proxy):  # whose shape torch.fx does not know
+        if isinstance(images, Proxy):  # torch.fx, which knows no shape and would make an input of the flag as well
+            output_attentions = False
+        else:
             self._check_shape(images)
         prefix = [
             token.expand(images.shape[0], -1, -1) for token in (self.cls_token, self.reg_token) if token is not None

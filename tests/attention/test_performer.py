@@ -78,7 +78,7 @@ def test_one_feature_and_heads_of_width_one_work():
 
 def test_query_features_are_the_formula_up_to_one_factor_a_token_and_keys_up_to_one_a_head():
     attention = performer(m=20).double()
-    features, omega = attention.features(torch.float64)._replace(eps=0.0), attention.omega
+    features, omega = attention.features()._replace(eps=0.0), attention.omega
     x = 0.5 * torch.randn(2, 3, 13, 4, dtype=torch.float64)
     x_hat = x * 4**-0.25
     h = x_hat @ omega.T
@@ -91,7 +91,7 @@ def test_query_features_are_the_formula_up_to_one_factor_a_token_and_keys_up_to_
 
 
 def test_every_query_and_the_keys_of_a_head_together_reach_the_largest_feature_whatever_their_norms():
-    features = performer(m=20).features(torch.float32)._replace(eps=0.0)
+    features = performer(m=20).features()._replace(eps=0.0)
     x = torch.randn(2, 3, 13, 4) * torch.logspace(-1, 2, 13)[:, None]
     queries = features.of_queries(x).amax(dim=-1)
     torch.testing.assert_close(queries, torch.ones_like(queries))

@@ -1,0 +1,251 @@
+"""Layers are called: what acts by a call acts here, such as hooks, adapters, pruning, tracers and counters."""
+
+import copy
+import io
+
+import pytest
+import torch
+from mechanisms import FIRST
+from torch import nn
+from torch.func import functional_call, grad, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrize, prune
+from torch.utils.flop_counter import FlopCounterMode
+
+from effvit import ViT, ViTConfig, build_attention
+from effvit.kernels import choice
+
+GRID, TOKENS, WIDTH, HEADS = (3, 5), 16, 12, 3
+BY_NAME = pytest.mark.parametrize("name, options", FIRST)
+
+
+def attention_of(name, options, **more):
+    torch.manual_seed(0)
+    return build_attention(name, WIDTH, HEADS, GRID, **options, **more).eval()
+
+
+def merged_layer(attention):
+    """The layer that makes queries, among other things."""
+    return attention.qkv if hasattr(attention, "qkv") else attention.heads[0].query
+
+
+def model_of(name, options, **changes):
+    torch.manual_seed(0)
+    size = {"image_size": 16, "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3}
+    size |= {"intermediate_size": 24, "num_classes": 5, "initializer_range": 0.3}
+    return ViT(ViTConfig(**(size | changes), attention=name, attention_options=options)).eval()
+
+
+@BY_NAME
+def test_a_hook_on_the_merged_map_is_called_and_what_it_returns_counts(name, options):
+    attention, x = attention_of(name, options), torch.randn(2, TOKENS, WIDTH)
+    before = attention(x)
+    seen = []
+    layer = merged_layer(attention)
+    handle = layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    torch.testing.assert_close(attention(x), before, rtol=1e-5, atol=1e-6)
+    assert seen
+    handle.remove()
+
+    def zeros(module, inputs, output):
+        return tuple(map(torch.zeros_like, output)) if isinstance(output, tuple) else torch.zeros_like(output)
+
+    layer.register_forward_hook(zeros)
+    with torch.no_grad():
+        layer.weight.zero_()
+        if layer.bias is not None:
+            layer.bias.zero_()
+        of_zero_weights = attention_of(name, options)
+        of_zero_weights.load_state_dict(attention.state_dict())
+        layer.weight.normal_()
+        torch.testing.assert_close(attention(x), of_zero_weights(x))
+
+
+@BY_NAME
+def test_a_hook_on_the_output_map_is_called_and_what_it_returns_counts(name, options):
+    attention, x = attention_of(name, options), torch.randn(2, TOKENS, WIDTH)
+    attention.proj.register_forward_hook(lambda module, inputs, output: output + 1)
+    torch.testing.assert_close(attention(x), attention_of(name, options)(x) + 1)
+
+
+@BY_NAME
+def test_hooks_on_all_modules_are_called(name, options):
+    attention, seen = attention_of(name, options), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        attention(torch.randn(2, TOKENS, WIDTH))
+    finally:
+        handle.remove()
+    assert merged_layer(attention) in seen and attention.proj in seen
+
+
+class LoRA(nn.Module):
+    """W x + B A x in place of a linear layer, as adapters are written."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.a = nn.Linear(base.in_features, 2, bias=False)
+        self.b = nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.b(self.a(x))
+
+
+@BY_NAME
+@pytest.mark.parametrize("qkv_bias", [True, False])
+def test_an_adapter_in_place_of_the_merged_map_is_the_map_with_its_sum(name, options, qkv_bias):
+    attention, x = attention_of(name, options, qkv_bias=qkv_bias), torch.randn(2, TOKENS, WIDTH)
+    summed = copy.deepcopy(attention)
+    owner, key = (attention, "qkv") if hasattr(attention, "qkv") else (attention.heads[0], "query")
+    adapter = LoRA(getattr(owner, key))
+    setattr(owner, key, adapter)
+    with torch.no_grad():
+        merged_layer(summed).weight.add_(adapter.b.weight @ adapter.a.weight)
+    torch.testing.assert_close(attention(x), summed(x), rtol=1e-4, atol=1e-5)
+    attention(x).sum().backward()
+    assert adapter.a.weight.grad.abs().sum() > 0 and adapter.b.weight.grad.abs().sum() > 0
+
+
+@BY_NAME
+@pytest.mark.parametrize("targets", [["qkv", "proj"], ["qkv"]])
+def test_peft_trains_its_adapters_and_merges_them(name, options, targets):
+    peft = pytest.importorskip("peft", reason="needs peft, of the extra peers", exc_type=ImportError)
+    model, images = model_of(name, options), torch.randn(2, 3, 16, 16)
+    if name == "standard":
+        targets = ["query", "key", "value", *targets[1:]]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    logits = adapted(images)
+    logits.sum().backward()
+    gradients = [p.grad for key, p in adapted.named_parameters() if "lora_" in key]
+    assert gradients and all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(images), logits, rtol=1e-4, atol=1e-4)
+
+
+@BY_NAME
+def test_pruning_and_parametrisations_act(name, options):
+    x = torch.randn(2, TOKENS, WIDTH)
+    pruned, by_hand = attention_of(name, options), attention_of(name, options)
+    layer = merged_layer(pruned)
+    prune.l1_unstructured(layer, "weight", amount=0.5)
+    with torch.no_grad():
+        merged_layer(by_hand).weight.mul_(layer.weight_mask)
+    torch.testing.assert_close(pruned(x), by_hand(x), rtol=1e-5, atol=1e-6)
+
+    class Double(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    doubled, by_hand = attention_of(name, options), attention_of(name, options)
+    parametrize.register_parametrization(merged_layer(doubled), "weight", Double())
+    with torch.no_grad():
+        merged_layer(by_hand).weight.mul_(2)
+    torch.testing.assert_close(doubled(x), by_hand(x), rtol=1e-5, atol=1e-6)
+
+
+@BY_NAME
+def test_dynamic_quantisation_replaces_the_maps_and_is_near(name, options):
+    model, images = model_of(name, options), torch.randn(2, 3, 16, 16)
+    quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+    kinds = {type(module).__module__ for key, module in quantized.named_modules() if key.endswith("attn.proj")}
+    assert all("quantized" in kind for kind in kinds)
+    expected = model(images)
+    assert (quantized(images) - expected).norm() / expected.norm() < 0.1
+
+
+@BY_NAME
+def test_gradients_and_forward_derivatives_by_torch_func_are_autograds(name, options):
+    attention = attention_of(name, options).double()
+    x, tangent = torch.randn(2, 2, TOKENS, WIDTH, dtype=torch.float64)
+
+    def loss(x):
+        return attention(x).sin().sum()
+
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(grad(loss)(x), expected)
+    torch.testing.assert_close(jvp(loss, (x,), (tangent,))[1], (expected * tangent).sum())
+    per_sample = vmap(grad(lambda sample: loss(sample[None])))(x)
+    torch.testing.assert_close(per_sample, expected)
+    state = dict(attention.named_parameters())
+    by_weights = grad(lambda state: functional_call(attention, state, (x,)).sin().sum())(state)
+    for parameter, theirs in zip(torch.autograd.grad(loss(x), state.values()), by_weights.values(), strict=True):
+        torch.testing.assert_close(theirs, parameter)
+
+
+@pytest.mark.parametrize("name", ["performer", "nystromformer", "hybrid"])
+def test_batches_above_the_size_of_blocks_have_gradients_by_torch_func(name):
+    attention = build_attention(name, 192, 3, (14, 14))
+    x = torch.randn(8, 197, 192)
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(attention(leaf).sum(), leaf)
+    torch.testing.assert_close(grad(lambda x: attention(x).sum())(x), expected, rtol=1e-3, atol=1e-4)
+
+
+@BY_NAME
+def test_gradients_of_gradients_are_those_of_finite_differences(name, options, monkeypatch):
+    monkeypatch.setattr("effvit.kernels.feature_attention._BLOCK_NUMBERS", 1)
+    attention = attention_of(name, options).double()
+    x = torch.randn(1, TOKENS, WIDTH, dtype=torch.float64, requires_grad=True)
+    with sdpa_kernel(SDPBackend.MATH):
+        assert torch.autograd.gradgradcheck(lambda x: attention(x).sin().sum(), (x,), fast_mode=True, atol=1e-3)
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@BY_NAME
+def test_public_counters_count_the_same_on_every_processor(name, options, onednn, monkeypatch):
+    monkeypatch.setattr(choice, "ONEDNN_PRODUCTS", onednn and choice._ONEDNN is not None)
+    model = model_of(name, options)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, 16, 16))
+    assert counter.get_total_flops() == 2 * model.macs()
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+def test_ptflops_counts_the_maps_as_of_a_model_of_torchs_own_layers(onednn, monkeypatch):
+    from ptflops import get_model_complexity_info
+
+    monkeypatch.setattr(choice, "ONEDNN_PRODUCTS", onednn and choice._ONEDNN is not None)
+    macs, _ = get_model_complexity_info(
+        model_of("fused", {}), (3, 16, 16), print_per_layer_stat=False, as_strings=False
+    )
+    n, c, patch, blocks = 17, 12, 48, 2
+    maps = 16 * patch * c + blocks * (4 * n * c * c + 2 * n * c * 24) + c * 5
+    assert macs >= maps  # ptflops adds biases, norms and activations
+
+
+@BY_NAME
+def test_it_is_built_without_memory_and_filled_later(name, options):
+    with torch.device("meta"):
+        attention = build_attention(name, WIDTH, HEADS, GRID, **options)
+    assert all(parameter.is_meta for parameter in attention.parameters())
+    real = attention_of(name, options)
+    attention.load_state_dict(real.state_dict(), assign=True)
+    x = torch.randn(2, TOKENS, WIDTH)
+    torch.testing.assert_close(attention.eval()(x), real(x))
+
+
+@BY_NAME
+def test_a_traced_model_is_saved_and_loaded_again(name, options):
+    model, images = model_of(name, options), torch.randn(2, 3, 16, 16)
+    file = io.BytesIO()
+    with torch.no_grad():
+        torch.jit.save(torch.jit.trace(model, images), file)
+        file.seek(0)
+        torch.testing.assert_close(torch.jit.load(file)(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+@BY_NAME
+def test_torch_fx_takes_features_out_of_the_middle(name, options):
+    feature_extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    model, images = model_of(name, options), torch.randn(2, 3, 16, 16)
+    seen = []
+    model.blocks[0].attn.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    logits = model(images)
+    extractor = feature_extraction.create_feature_extractor(
+        model, {"blocks.0.attn.proj_drop": "mixed", "head": "logits"}
+    )
+    features = extractor(images)
+    torch.testing.assert_close(features["mixed"], seen[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(features["logits"], logits, rtol=1e-4, atol=1e-5)
