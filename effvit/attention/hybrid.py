@@ -42,13 +42,10 @@ class HybridOptions(AttentionOptions):
         return self
 
     def check_grid(self, grid_size: Grid, prefix_tokens: int = 1) -> None:
-        rows, columns = grid_size
-        if max(self.window_size, *self.dilations) > max(grid_size):
-            name = "window_size" if self.window_size > max(grid_size) else "dilations"
-            raise UserError(
-                f"attention.hybrid.{name}={getattr(self, name)}: must be at most {max(grid_size)}, "
-                f"the longer side of the grid of {rows} x {columns} patches"
-            )
+        grid = f"{max(grid_size)}, the longer side of the grid of {grid_size[0]} x {grid_size[1]} patches"
+        for name, largest in (("window_size", self.window_size), ("dilations", max(self.dilations))):
+            if largest > max(grid_size):
+                raise UserError(f"attention.hybrid.{name}={getattr(self, name)}: must be at most {grid}")
 
     def used_dilations(self) -> list[int]:
         """Return the dilations that the selected branches use, one windowed branch each."""
@@ -78,14 +75,11 @@ class HybridAttention(Attention):
         self.reset_mechanism()
 
     def reset_mechanism(self) -> None:
-        if self.gate is not None:  # equal shares at the start
-            nn.init.zeros_(self.gate.weight)
-            nn.init.zeros_(self.gate.bias)
+        for parameter in self.gate.parameters() if self.gate is not None else ():
+            nn.init.zeros_(parameter)  # equal shares at the start
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        if self.gate is None:
-            return super().project(x)
-        return *super().project(x), self.gate_shares(x)
+        return super().project(x) if self.gate is None else (*super().project(x), self.gate_shares(x))
 
     def gate_shares(self, x: Tensor) -> Tensor:
         """Share of each branch in each patch's output: tokens ``(B, N, C)`` to ``(B, P, branches)``, summing to 1."""
