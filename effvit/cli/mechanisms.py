@@ -15,13 +15,11 @@ def mechanisms() -> None:
 
     from effvit.attention import attention_class, available_attention
 
-    table = Table(
-        "name", Column("options and defaults", overflow="fold", min_width=27), "capabilities", "complexity", "source"
-    )
+    table = Table("name and source", Column("options and defaults", min_width=26), "capabilities", "complexity")
     for name in available_attention():
         mechanism = attention_class(name)
         defaults = mechanism.Options().model_dump().items()
         settings = "\n".join(f"{key}={value}" for key, value in defaults).replace("[", r"\[")
         abilities = "\n".join(words for flag, words in _CAPABILITIES.items() if getattr(mechanism, flag))
-        table.add_row(name, settings, abilities, mechanism.complexity, mechanism.paper)
+        table.add_row(f"[bold]{name}[/bold]\n{mechanism.paper}", settings, abilities, mechanism.complexity)
     show(table)
