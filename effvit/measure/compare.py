@@ -73,11 +73,11 @@ def compare_seconds(
 
     A call that takes more than ``LONGEST_CALL`` times that is over budget.
     """
-    status, call = _try_out(make, LONGEST_CALL * budget_s, device)
+    status, call = try_out(make, LONGEST_CALL * budget_s, device)
     if call is None:
         return Comparison(status)
     calls = {"this": call}
-    if fused is not None and (fused_call := _try_out(fused, LONGEST_CALL * budget_s, device)[1]) is not None:
+    if fused is not None and (fused_call := try_out(fused, LONGEST_CALL * budget_s, device)[1]) is not None:
         calls["fused"] = fused_call
     samples = interleaved(calls, budget_s=budget_s, device=device, min_rounds=min_rounds)
     return Comparison(OK, samples["this"], samples.get("fused"))
@@ -98,7 +98,8 @@ def peak_or_none(make: MakeCall, device: torch.device) -> int | None:
         return None
 
 
-def _try_out(make: MakeCall, limit_s: float, device: torch.device) -> tuple[str, Call | None]:
+def try_out(make: MakeCall, limit_s: float, device: torch.device) -> tuple[str, Call | None]:
+    """Make a call and run it: a status, and the call where it is ``OK``, that is, takes no more than ``limit_s``."""
     try:
         call = make()
         return (OK, call) if _in_time(call, limit_s, device) else (OVER_BUDGET, None)

@@ -1,0 +1,189 @@
+"""Which mechanism to take: whole models and attention blocks of all mechanisms, timed in turns on this machine."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from effvit.attention import BASELINE
+from effvit.errors import UserError
+from effvit.measure.alone import Load
+from effvit.measure.compare import OK, Row, peak_or_none, try_out
+from effvit.measure.latency import Call, interleaved, paired_interval, paired_ratio, summarise
+from effvit.model.vit import ViT, ViTConfig
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_SHARES = {"model": 0.75, "block": 0.25}  # of the seconds for one image size
+_SLOWEST = 0.25  # of those seconds: a single call may take no longer, or the others would have too few
+_MIN_ROUNDS = 6  # the fewest of which a median has a 95 % interval without assumptions
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model with one mechanism: itself, its first attention block, and what both take and cost."""
+
+    model: nn.Module
+    block: nn.Module
+    image_shape: tuple[int, int, int]  # channels, height, width
+    token_shape: tuple[int, int]  # N, C
+    macs: dict[str, int]  # of one image, by scope
+
+
+Build = Callable[[str, int], Candidate]
+"""A candidate by mechanism and image size in pixels."""
+
+
+def builder(fields: Mapping[str, Any], options: Mapping[str, Mapping[str, Any]]) -> Build:
+    """Return what builds our ViT from fields of `ViTConfig`, with the options given for a mechanism or its defaults."""
+
+    def build(attention: str, image_size: int) -> Candidate:
+        values = {**fields, "image_size": image_size, "attention": attention}
+        model = ViT(ViTConfig.from_dict(values | {"attention_options": dict(options.get(attention, {}))}))
+        config, block = model.config, model.attentions()[0]
+        image_shape = (config.num_channels, *config.image_shape)
+        macs = {"model": model.macs(), "block": block.macs()}
+        return Candidate(model, block, image_shape, (config.num_tokens, config.hidden_size), macs)
+
+    return build
+
+
+def measure_choice(
+    build: Build,
+    attentions: Sequence[str],
+    image_sizes: Sequence[int],
+    *,
+    batch_size: int,
+    precision: str,
+    budget_s: float,
+    device: torch.device,
+) -> Iterator[list[Row]]:
+    """Time a forward pass of the whole model and of its first attention block, every mechanism beside ``fused``.
+
+    Args:
+        build: gives the models.
+        attentions: mechanisms to compare; ``fused`` is added where it is missing.
+        image_sizes: heights and widths in pixels, which the patch size divides.
+        batch_size: images at a time.
+        precision: ``float32``, or ``bfloat16`` by autocast.
+        budget_s: seconds of sampling for all image sizes together.
+        device: cpu or cuda.
+
+    Yields:
+        For each image size a row for each scope (``model``, ``block``) and mechanism: ``image_size, tokens, scope,
+        attention, batch_size``, milliseconds of an image ``median, q25, q75, n``, ``ratio_to_fused`` with its 95 %
+        interval ``ratio_low, ratio_high``, peak ``memory_bytes`` of a call, ``parameters``, ``macs`` of an image,
+        ``status``, and ``others`` and ``contended``, whether other processes had a share of the machine meanwhile.
+
+    Raises:
+        UserError: a model or mechanism does not fit an image size; before anything is measured.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"precision={precision!r}: unknown, expected {' or '.join(PRECISIONS)}")
+    names = list(dict.fromkeys((BASELINE, *attentions)))
+    with torch.device("meta"):  # no memory, as these are only looked at
+        for size in image_sizes:
+            for name in names:
+                _built(build, name, size)
+    for size in image_sizes:
+        candidates = {name: _built(build, name, size) for name in names}
+        rows: list[Row] = []
+        for scope, share in _SHARES.items():
+            calls = {
+                name: _in_precision(_call(candidate, scope, batch_size, device), PRECISIONS[precision], device)
+                for name, candidate in candidates.items()
+            }
+            timed = _timed(calls, batch_size, share * budget_s / len(image_sizes), device)
+            for name, candidate in candidates.items():
+                tokens = candidate.token_shape[0]
+                place = {"image_size": size, "tokens": tokens, "scope": scope, "attention": name}
+                cost = {
+                    "memory_bytes": _peak(calls[name], device),
+                    "parameters": sum(p.numel() for p in getattr(candidate, scope).parameters()),
+                    "macs": candidate.macs[scope],
+                }
+                rows.append(place | {"batch_size": batch_size} | timed[name] | cost)
+        yield rows
+
+
+def _built(build: Build, attention: str, image_size: int) -> Candidate:
+    try:
+        return build(attention, image_size)
+    except UserError as error:
+        raise UserError(f"image_size={image_size}, attention={attention}: {error}") from error
+
+
+def _call(candidate: Candidate, scope: str, batch_size: int, device: torch.device) -> Call:
+    model = candidate.model.eval().to(device)
+    shape = candidate.image_shape if scope == "model" else candidate.token_shape
+    module, x = model if scope == "model" else candidate.block, torch.randn(batch_size, *shape, device=device)
+
+    @torch.inference_mode()
+    def call() -> object:
+        return module(x)
+
+    return call
+
+
+def _peak(call: Call, device: torch.device) -> int | None:
+    return peak_or_none(partial(_itself, call), device)
+
+
+def _in_precision(call: Call, dtype: torch.dtype, device: torch.device) -> Call:
+    if dtype == torch.float32:
+        return call
+
+    def under_autocast() -> object:
+        with torch.autocast(device.type, dtype=dtype):
+            return call()
+
+    return under_autocast
+
+
+def _itself(call: Call) -> Call:
+    return call
+
+
+def _timed(calls: dict[str, Call], batch_size: int, budget_s: float, device: torch.device) -> dict[str, Row]:
+    """By mechanism: columns of time, ratio, status and contention."""
+    statuses = {name: try_out(partial(_itself, call), _SLOWEST * budget_s, device)[0] for name, call in calls.items()}
+    able = {name: call for name, call in calls.items() if statuses[name] == OK}
+    meanwhile = Load()
+    samples = interleaved(able, budget_s=budget_s, device=device, min_rounds=_MIN_ROUNDS) if able else {}
+    load = {"others": meanwhile.others(), "contended": meanwhile.contended()}
+    rows = {}
+    for name, status in statuses.items():
+        row: Row = dict.fromkeys(("median", "q25", "q75", "n", "ratio_to_fused", "ratio_low", "ratio_high"))
+        if status == OK:
+            figures = summarise(samples[name] * 1e3 / batch_size)
+            row |= {key: figures[key] for key in ("median", "q25", "q75", "n")}
+            if BASELINE in able:
+                row["ratio_to_fused"] = paired_ratio(samples[name], samples[BASELINE])
+                interval = paired_interval(samples[name], samples[BASELINE])
+                row["ratio_low"], row["ratio_high"] = interval or (None, None)
+        rows[name] = row | {"status": status} | load
+    return rows
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """One sentence on an image size: what is faster than ``fused`` as a whole model, and what takes least memory."""
+    models = [row for row in rows if row["scope"] == "model"]
+    where = "{image_size} px, {tokens} tokens".format(**models[0])
+    (fused,) = (row for row in models if row["attention"] == BASELINE)
+    if fused["status"] != OK:
+        return f"{where}: fused is {fused['status']} here, so there is nothing to compare with."
+    faster = [row for row in models if row["ratio_high"] is not None and row["ratio_high"] < 1]
+    text = f"{where}: no mechanism is faster than fused beyond timing noise"
+    if faster:
+        best = min(faster, key=lambda row: row["ratio_to_fused"])
+        text = (
+            f"{where}: {best['attention']} is the fastest, {best['ratio_to_fused']:.2f} of fused's time "
+            f"({best['ratio_low']:.2f} to {best['ratio_high']:.2f})"
+        )
+    measured = [row for row in models if row["memory_bytes"] is not None]
+    least = min(measured, key=lambda row: row["memory_bytes"])
+    if least["memory_bytes"] < fused["memory_bytes"]:
+        text += f"; {least['attention']} takes least memory, {least['memory_bytes'] / fused['memory_bytes']:.2f} of fused's"
+    busy = "; other processes were running, so measure again on an idle machine" if fused["contended"] else ""
+    return f"{text}{busy}."
