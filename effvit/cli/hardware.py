@@ -21,7 +21,7 @@ def hardware(
     import tempfile
     from pathlib import Path
 
-    from effvit.data.prepared import PreparedDataset
+    from effvit.data.loading.prepared import PreparedDataset
     from effvit.deploy.display import print_figures
     from effvit.deploy.hardware import deploy, measure, sizes_and_accuracy
     from effvit.evaluation.predict import check_fits

@@ -20,7 +20,7 @@ from effvit.model.vit import ViT
 if TYPE_CHECKING:
     import onnx
 
-    from effvit.data.prepared import Meta
+    from effvit.data.loading.prepared import Meta
 
 OPSET = 20  # the first with Gelu as an operator
 TOLERANCE = 1e-4

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from effvit.attention import BASELINE
-from effvit.data.prepared import PreparedDataset
+from effvit.data.loading.prepared import PreparedDataset
 from effvit.deploy.export import export_onnx
 from effvit.deploy.footprint import peak_rss_bytes
 from effvit.deploy.int8 import quantize
