@@ -87,7 +87,9 @@ def collect(metrics_dir: Path, datasets: Sequence[str], attentions: Sequence[str
         scaling=scaling,
         efficiency=efficiency(scaling),
         confusion=pairs_seen.groupby(_CONFUSED, sort=False)["count"].sum().reset_index(),
-        hardware=pd.DataFrame([key | cells.hardware(cell / "hardware") for key, cell in pairs]),
+        hardware=pd.DataFrame(
+            [key | cells.deployment(cell / "deploy") | cells.hardware(cell / "hardware") for key, cell in pairs]
+        ),
         fidelity=_selected(analyses, "fidelity", cells.fidelity, attentions),
         replaced=_selected(analyses, "fidelity", cells.replaced, attentions),
         cka=_selected(analyses, "representations", cells.cka, attentions),
@@ -98,7 +100,7 @@ def collect(metrics_dir: Path, datasets: Sequence[str], attentions: Sequence[str
             + [
                 key | cells.provenance(cell / stage, stage)
                 for key, cell in pairs
-                for stage in ("benchmark", "hardware")
+                for stage in ("benchmark", "deploy", "hardware")
             ]
             + [{"dataset": d} | cells.provenance(place / s, s) for d, place in analyses for s in _ANALYSES]
             + [{"attention": a} | cells.provenance(metrics_dir / "scaling" / a, "scaling") for a in attentions]

@@ -39,6 +39,7 @@ INERT = {
     "effvit/cli/options.py",  # names and help of options, whose values are params
     "stages/study.py",  # paths, which are outs and deps
 }
+MOST_DEPS = 12  # that a reader takes in at a glance
 
 # Runs stages as DVC does, each in a child of a process that has the slow libraries already, and prints which of the
 # project's files each imported. What validating params.yaml imported is forgotten first, so that only a stage's own
@@ -154,6 +155,10 @@ def has_a_say(file):
 def test_stage_depends_on_all_code_that_it_runs(imported, stage):
     assert len(imported[stage]) > 5
     assert {file for file in imported[stage] - code_of(stage) if has_a_say(file)} == set()
+
+
+def test_a_stages_dependencies_are_seen_at_a_glance():
+    assert {stage: len(content["deps"]) for stage, content in STAGES.items() if len(content["deps"]) > MOST_DEPS} == {}
 
 
 def test_code_without_a_say_is_there():

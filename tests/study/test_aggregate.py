@@ -24,7 +24,7 @@ STAGE_OF = {
     "cells/digits/linformer/seed0/evaluate/predictions.csv": "evaluate",
     "cells/digits/linformer/benchmark/model.json": "benchmark",
     "cells/digits/linformer/benchmark/cost.csv": "benchmark",
-    "cells/digits/linformer/hardware/deployment.json": "hardware",
+    "cells/digits/linformer/deploy/deployment.json": "deploy",
     "cells/digits/linformer/hardware/hardware.json": "hardware",
     "scaling/linformer/scaling.csv": "scaling",
     "scaling/linformer/macs.csv": "scaling",
@@ -78,6 +78,7 @@ def test_every_result_has_its_provenance(study):
         "train": 2 * 2 * 2,
         "evaluate": 2 * 2 * 2,
         "benchmark": 2 * 2,
+        "deploy": 2 * 2,
         "hardware": 2 * 2,
         "scaling": 2,
     } | {
