@@ -1,7 +1,9 @@
 # Everything a person types. `make help` lists it.
 .DEFAULT_GOAL := help
+# Columns of `dvc exp show` that `make show` leaves out. State stays: a run that failed shows the numbers of its baseline.
+HIDDEN := Created|Executor|.*/|cost|spread|attention|benchmark|dataset|model|scaling|seeds|train
 BRANCHES := [regional],[dilated],[linear],[regional,dilated],[regional,linear],[dilated,linear],[regional,dilated,linear]
-.PHONY: help env study ablation params test lint clean
+.PHONY: help env study show ablation params test lint clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -20,6 +22,9 @@ env: .venv/.made ## the environment in .venv, from requirements.lock alone
 
 study: env ## train, measure and plot all mechanisms on the embedded data set
 	. $(BIN)/activate && dvc repro
+
+show: env ## experiments: what became of each, and test accuracy of its mechanisms; 160 columns
+	. $(BIN)/activate && dvc exp show --no-pager --drop '$(HIDDEN)'
 
 ablation: env ## the hybrid with every set of its branches, an experiment each, and their picture
 	. $(BIN)/activate && dvc exp run --queue -S attention=hybrid -S 'attention.hybrid.branches=$(BRANCHES)' aggregate

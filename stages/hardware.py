@@ -1,4 +1,4 @@
-"""hardware(dataset, attention): the model of the first seed on one thread, one image at a time."""
+"""hardware(dataset, attention): the deployed model on one thread, one image at a time."""
 
 from effvit.cli.hardware import hardware
 from effvit.errors import one_line_errors
@@ -7,8 +7,7 @@ from stages import study
 with one_line_errors():
     params, (dataset, attention) = study.load()
     hardware(
-        model_dir=study.model_dir(dataset, attention, str(params.seeds[0])),
-        dataset_dir=study.PREPARED / dataset,
+        deployed_dir=study.deployed_dir(dataset, attention),
         output_dir=study.METRICS / "cells" / dataset / attention / "hardware",
         budget_s=params.benchmark.budget_s,
     )

@@ -21,6 +21,11 @@ def model_dir(dataset: str, attention: str, seed: str | int) -> Path:
     return Path("models", dataset, attention, f"seed{seed}")
 
 
+def deployed_dir(dataset: str, attention: str) -> Path:
+    """Files of one cell's model for each runtime."""
+    return Path("models/deployed", dataset, attention)
+
+
 def cell_dir(dataset: str, attention: str, seed: str) -> Path:
     """Results of one cell, one directory a stage."""
     return METRICS / "cells" / dataset / attention / f"seed{seed}"

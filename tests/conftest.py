@@ -64,7 +64,7 @@ def digits_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def digits(digits_dir):
-    from effvit.data.prepared import PreparedDataset
+    from effvit.data.loading.prepared import PreparedDataset
 
     return PreparedDataset.load(digits_dir)
 
@@ -104,7 +104,7 @@ def digits12_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def digits12(digits12_dir):
-    from effvit.data.prepared import PreparedDataset
+    from effvit.data.loading.prepared import PreparedDataset
 
     return PreparedDataset.load(digits12_dir)
 

@@ -18,7 +18,7 @@ def write_study(metrics_dir, datasets=("digits",), attentions=ATTENTIONS, seeds=
             cell = Path(metrics_dir, "cells", dataset, attention)
             rng = np.random.default_rng([ATTENTIONS.index(attention) if attention in ATTENTIONS else 99])
             _benchmark(cell / "benchmark", attention)
-            _hardware(cell / "hardware", attention)
+            _hardware(cell, attention)
             for seed in seeds:
                 _train(cell / f"seed{seed}" / "train", rng, epochs)
                 _evaluate(cell / f"seed{seed}" / "evaluate", rng, classes, images)
@@ -125,10 +125,11 @@ def _benchmark(directory, attention):
     pd.DataFrame(rows).astype({"batch_size": "Int64"}).to_csv(directory / "cost.csv", index=False)
 
 
-def _hardware(directory, attention):
+def _hardware(cell, attention):
     """The hybrid does not run under onnxruntime, and Performer not in int8."""
-    directory.mkdir(parents=True)
-    _provenance(directory)
+    for stage in ("deploy", "hardware"):
+        (cell / stage).mkdir(parents=True)
+        _provenance(cell / stage)
     ms, fused_ms = (40 * _cost_at(65, name)[0] for name in (attention, "fused"))
     absent = {"hybrid": ("onnx", "int8"), "performer": ("int8",)}.get(attention, ())
     deployment = {"split": "validation", "n_images": 144, "model_bytes": 480_000, "top1": 0.97}
@@ -154,8 +155,8 @@ def _hardware(directory, attention):
             deployment[f"{prefix}status"] = "ok" if known else f"not supported: {attention}: no such operator"
     deployment |= {"onnx_error": 1e-6 if "onnx" not in absent else None}
     deployment |= dict(zip(("int8_lost", "int8_gained"), (3, 1) if "int8" not in absent else (None, None), strict=True))
-    (directory / "deployment.json").write_text(json.dumps(deployment))
-    (directory / "hardware.json").write_text(json.dumps(hardware))
+    (cell / "deploy/deployment.json").write_text(json.dumps(deployment))
+    (cell / "hardware/hardware.json").write_text(json.dumps(hardware))
 
 
 def _scaling(directory, attention):

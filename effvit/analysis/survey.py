@@ -18,7 +18,7 @@ from effvit.analysis.representations import (
     patch_distances,
 )
 from effvit.attention.hybrid import HybridAttention
-from effvit.data.prepared import PreparedDataset
+from effvit.data.loading.prepared import PreparedDataset
 from effvit.evaluation.probe import normalised, recorded
 from effvit.evaluation.score import attention_rollout
 from effvit.model.vit import ViT

@@ -18,6 +18,7 @@ COMMANDS = (
     "predict",
     "attention_map",
     "export",
+    "deploy",
     "hardware",
     "benchmark",
     "scaling",

@@ -42,7 +42,7 @@ def bench_data(
     import torch
     from pydantic import ValidationError
 
-    from effvit.data.prepared import PreparedDataset
+    from effvit.data.loading.prepared import PreparedDataset
     from effvit.device import pick_device
     from effvit.errors import UserError, explain
     from effvit.files import check_apart, staged_dir, write_csv

@@ -15,7 +15,7 @@ def evaluate(
     device: options.Device = "auto",
 ) -> None:
     """Score a trained model on the test split: accuracy, calibration, confusion, attention maps."""
-    from effvit.data.prepared import PreparedDataset
+    from effvit.data.loading.prepared import PreparedDataset
     from effvit.device import pick_device
     from effvit.evaluation.predict import check_fits, map_test_images, score_test_split
     from effvit.files import check_apart, staged_dir

@@ -22,7 +22,7 @@ def export(
     if format != "onnx":
         raise UserError(f"--format {format}: unknown, expected onnx")
 
-    from effvit.data.prepared import PreparedDataset
+    from effvit.data.loading.prepared import PreparedDataset
     from effvit.deploy.export import OPSET, check_output, export_onnx
     from effvit.deploy.rounding import rounded_up
     from effvit.evaluation.predict import check_fits

@@ -33,7 +33,7 @@ def fidelity(
     from rich.progress import track
 
     from effvit.analysis.fidelity import compare, random_qkv, replaced_accuracy, trained_qkv, variants
-    from effvit.data.prepared import PreparedDataset
+    from effvit.data.loading.prepared import PreparedDataset
     from effvit.device import pick_device
     from effvit.evaluation.probe import accuracy, load_models, normalised, validation_images
     from effvit.files import check_apart, staged_dir, write_csv

@@ -64,7 +64,7 @@ def plot(
     All are PNG files in OUTPUT_DIR; those that are not made of pixels are SVG files in VECTOR_DIR as well.
     """
     from effvit import figures
-    from effvit.data.prepared import PreparedDataset
+    from effvit.data.loading.prepared import PreparedDataset
     from effvit.data.samples import sample_sheet
     from effvit.files import check_apart, staged_dir
 

@@ -20,7 +20,7 @@ def predict(
     """
     import numpy as np
 
-    from effvit.data.prepared import PreparedDataset
+    from effvit.data.loading.prepared import PreparedDataset
     from effvit.data.sources.images import load_image
     from effvit.device import pick_device
     from effvit.evaluation.predict import check_fits

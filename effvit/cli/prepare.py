@@ -8,7 +8,7 @@ import typer
 from effvit.cli.options import OutputDir
 
 if TYPE_CHECKING:
-    from effvit.data.prepared import PreparedDataset
+    from effvit.data.loading.prepared import PreparedDataset
 
 
 def prepare(

@@ -28,7 +28,7 @@ def representations(
     from safetensors.numpy import save
 
     from effvit.analysis.survey import picture_maps, survey
-    from effvit.data.prepared import PreparedDataset
+    from effvit.data.loading.prepared import PreparedDataset
     from effvit.device import pick_device
     from effvit.evaluation.probe import few_classes, load_models, validation_images
     from effvit.files import check_apart, staged_dir, write_csv

@@ -14,7 +14,7 @@ def samples(
     per_class: Annotated[int, typer.Option(help="Images of each class, where there are at most 20 classes.")] = 8,
 ) -> None:
     """Draw a labelled sheet of training images."""
-    from effvit.data.prepared import PreparedDataset
+    from effvit.data.loading.prepared import PreparedDataset
     from effvit.data.samples import sample_sheet
     from effvit.errors import UserError
     from effvit.files import staged_file

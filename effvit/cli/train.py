@@ -60,7 +60,7 @@ def train(
     """
     from pydantic import ValidationError
 
-    from effvit.data.prepared import PreparedDataset
+    from effvit.data.loading.prepared import PreparedDataset
     from effvit.errors import UserError, explain
     from effvit.files import check_apart
     from effvit.model.vit import ViTConfig

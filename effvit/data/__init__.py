@@ -1,1 +1,1 @@
-"""Images: `sources` reads them where they are, `preparing` writes the prepared format, the files here read that."""
+"""Images: `sources` finds them, `preparing` writes them in the prepared format, `loading` reads that as batches."""

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from matplotlib.figure import Figure
 
-from effvit.data.prepared import PreparedDataset
+from effvit.data.loading.prepared import PreparedDataset
 from effvit.errors import UserError
 
 _MOST_ROWS = 20

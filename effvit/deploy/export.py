@@ -14,13 +14,12 @@ import torch
 from effvit.deploy.runtime import INPUT, OUTPUT, logits, open_session
 from effvit.errors import UserError
 from effvit.files import staged_file
-from effvit.measure.memory import resident_bytes
 from effvit.model.vit import ViT
 
 if TYPE_CHECKING:
     import onnx
 
-    from effvit.data.prepared import Meta
+    from effvit.data.loading.prepared import Meta
 
 OPSET = 20  # the first with Gelu as an operator
 TOLERANCE = 1e-4
@@ -46,7 +45,7 @@ def export_onnx(model: ViT, path: Path, meta: "Meta | None" = None) -> float:
             ``TOLERANCE``.
     """
     check_output(path)
-    if resident_bytes(model) >= _MOST_BYTES:
+    if sum(tensor.nbytes for tensor in model.state_dict().values()) >= _MOST_BYTES:
         raise UserError("the model has 2 GiB of weights or more, which one ONNX file cannot hold")
     graph = _graph(model)
     _describe(graph, model, meta)

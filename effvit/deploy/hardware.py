@@ -8,69 +8,25 @@ import numpy as np
 import torch
 
 from effvit.attention import BASELINE
-from effvit.data.prepared import PreparedDataset
-from effvit.deploy.export import export_onnx
+from effvit.deploy.files import RUNTIMES, Figures, files_of
 from effvit.deploy.footprint import peak_rss_bytes
-from effvit.deploy.int8 import quantize
-from effvit.deploy.runtime import INPUT, logits, open_session, predict_one_by_one
-from effvit.errors import UserError
-from effvit.evaluation.score import predict_logits
+from effvit.deploy.runtime import INPUT, logits, open_session
 from effvit.measure.compare import MIN_ROUNDS
 from effvit.measure.latency import Call, interleaved, paired_interval, paired_ratio, summarise
 from effvit.measure.memory import peak_bytes, resident_bytes
 from effvit.measure.workload import inference
-from effvit.model.checkpoint import WEIGHTS
 from effvit.model.vit import ViT
 
-OK = "ok"
-RUNTIMES = ("onnx", "int8")  # beside eager PyTorch
-SPLIT = "validation"  # the test split is read by `evaluate` alone
 _CPU = torch.device("cpu")
-Figures = dict[str, object]
 
 
-def deploy(model: ViT, dataset: PreparedDataset, directory: Path) -> tuple[dict[str, Path], Figures]:
-    """Write ``onnx.onnx`` and ``int8.onnx`` of a model into ``directory``.
-
-    Returns:
-        The files by runtime, those that could be made; ``onnx_error``, the largest difference of logits to PyTorch's,
-        and a ``status`` of each runtime: "ok", or "not supported: " and why.
-    """
-    files: dict[str, Path] = {}
-    figures: Figures = {"onnx_status": OK, "onnx_error": None, "int8_status": OK}
-    try:
-        figures["onnx_error"] = export_onnx(model, directory / "onnx.onnx", dataset)
-        files["onnx"] = directory / "onnx.onnx"
-        quantize(files["onnx"], directory / "int8.onnx")
-        files["int8"] = directory / "int8.onnx"
-    except UserError as error:
-        for runtime in (name for name in RUNTIMES if name not in files):
-            figures[f"{runtime}_status"] = f"not supported: {error}"
-    return files, figures
-
-
-def sizes_and_accuracy(model: ViT, model_dir: Path, dataset: PreparedDataset, files: dict[str, Path]) -> Figures:
-    """Bytes of each file, and top-1 on the validation split (fractions), images one by one but for PyTorch.
-
-    ``int8_lost`` and ``int8_gained`` count the images that int8 alone gets wrong, and right.
-    """
-    images, labels = dataset.split(SPLIT)
-    right = predict_logits(model, images, dataset.mean, dataset.std, 256).argmax(dim=1).numpy() == labels
-    figures: Figures = {"split": SPLIT, "n_images": len(labels), "top1": float(right.mean())}
-    figures["model_bytes"] = (model_dir / WEIGHTS).stat().st_size
-    figures |= dict.fromkeys(f"{runtime}_{what}" for what in ("bytes", "top1") for runtime in RUNTIMES)
-    figures |= {"int8_lost": None, "int8_gained": None}
-    for runtime, file in files.items():
-        figures[f"{runtime}_bytes"] = file.stat().st_size
-        now = predict_one_by_one(open_session(file), images, dataset.mean, dataset.std) == labels
-        figures[f"{runtime}_top1"] = float(now.mean())
-        if runtime == "int8":
-            figures |= {"int8_lost": int((right & ~now).sum()), "int8_gained": int((now & ~right).sum())}
-    return figures
-
-
-def measure(model: ViT, model_dir: Path, files: dict[str, Path], budget_s: float) -> Figures:
+def measure(model: ViT, directory: Path, budget_s: float) -> Figures:
     """Latency of one image on one thread under each runtime, timed in turns, and memory.
+
+    Args:
+        model: the deployed one, on the CPU, in eval mode.
+        directory: its files, see `effvit.deploy.files`.
+        budget_s: seconds of sampling latencies.
 
     Returns:
         Latencies ``latency_ms, latency_q25, latency_q75`` of eager PyTorch, prefixed for the others;
@@ -79,7 +35,7 @@ def measure(model: ViT, model_dir: Path, files: dict[str, Path], budget_s: float
         the ends of their 95 % intervals; ``n_rounds``; ``weight_bytes`` and ``peak_memory_bytes``, the tensors that
         one image needs at its peak besides weights, exactly; ``peak_rss_bytes`` of a fresh process.
     """
-    config = model.config
+    config, files = model.config, files_of(directory)
     fused = ViT(config.model_copy(update={"attention": BASELINE, "attention_options": {}}))
     call = inference(model, 1, _CPU)
     with _one_thread():
@@ -99,7 +55,7 @@ def measure(model: ViT, model_dir: Path, files: dict[str, Path], budget_s: float
         if runtime != "eager":
             figures |= _ratio(f"{prefix}speedup", None if of_runtime is None else eager, of_runtime)
     figures |= {"weight_bytes": resident_bytes(model), "peak_memory_bytes": peak}
-    resident = peak_rss_bytes([model_dir, *(files.get(runtime) for runtime in RUNTIMES)])
+    resident = peak_rss_bytes([directory, *(files.get(runtime) for runtime in RUNTIMES)])
     names = ["peak_rss_bytes", *(f"{runtime}_peak_rss_bytes" for runtime in RUNTIMES)]
     return figures | dict(zip(names, resident, strict=True))
 

@@ -9,7 +9,7 @@ import numpy as np
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
-    from effvit.data.prepared import Images
+    from effvit.data.loading.prepared import Images
 
 INPUT, OUTPUT = "images", "logits"
 
@@ -39,7 +39,7 @@ def predict_one_by_one(
     """
     import torch
 
-    from effvit.data.transforms import to_float
+    from effvit.data.loading.transforms import to_float
 
     batches = (to_float(torch.from_numpy(images[i : i + 1]), mean, std).numpy() for i in range(len(images)))
     return np.array([logits(session, batch).argmax() for batch in batches])

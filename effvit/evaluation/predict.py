@@ -8,8 +8,8 @@ import torch
 from safetensors.numpy import save
 from torch import Tensor
 
-from effvit.data.prepared import PreparedDataset
-from effvit.data.transforms import to_float
+from effvit.data.loading.prepared import PreparedDataset
+from effvit.data.loading.transforms import to_float
 from effvit.errors import UserError
 from effvit.evaluation.score import attention_rollout, confusion, per_class, predict_logits, predictions, summarise
 from effvit.files import write_csv, write_json

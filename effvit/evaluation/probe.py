@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from effvit.data.prepared import PreparedDataset
-from effvit.data.transforms import to_float
+from effvit.data.loading.prepared import PreparedDataset
+from effvit.data.loading.transforms import to_float
 from effvit.errors import UserError
 from effvit.evaluation.predict import check_fits
 from effvit.evaluation.score import predict_logits, top_k_accuracy

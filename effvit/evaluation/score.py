@@ -11,7 +11,7 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     import pandas as pd
 
-    from effvit.data.prepared import Images
+    from effvit.data.loading.prepared import Images
 
 
 @torch.inference_mode()
@@ -19,7 +19,7 @@ def predict_logits(
     model: nn.Module, images: "Images | np.ndarray", mean: Sequence[float], std: Sequence[float], batch_size: int
 ) -> Tensor:
     """Logits ``(n, classes)`` on the CPU, in float32, of uint8 images ``(n, H, W, 3)``; ``model`` in eval mode."""
-    from effvit.data.transforms import to_float
+    from effvit.data.loading.transforms import to_float
 
     device = next(model.parameters()).device
     logits = []

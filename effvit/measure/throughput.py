@@ -15,8 +15,8 @@ from scipy.stats import quantile_test
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effvit.data.loading import Batch, Place, training_batches
-from effvit.data.prepared import PreparedDataset
+from effvit.data.loading.batches import Batch, Place, training_batches
+from effvit.data.loading.prepared import PreparedDataset
 from effvit.errors import UserError
 from effvit.measure.latency import interleaved
 from effvit.model.vit import ViT, ViTConfig

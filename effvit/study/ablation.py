@@ -17,7 +17,7 @@ import yaml
 from scipy import stats
 
 from effvit.analysis.survey import Rows, gate_rows, summed_gate_shares
-from effvit.data.prepared import PreparedDataset
+from effvit.data.loading.prepared import PreparedDataset
 from effvit.errors import UserError
 from effvit.evaluation.probe import normalised, recorded, validation_images
 from effvit.model.checkpoint import load_model

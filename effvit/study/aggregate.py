@@ -87,7 +87,9 @@ def collect(metrics_dir: Path, datasets: Sequence[str], attentions: Sequence[str
         scaling=scaling,
         efficiency=efficiency(scaling),
         confusion=pairs_seen.groupby(_CONFUSED, sort=False)["count"].sum().reset_index(),
-        hardware=pd.DataFrame([key | cells.hardware(cell / "hardware") for key, cell in pairs]),
+        hardware=pd.DataFrame(
+            [key | cells.deployment(cell / "deploy") | cells.hardware(cell / "hardware") for key, cell in pairs]
+        ),
         fidelity=_selected(analyses, "fidelity", cells.fidelity, attentions),
         replaced=_selected(analyses, "fidelity", cells.replaced, attentions),
         cka=_selected(analyses, "representations", cells.cka, attentions),
@@ -98,7 +100,7 @@ def collect(metrics_dir: Path, datasets: Sequence[str], attentions: Sequence[str
             + [
                 key | cells.provenance(cell / stage, stage)
                 for key, cell in pairs
-                for stage in ("benchmark", "hardware")
+                for stage in ("benchmark", "deploy", "hardware")
             ]
             + [{"dataset": d} | cells.provenance(place / s, s) for d, place in analyses for s in _ANALYSES]
             + [{"attention": a} | cells.provenance(metrics_dir / "scaling" / a, "scaling") for a in attentions]
@@ -107,22 +109,33 @@ def collect(metrics_dir: Path, datasets: Sequence[str], attentions: Sequence[str
 
 
 def summarise(tables: Tables) -> dict[str, Any]:
-    """Nested `{dataset: {attention: {figure: number}}}`, five significant digits; what is not known is left out."""
-    summary: dict[str, dict[str, dict[str, float]]] = {}
+    """What DVC shows of a study, five significant digits; what is not known is left out.
+
+    Accuracy is ``{dataset: {attention: top1}}``: names that short let six mechanisms stand side by side in
+    ``dvc exp show``. The rest is below ``cost`` (``gmacs``, ``latency_ratio`` to fused, ``memory_mib`` of a training
+    step) and, for several seeds, ``spread`` (``ci95``, half the 95 % interval of top1; ``n`` seeds).
+    """
+    accuracy: dict[str, dict[str, float]] = {}
+    cost: dict[str, dict[str, dict[str, float]]] = {}
+    spread: dict[str, dict[str, dict[str, float]]] = {}
     interval = (tables.accuracy["top1"] - tables.accuracy["top1_low"]).to_numpy()
     for row, ci95, n in zip(tables.tradeoff.itertuples(), interval, tables.accuracy["n_seeds"], strict=True):
-        figures = {
-            "top1": row.top1,
-            "top1_ci95": ci95,
+        dataset, attention = str(row.dataset), str(row.attention)
+        costs: dict[str, Any] = {
             "gmacs": row.gmacs,
             "latency_ratio": row.latency_ratio,
             "memory_mib": row.train_memory_mib,
         }
-        numbers = {key: float(f"{value:.5g}") for key, value in figures.items() if np.isfinite(value)}
+        accuracy.setdefault(dataset, {})[attention] = _rounded(row.top1)
+        known = {key: _rounded(value) for key, value in costs.items() if np.isfinite(value)}
+        cost.setdefault(dataset, {})[attention] = known
         if n > 1:
-            numbers["n"] = int(n)
-        summary.setdefault(str(row.dataset), {})[str(row.attention)] = numbers
-    return summary
+            spread.setdefault(dataset, {})[attention] = {"ci95": _rounded(ci95), "n": int(n)}
+    return accuracy | {"cost": cost} | ({"spread": spread} if spread else {})
+
+
+def _rounded(value: Any) -> float:
+    return float(f"{value:.5g}")
 
 
 def _accuracy(runs: pd.DataFrame, models: pd.DataFrame) -> pd.DataFrame:

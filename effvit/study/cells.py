@@ -87,16 +87,14 @@ def cost(directory: Path) -> pd.DataFrame:
     return table
 
 
+def deployment(directory: Path) -> dict[str, Any]:
+    """What runs where: sizes, accuracies and statuses; None is unknown."""
+    return _figures(directory / "deployment.json", "deploy", _DEPLOYMENT)
+
+
 def hardware(directory: Path) -> dict[str, Any]:
-    """What runs where and what it costs: sizes, accuracies and statuses, then what was measured; None is unknown."""
-    figures: dict[str, Any] = {}
-    for file, keys in (("deployment.json", _DEPLOYMENT), ("hardware.json", _HARDWARE)):
-        content = _load_json(directory / file, "hardware")
-        if not isinstance(content, dict) or (missing := [key for key in keys if key not in content]):
-            told = ", ".join(missing) if isinstance(content, dict) else "a JSON object"
-            raise _malformed(directory / file, "hardware", f"expected {told}")
-        figures |= {key: content[key] for key in keys}
-    return figures
+    """What a deployed model costs; None is unknown."""
+    return _figures(directory / "hardware.json", "hardware", _HARDWARE)
 
 
 def scaling(directory: Path) -> pd.DataFrame:
@@ -164,6 +162,14 @@ def _read_json(path: Path, stage: str, keys: Sequence[str]) -> dict[str, float]:
         return {key: content[key] + 0 for key in keys}  # + 0: numbers only
     except (KeyError, TypeError) as error:
         raise _malformed(path, stage, f"expected a JSON object with the numbers {', '.join(keys)}") from error
+
+
+def _figures(path: Path, stage: str, keys: Sequence[str]) -> dict[str, Any]:
+    content = _load_json(path, stage)
+    if not isinstance(content, dict) or (missing := [key for key in keys if key not in content]):
+        told = ", ".join(missing) if isinstance(content, dict) else "a JSON object"
+        raise _malformed(path, stage, f"expected {told}")
+    return {key: content[key] for key in keys}
 
 
 def _load_json(path: Path, stage: str) -> Any:

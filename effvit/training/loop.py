@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from effvit.data.loading import Batch, steps_of, training_batches, validation_batches
-from effvit.data.prepared import PreparedDataset
+from effvit.data.loading.batches import Batch, steps_of, training_batches, validation_batches
+from effvit.data.loading.prepared import PreparedDataset
 from effvit.errors import UserError
 from effvit.memory import is_out_of_memory, peak_resident_bytes
 from effvit.model.vit import ViT, ViTConfig

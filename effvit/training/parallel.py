@@ -10,7 +10,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 
-from effvit.data.loading import Place
+from effvit.data.loading.batches import Place
 from effvit.errors import UserError
 
 _LEADER = "EFFVIT_LEADER"  # number of the process that starts the others

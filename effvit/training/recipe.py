@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from effvit.data.augmentation import Augmentation
+from effvit.data.loading.augmentation import Augmentation
 from effvit.errors import UserError
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]

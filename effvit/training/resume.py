@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from effvit.data.prepared import Meta, PreparedDataset
+from effvit.data.loading.prepared import Meta, PreparedDataset
 from effvit.files import sync_directory
 from effvit.model.vit import ViTConfig
 from effvit.training.recipe import TrainConfig

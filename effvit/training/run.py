@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from effvit.data.prepared import PreparedDataset
+from effvit.data.loading.prepared import PreparedDataset
 from effvit.files import check_replaceable, staged_dir, write_csv, write_json
 from effvit.model.checkpoint import is_model_dir, save_model
 from effvit.model.pretrained import StartReport, start_from

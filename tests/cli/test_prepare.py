@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from effvit.data.prepared import PreparedDataset
+from effvit.data.loading.prepared import PreparedDataset
 from effvit.data.preparing import prepare
 from effvit.data.sources import available_datasets
 from effvit.errors import UserError

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from effvit import ViTConfig
-from effvit.data.prepared import PreparedDataset
+from effvit.data.loading.prepared import PreparedDataset
 from effvit.data.preparing import prepare
 from effvit.training.loop import Epoch, Training
 from effvit.training.recipe import TrainConfig

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from effvit.data.prepared import PreparedDataset
+from effvit.data.loading.prepared import PreparedDataset
 from effvit.data.preparing.writer import write_prepared
 from effvit.data.samples import sample_sheet
 from effvit.data.sources.base import Source, Split

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -14,8 +15,9 @@ from onnx import numpy_helper
 
 from effvit import available_attention, load_model
 from effvit.deploy import export as module
+from effvit.deploy.accuracy import sizes_and_accuracy
 from effvit.deploy.export import OPSET, TOLERANCE, export_onnx
-from effvit.deploy.hardware import deploy, sizes_and_accuracy
+from effvit.deploy.files import files_of, write_files
 from effvit.deploy.int8 import quantize
 from effvit.deploy.runtime import logits, open_session
 from effvit.errors import UserError
@@ -130,10 +132,11 @@ def test_a_mechanism_that_pytorch_cannot_export_is_said_and_recorded(exported, d
     model = load_model(exported["hybrid"])
     with pytest.raises(UserError, match=r"^hybrid: PyTorch cannot export it to ONNX: no such operator$"):
         export_onnx(model, tmp_path / "model.onnx")
-    files, figures = deploy(model, digits12, tmp_path)
+    figures = write_files(model, exported["hybrid"], digits12, tmp_path)
     why = "not supported: hybrid: PyTorch cannot export it to ONNX: no such operator"
-    assert (files, figures) == ({}, {"onnx_status": why, "onnx_error": None, "int8_status": why})
-    figures = sizes_and_accuracy(model, exported["hybrid"], digits12, files)
+    assert figures == {"onnx_status": why, "onnx_error": None, "int8_status": why}
+    assert files_of(tmp_path) == {}
+    figures = sizes_and_accuracy(model, tmp_path, digits12)
     assert figures["onnx_bytes"] is figures["int8_top1"] is figures["int8_lost"] is None
     assert figures["n_images"] == digits12.counts["validation"]
 
@@ -181,11 +184,11 @@ def test_what_cannot_be_quantised_is_said(tmp_path):
         quantize(tmp_path / "broken.onnx", tmp_path / "int8.onnx")
 
 
-def test_sizes_are_those_of_the_files_and_accuracies_those_of_a_loop_of_ones_own(exported, digits12):
-    directory = exported["nystromformer"]
+def test_sizes_are_those_of_the_files_and_accuracies_those_of_a_loop_of_ones_own(exported, digits12, tmp_path):
+    directory = shutil.copytree(exported["nystromformer"], tmp_path / "deployed")
     model = load_model(directory)
-    files = {"onnx": directory / "model.onnx", "int8": directory / "int8.onnx"}
-    figures = sizes_and_accuracy(model, directory, digits12, files)
+    files = {"onnx": (directory / "model.onnx").rename(directory / "onnx.onnx"), "int8": directory / "int8.onnx"}
+    figures = sizes_and_accuracy(model, directory, digits12)
     assert figures["model_bytes"] == len((directory / "model.safetensors").read_bytes())
     assert figures["onnx_bytes"] == len(files["onnx"].read_bytes())
     assert figures["int8_bytes"] == len(files["int8"].read_bytes())

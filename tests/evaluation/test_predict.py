@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from effvit.attention import available_attention
-from effvit.data.transforms import to_float
+from effvit.data.loading.transforms import to_float
 from effvit.device import pick_device
 from effvit.errors import UserError
 from effvit.evaluation.overlay import map_sheet, overlay

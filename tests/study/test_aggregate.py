@@ -24,7 +24,7 @@ STAGE_OF = {
     "cells/digits/linformer/seed0/evaluate/predictions.csv": "evaluate",
     "cells/digits/linformer/benchmark/model.json": "benchmark",
     "cells/digits/linformer/benchmark/cost.csv": "benchmark",
-    "cells/digits/linformer/hardware/deployment.json": "hardware",
+    "cells/digits/linformer/deploy/deployment.json": "deploy",
     "cells/digits/linformer/hardware/hardware.json": "hardware",
     "scaling/linformer/scaling.csv": "scaling",
     "scaling/linformer/macs.csv": "scaling",
@@ -65,9 +65,10 @@ def test_interval_is_students_t_over_seeds(study):
         assert row.top1 == pytest.approx(np.mean(top1))
         assert (row.top1_low, row.top1_high) == pytest.approx((expected.low, expected.high))
         assert row.n_seeds == 3
-        figures = summarise(tables)[row.dataset][row.attention]
-        assert figures["n"] == 3
-        assert figures["top1_ci95"] == pytest.approx((expected.high - expected.low) / 2, rel=1e-4)
+        summary = summarise(tables)
+        assert summary[row.dataset][row.attention] == pytest.approx(np.mean(top1), rel=1e-4)
+        spread = summary["spread"][row.dataset][row.attention]
+        assert spread == {"n": 3, "ci95": pytest.approx((expected.high - expected.low) / 2, rel=1e-4)}
 
 
 def test_every_result_has_its_provenance(study):
@@ -77,6 +78,7 @@ def test_every_result_has_its_provenance(study):
         "train": 2 * 2 * 2,
         "evaluate": 2 * 2 * 2,
         "benchmark": 2 * 2,
+        "deploy": 2 * 2,
         "hardware": 2 * 2,
         "scaling": 2,
     } | {
@@ -92,7 +94,9 @@ def test_every_result_has_its_provenance(study):
 def test_one_seed_has_no_interval(study):
     tables = collect(study, ["digits"], FEW, [1])
     assert tables.accuracy[["top1_low", "top1_high"]].isna().all(axis=None)
-    assert set(summarise(tables)["digits"]["fused"]) == {"top1", "gmacs", "latency_ratio", "memory_mib"}
+    summary = summarise(tables)
+    assert set(summary) == {"digits", "cost"}
+    assert set(summary["cost"]["digits"]["fused"]) == {"gmacs", "latency_ratio", "memory_mib"}
 
 
 def test_differences_to_fused_are_paired_by_seed(study):
@@ -122,14 +126,19 @@ def test_only_selected_cells_enter_whatever_else_is_on_disk(study, tmp_path):
             assert set(table[column].dropna()) <= {"linformer"}
         assert "dataset" not in table or set(table["dataset"].dropna()) <= {"cifar10"}
     assert set(tables.curves["seed"]) == {2}
-    assert list(summarise(tables)["cifar10"]) == ["linformer"]
+    summary = summarise(tables)
+    assert list(summary["cifar10"]) == list(summary["cost"]["cifar10"]) == ["linformer"]
 
 
 def test_without_fused_ratios_come_from_the_cells_own_measurements(study):
     alone = collect(study, ["digits"], ["linformer"], [0])
     together = collect(study, ["digits"], FEW, [0])
     assert alone.tradeoff["latency_ratio"].notna().all()
-    assert summarise(alone)["digits"]["linformer"] == summarise(together)["digits"]["linformer"]
+    of_linformer = [
+        (summary["digits"]["linformer"], summary["cost"]["digits"]["linformer"])
+        for summary in map(summarise, (alone, together))
+    ]
+    assert of_linformer[0] == of_linformer[1]
     assert alone.accuracy["parameters_differ"].isna().all()
 
 
@@ -165,7 +174,7 @@ def test_fused_is_its_own_measure_and_what_was_measured_of_it_stays_in_the_costs
     tables = collect(small, ["digits"], FEW, [0])
     row = tables.tradeoff.set_index("attention").loc["fused"]
     assert row[["latency_ratio", "latency_ratio_low", "latency_ratio_high"]].tolist() == [1, 1, 1]
-    assert summarise(tables)["digits"]["fused"]["latency_ratio"] == 1
+    assert summarise(tables)["cost"]["digits"]["fused"]["latency_ratio"] == 1
     measured = tables.cost.query("attention == 'fused' and quantity == 'latency'")
     assert (measured[["ratio_to_fused", "ratio_low", "ratio_high"]] == [0.87, 0.8, 0.9]).all(axis=None)
 
@@ -175,7 +184,8 @@ def test_what_could_not_be_measured_is_left_out_of_the_summary(small):
     cost = pd.read_csv(file)
     cost.loc[cost["quantity"] == "train_memory", ["median", "ratio_to_fused"]] = np.nan
     cost.to_csv(file, index=False)
-    assert "memory_mib" not in summarise(collect(small, ["digits"], FEW, [0]))["digits"]["linformer"]
+    cost = summarise(collect(small, ["digits"], FEW, [0]))["cost"]["digits"]
+    assert "memory_mib" in cost["fused"] and "memory_mib" not in cost["linformer"]
 
 
 def test_confusion_counts_every_test_image_of_every_seed(study):
@@ -216,9 +226,13 @@ def test_files_are_the_same_bytes_at_each_run_and_the_summary_holds_numbers_only
     assert written[0] == written[1]
     assert set(written[0]) == TABLES | {"summary.json"}
     summary = json.loads(written[0]["summary.json"])
-    leaves = [x for dataset in summary.values() for figures in dataset.values() for x in figures.values()]
+    waiting, leaves = [summary], []
+    while waiting:
+        for value in waiting.pop().values():
+            (waiting if isinstance(value, dict) else leaves).append(value)
+    assert len(leaves) == 2 * len(ATTENTIONS) * 6
     assert all(isinstance(x, (int, float)) for x in leaves)
-    assert list(summary) == ["digits", "cifar10"] and list(summary["digits"]) == list(ATTENTIONS)
+    assert list(summary) == ["digits", "cifar10", "cost", "spread"] and list(summary["digits"]) == list(ATTENTIONS)
 
 
 @pytest.mark.parametrize("file", STAGE_OF)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from effvit.data.prepared import PreparedDataset
+from effvit.data.loading.prepared import PreparedDataset
 from effvit.errors import UserError
 from effvit.evaluation.score import predict_logits
 from effvit.model.checkpoint import load_model

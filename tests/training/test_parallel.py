@@ -16,7 +16,7 @@ from conftest import TINY, TINY_FLAGS
 from lightning_fabric import Fabric
 
 from effvit.attention import available_attention
-from effvit.data.loading import Place
+from effvit.data.loading.batches import Place
 from effvit.errors import UserError
 from effvit.model.vit import ViTConfig
 from effvit.training.parallel import make_fabric
@@ -39,7 +39,7 @@ WORKER = """
 import json, sys
 from pathlib import Path
 from effvit.training.recipe import TrainConfig
-from effvit.data.prepared import PreparedDataset
+from effvit.data.loading.prepared import PreparedDataset
 from effvit.training.run import train_to
 from effvit.model.vit import ViTConfig
 

@@ -50,7 +50,7 @@ import json, os, random, signal, sys, time
 from pathlib import Path
 import torch
 from effvit.training.recipe import TrainConfig
-from effvit.data.prepared import PreparedDataset
+from effvit.data.loading.prepared import PreparedDataset
 from effvit.training.run import train_to
 from effvit.training.loop import Training
 from effvit.model.vit import ViTConfig

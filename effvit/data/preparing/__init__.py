@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from effvit.data.prepared import FILES, PreparedDataset
+from effvit.data.loading.prepared import FILES, PreparedDataset
 from effvit.data.sources import check_name, open_source
 from effvit.errors import UserError
 from effvit.files import check_apart, check_replaceable

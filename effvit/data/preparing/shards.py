@@ -14,7 +14,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from effvit.data import encoded, views
+from effvit.data.loading import encoded, views
 from effvit.data.sources import images
 from effvit.data.sources.base import Files
 from effvit.errors import UserError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from effvit.data.prepared import FILES
+from effvit.data.loading.prepared import FILES
 from effvit.errors import UserError
 from effvit.files import check_replaceable, name_file, replace_dir
 

@@ -8,13 +8,13 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from effvit.data.holdout import hold_out
-from effvit.data.prepared import FORMAT_VERSION, META_FILE, SPLITS, Meta
+from effvit.data.loading.prepared import FORMAT_VERSION, META_FILE, SPLITS, Meta
 from effvit.data.preparing.progress import image_bar
 from effvit.data.preparing.shards import Tally, cut, write_header
 from effvit.data.preparing.workers import write_shards
 from effvit.data.preparing.workspace import workspace
 from effvit.data.sources.base import Files, Source
+from effvit.data.sources.holdout import hold_out
 from effvit.errors import UserError
 from effvit.files import write_json
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from effvit.data.holdout import hold_out
 from effvit.data.sources.base import Source, Split
+from effvit.data.sources.holdout import hold_out
 from effvit.data.sources.images import fit
 from effvit.errors import UserError
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from effvit.data.encoded import decode
-from effvit.data.views import cut_strip, evaluation_view, resize_shorter, shorter_side
+from effvit.data.loading.encoded import decode
+from effvit.data.loading.views import cut_strip, evaluation_view, resize_shorter, shorter_side
 from effvit.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")

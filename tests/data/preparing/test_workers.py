@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from effvit.data.prepared import PreparedDataset
+from effvit.data.loading.prepared import PreparedDataset
 from effvit.data.preparing import prepare, shards
 from effvit.errors import UserError
 

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from effvit.data.prepared import PreparedDataset
+from effvit.data.loading.prepared import PreparedDataset
 from effvit.data.preparing.writer import write_prepared
 from effvit.data.sources.base import Source, Split
 from effvit.errors import UserError

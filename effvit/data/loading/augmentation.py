@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from effvit.data.randaugment import VARIANTS, randaugment
-from effvit.data.transforms import Box, crop, cutmix, erase, flip, mixup, to_float
+from effvit.data.loading.randaugment import VARIANTS, randaugment
+from effvit.data.loading.transforms import Box, crop, cutmix, erase, flip, mixup, to_float
 
 if TYPE_CHECKING:
-    from effvit.data.prepared import Meta
+    from effvit.data.loading.prepared import Meta
 
 _ROUNDS = 2  # operations of RandAugment for each image
 # Zhong et al. 2017 (arXiv 1708.04896): the part of the image's area, and how many times one side may be the other.

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from effvit.data.augmentation import Augmentation, Draws, augment, draw
-from effvit.data.randaugment import VARIANTS
-from effvit.data.transforms import to_float
+from effvit.data.loading.augmentation import Augmentation, Draws, augment, draw
+from effvit.data.loading.randaugment import VARIANTS
+from effvit.data.loading.transforms import to_float
 
 ALL = {"crop_padding": 2, "randaugment": 9, "random_erasing": 0.5, "mixup": 0.8, "cutmix": 1.0}
 

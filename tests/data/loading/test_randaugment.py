@@ -2,7 +2,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from effvit.data.randaugment import LARGEST, OPERATIONS, VARIANTS, randaugment
+from effvit.data.loading.randaugment import LARGEST, OPERATIONS, VARIANTS, randaugment
 
 IMAGES = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import CenterCrop, InterpolationMode, RandomResizedCrop, Resize
 
-from effvit.data.views import evaluation_view, random_box, random_view
+from effvit.data.loading.views import evaluation_view, random_box, random_view
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8))
 

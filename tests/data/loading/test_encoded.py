@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from effvit.data.encoded import EncodedImages, JpegShards
-from effvit.data.views import evaluation_view
+from effvit.data.loading.encoded import EncodedImages, JpegShards
+from effvit.data.loading.views import evaluation_view
 from effvit.errors import UserError
 
 RNG = np.random.default_rng(0)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from effvit.data.stored import Images
-from effvit.data.views import evaluation_view, random_view
+from effvit.data.loading.stored import Images
+from effvit.data.loading.views import evaluation_view, random_view
 from effvit.errors import UserError
 
 if TYPE_CHECKING:

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from effvit.data.augmentation import Augmentation
-from effvit.data.loading import Place, training_batches, validation_batches
-from effvit.data.transforms import to_float
+from effvit.data.loading.augmentation import Augmentation
+from effvit.data.loading.batches import Place, training_batches, validation_batches
+from effvit.data.loading.transforms import to_float
 
 CPU = torch.device("cpu")
 AUGMENTATION = Augmentation(crop_padding=1, mixup=0.5, random_erasing=0.2)

@@ -4,10 +4,10 @@ A prepared directory holds
 
 - images, up to 64 pixels square: ``train_images.npy``, ``test_images.npy``, uint8 ``(n, image_size, image_size, 3)``,
   RGB, memory-mapped when loaded;
-- larger images that come from files: ``train_images-00000.arrow`` and so on, see `effvit.data.encoded`;
+- larger images that come from files: ``train_images-00000.arrow`` and so on, see `effvit.data.loading.encoded`;
 - ``train_labels.npy``, ``test_labels.npy``: int64 ``(n,)``;
 - ``train_indices.npy``, ``validation_indices.npy``: int64, a partition of the rows of ``train_images``; validation is
-  one image in ten of each class by the rule of `effvit.data.holdout.hold_out`, whatever the seed of the training;
+  one image in ten of each class by `effvit.data.sources.holdout.hold_out`, whatever the seed of the training;
 - ``meta.json``: the fields of `Meta`.
 """
 
@@ -19,8 +19,8 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
-from effvit.data.encoded import EncodedImages, JpegShards
-from effvit.data.stored import Images, PixelImages
+from effvit.data.loading.encoded import EncodedImages, JpegShards
+from effvit.data.loading.stored import Images, PixelImages
 from effvit.errors import UserError, explain
 
 __all__ = ["FORMAT_VERSION", "META_FILE", "SPLITS", "Images", "Meta", "PreparedDataset"]

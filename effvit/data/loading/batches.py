@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from effvit.data.augmentation import Augmentation, Draws, augment, draw
-from effvit.data.prepared import PreparedDataset
+from effvit.data.loading.augmentation import Augmentation, Draws, augment, draw
+from effvit.data.loading.prepared import PreparedDataset
 from effvit.seeding import Purpose, derive, numpy_generator
 
 

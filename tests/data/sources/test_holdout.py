@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from effvit.data.holdout import hold_out
+from effvit.data.sources.holdout import hold_out
 
 LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(4), [2, 11, 100, 257]))
 

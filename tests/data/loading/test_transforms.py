@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from effvit.data.transforms import crop, cutmix, erase, flip, mixup, to_float
+from effvit.data.loading.transforms import crop, cutmix, erase, flip, mixup, to_float
 
 IMAGES = torch.randint(0, 256, (64, 12, 10, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
