@@ -18,10 +18,10 @@ from torch.nn import functional as F
 
 from effvit.attention import BASELINE, Attention, build_attention, check_options
 from effvit.attention.base import Grid
-from effvit.attention.grid import block_order
 from effvit.attention.hybrid import HybridAttention
 from effvit.attention.linformer import LinformerAttention
 from effvit.evaluation.probe import recorded
+from effvit.kernels.landmarks import block_order
 from effvit.model.pretrained import start_from
 from effvit.model.vit import ViT, ViTConfig
 

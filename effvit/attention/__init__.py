@@ -16,7 +16,7 @@ __all__ = ["Attention", "attention_class", "available_attention", "build_attenti
 
 BASELINE = "fused"
 _ORDER = ("standard", "fused", "linformer", "performer", "nystromformer", "hybrid")  # of tables and legends
-_NOT_MECHANISMS = {"__init__", "base", "grid"}
+_NOT_MECHANISMS = {"__init__", "base"}
 
 
 def available_attention() -> tuple[str, ...]:

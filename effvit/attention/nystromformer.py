@@ -10,8 +10,8 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from effvit.attention.base import Attention, AttentionOptions, Grid, register
-from effvit.attention.grid import landmark_members
 from effvit.kernels.choice import primitive
+from effvit.kernels.landmarks import landmark_members
 from effvit.kernels.pseudo_inverse import MOST_ITERATIONS, pseudo_inverse
 from effvit.kernels.softmax_attention import softmax_attention
 from effvit.kernels.token_convolution import token_convolution

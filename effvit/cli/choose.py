@@ -16,7 +16,9 @@ def choose(
     ] = None,
     option: Annotated[
         list[str] | None,
-        typer.Option("--option", "-o", metavar="NAME.KEY=VALUE", help="Option of a mechanism, e.g. -o linformer.k=128."),
+        typer.Option(
+            "--option", "-o", metavar="NAME.KEY=VALUE", help="Option of a mechanism, e.g. -o linformer.k=128."
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 1,
     precision: Annotated[str, typer.Option(help="float32, or bfloat16 by autocast.")] = "float32",

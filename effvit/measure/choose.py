@@ -20,6 +20,7 @@ _SHARES = {"model": 0.75, "block": 0.25}  # of the seconds for one image size
 _SLOWEST = 0.25  # of those seconds: a single call may take no longer, or the others would have too few
 _MIN_ROUNDS = 6  # the fewest of which a median has a 95 % interval without assumptions
 
+
 @dataclass(frozen=True)
 class Candidate:
     """A model with one mechanism: itself, its first attention block, and what both take and cost."""
@@ -184,6 +185,8 @@ def verdict(rows: Sequence[Row]) -> str:
     measured = [row for row in models if row["memory_bytes"] is not None]
     least = min(measured, key=lambda row: row["memory_bytes"])
     if least["memory_bytes"] < fused["memory_bytes"]:
-        text += f"; {least['attention']} takes least memory, {least['memory_bytes'] / fused['memory_bytes']:.2f} of fused's"
+        text += (
+            f"; {least['attention']} takes least memory, {least['memory_bytes'] / fused['memory_bytes']:.2f} of fused's"
+        )
     busy = "; other processes were running, so measure again on an idle machine" if fused["contended"] else ""
     return f"{text}{busy}."

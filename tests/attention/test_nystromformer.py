@@ -6,8 +6,8 @@ from mechanisms import copy_maps, qkv_of, relative_error
 from torch.nn import functional as F
 
 from effvit import build_attention
-from effvit.attention.grid import block_order, landmark_members, segments
 from effvit.errors import UserError
+from effvit.kernels.landmarks import block_order, landmark_members, segments
 from effvit.kernels.pseudo_inverse import MOST_ITERATIONS, pseudo_inverse, reference
 
 

@@ -1,4 +1,4 @@
-"""How the patches of a grid are grouped."""
+"""Which tokens of a grid are averaged into one: landmarks as compact blocks of patches."""
 
 from math import ceil, sqrt
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from effvit.attention.base import Grid
+Grid = tuple[int, int]
 
 
 def landmark_members(grid_size: Grid, m: int, prefix_tokens: int = 1) -> Tensor:
