@@ -1,11 +1,13 @@
 """Errors that a user can mend, told in one line."""
 
 import errno
+import re
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 
+_PACKAGES = {"yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit-learn", "vl_convert": "vl-convert-python"}  # by module
 _MOST_SHOWN = 80  # characters of a wrong value
 _OUT_OF_MEMORY = "out of memory; a smaller model, image or batch takes less"
 
@@ -71,6 +74,11 @@ def one_line_errors() -> Iterator[None]:
         if cause is None:
             raise
         message = cause
+    except ModuleNotFoundError as error:
+        extra = extra_of(error.name or "")
+        if extra is None:
+            raise
+        message = f"needs the package {error.name}: pip install 'effvit[{extra}]'"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
@@ -78,6 +86,18 @@ def one_line_errors() -> Iterator[None]:
         return
     tell(message)
     raise SystemExit(1)
+
+
+def extra_of(module: str) -> str | None:
+    """Name of the extra of this package that brings ``module``; None where it is of none."""
+    top = module.partition(".")[0]
+    wanted = _PACKAGES.get(top, top).replace("_", "-")
+    for requirement in metadata.requires("effvit") or []:
+        package = re.match(r"[\w-]+", requirement)
+        extra = re.search(r"extra == [\"'](\w+)[\"']", requirement)
+        if package and extra and package[0].lower().replace("_", "-") == wanted:
+            return extra[1]
+    return None
 
 
 @contextmanager

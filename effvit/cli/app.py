@@ -4,10 +4,11 @@ import io
 import signal
 import sys
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from effvit import __version__
 from effvit.errors import one_line_errors, tell
 
 COMMANDS = (
@@ -26,6 +27,7 @@ COMMANDS = (
     "representations",
     "bench_peers",
     "bench_data",
+    "choose",
     "aggregate",
     "plot",
     "ablation",
@@ -41,6 +43,23 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"effvit {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Efficient attention in Vision Transformers, trained and measured under one protocol."""
+
+
 for _name in COMMANDS:
     app.command(_name.replace("_", "-"))(getattr(import_module(f"effvit.cli.{_name}"), _name))
 
