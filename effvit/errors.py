@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 
-_PACKAGES = {"yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit-learn", "vl_convert": "vl-convert-python"}  # by module
+# Packages by the module that is imported, where the names differ.
+_PACKAGES = {
+    "yaml": "pyyaml",
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+    "vl_convert": "vl-convert-python",
+}
 _MOST_SHOWN = 80  # characters of a wrong value
 _OUT_OF_MEMORY = "out of memory; a smaller model, image or batch takes less"
 

@@ -1,5 +1,6 @@
 """``effvit choose``: which mechanism to take on this machine."""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -16,9 +17,7 @@ def choose(
     ] = None,
     option: Annotated[
         list[str] | None,
-        typer.Option(
-            "--option", "-o", metavar="NAME.KEY=VALUE", help="Option of a mechanism, e.g. -o linformer.k=128."
-        ),
+        typer.Option("--option", "-o", metavar="NAME.KEY=VALUE", help="A mechanism's option, e.g. -o linformer.k=128."),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 1,
     precision: Annotated[str, typer.Option(help="float32, or bfloat16 by autocast.")] = "float32",
@@ -40,11 +39,12 @@ def choose(
 
     from effvit.attention import attention_class, available_attention
     from effvit.cli.options import parse_options
+    from effvit.device import measuring_device, this_machine
     from effvit.errors import UserError
     from effvit.files import write_csv
     from effvit.measure.alone import measuring_alone
     from effvit.measure.choose import builder, measure_choice, verdict
-    from effvit.measure.compare import measuring_device, require_positive
+    from effvit.measure.compare import require_positive
     from effvit.measure.display import print_choice
     from effvit.model.presets import preset
 
@@ -63,7 +63,7 @@ def choose(
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
-    machine = _machine(where, precision)
+    machine = this_machine(where)
     rows = []
     with measuring_alone():
         build = builder(preset(model), settings)
@@ -72,13 +72,14 @@ def choose(
         )
         for of_size in track(points, f"measuring {model}", len(sizes), transient=True):
             rows += of_size
-    table = pd.DataFrame(rows).assign(model=model, **machine)
-    print_choice(f"{model} on {machine['machine']}, {machine['threads']} threads, {precision}", rows)
+    place = {"machine": machine.name, "device": machine.device, "threads": machine.threads, "precision": precision}
+    table = pd.DataFrame(rows).assign(model=model, **place, torch=machine.torch)
+    print_choice(f"{model} on {machine.name}, {machine.threads} threads, {precision}, batch {batch_size}", rows)
     for size in sizes:
         typer.echo(verdict([row for row in rows if row["image_size"] == size]))
     if output is not None:
-        name = f"{machine['machine']}-{machine['threads']}t-{precision}.csv".replace(" ", "-").replace("/", "-")
-        file = output / name if output.is_dir() or not output.suffix else output
+        name = re.sub(r"[^\w.]+", "-", f"{machine.name}-{machine.threads}t-{precision}") + ".csv"
+        file = output / name if output.is_dir() or output.suffix != ".csv" else output
         file.parent.mkdir(parents=True, exist_ok=True)
         write_csv(file, table)
         typer.echo(f"written: {file}")

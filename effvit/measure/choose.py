@@ -185,8 +185,7 @@ def verdict(rows: Sequence[Row]) -> str:
     measured = [row for row in models if row["memory_bytes"] is not None]
     least = min(measured, key=lambda row: row["memory_bytes"])
     if least["memory_bytes"] < fused["memory_bytes"]:
-        text += (
-            f"; {least['attention']} takes least memory, {least['memory_bytes'] / fused['memory_bytes']:.2f} of fused's"
-        )
+        share = least["memory_bytes"] / fused["memory_bytes"]
+        text += f"; {least['attention']} takes least memory, {share:.2f} of fused's"
     busy = "; other processes were running, so measure again on an idle machine" if fused["contended"] else ""
     return f"{text}{busy}."

@@ -42,3 +42,38 @@ def _number(value: object, in_bytes: bool) -> str:
         return ""
     value = value / MIB if in_bytes else value
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def print_choice(title: str, rows: Sequence[Row]) -> None:
+    """Print the rows of `effvit.measure.choose.measure_choice`: time, ratio with interval, memory and cost of each."""
+    table = Table(title=title, caption="ratio: time / fused's, with its 95 % interval; * other processes were running")
+    for heading in ("px", "tokens", "mechanism", "ms", "ratio", "MiB", "block", "GMACs", "M params"):
+        table.add_column(heading, justify="left" if heading == "mechanism" else "right")
+    blocks = {(row["image_size"], row["attention"]): row for row in rows if row["scope"] == "block"}
+    last = None
+    for row in (row for row in rows if row["scope"] == "model"):
+        if last not in (None, row["image_size"]):
+            table.add_section()
+        last = row["image_size"]
+        status, memory = row["status"], row["memory_bytes"]
+        table.add_row(
+            str(row["image_size"]),
+            str(row["tokens"]),
+            str(row["attention"]),
+            f"{row['median']:.3g}" if status == OK else str(status),
+            _ratio(row),
+            "" if memory is None else f"{memory / MIB:.3g}",  # type: ignore[operator]
+            _ratio(blocks[row["image_size"], row["attention"]], interval=False),
+            f"{row['macs'] / 1e9:.3g}",  # type: ignore[operator]
+            f"{row['parameters'] / 1e6:.3g}",  # type: ignore[operator]
+        )
+    Console().print(table)
+
+
+def _ratio(row: Row, interval: bool = True) -> str:
+    if row["ratio_to_fused"] is None:
+        return ""
+    star = "*" if row["contended"] else ""
+    if not interval or row["ratio_low"] is None:
+        return f"{row['ratio_to_fused']:.2f}{star}"
+    return f"{row['ratio_to_fused']:.2f} ({row['ratio_low']:.2f}-{row['ratio_high']:.2f}){star}"

@@ -143,7 +143,7 @@ def test_a_call_over_the_time_budget_is_a_row_and_its_memory_is_known_all_the_sa
 def test_only_a_second_slow_call_is_over_budget(monkeypatch):
     seconds = iter([100.0, 0.01])
     monkeypatch.setattr(compare, "stopwatch_for", lambda device: lambda call, repeats: next(seconds))
-    assert compare._try_out(lambda: lambda: None, 1.0, CPU)[0] == "ok"
+    assert compare.try_out(lambda: lambda: None, 1.0, CPU)[0] == "ok"
 
 
 def test_a_training_step_leaves_no_gradient_and_the_weights_as_they_were():

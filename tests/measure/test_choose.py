@@ -1,0 +1,151 @@
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from effvit import ViT, ViTConfig, available_attention
+from effvit.errors import UserError
+from effvit.measure import choose
+from effvit.measure.choose import builder, measure_choice, verdict
+from effvit.model.presets import available_presets, preset
+
+CPU = torch.device("cpu")
+TINY = {"patch_size": 4, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+SETTINGS = {"batch_size": 2, "precision": "float32", "budget_s": 0.2, "device": CPU}
+OPTIONS = {"linformer": {"k": 4}}
+
+
+def rows_of(attentions, sizes, **changes):
+    points = measure_choice(builder(TINY, OPTIONS), attentions, sizes, **(SETTINGS | changes))
+    return [row for rows in points for row in rows]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_every_mechanism_has_a_row_for_each_size_and_scope_with_exact_costs(precision):
+    names = available_attention()
+    table = pd.DataFrame(rows_of(names, [16, 24], precision=precision))
+    assert len(table) == 2 * 2 * len(names)
+    assert set(table["attention"]) == set(names) and set(table["status"]) == {"ok"}
+    for row in table.to_dict("records"):
+        config = ViTConfig(
+            **TINY,
+            image_size=row["image_size"],
+            attention=row["attention"],
+            attention_options=OPTIONS.get(row["attention"], {}),
+        )
+        model = ViT(config)
+        module = model if row["scope"] == "model" else model.attentions()[0]
+        assert row["tokens"] == 1 + (row["image_size"] // 4) ** 2
+        assert row["macs"] == module.macs()
+        assert row["parameters"] == sum(p.numel() for p in module.parameters())
+        assert row["memory_bytes"] > 0 and row["q25"] <= row["median"] <= row["q75"]
+    fused = table[table["attention"] == "fused"]
+    assert (fused[["ratio_to_fused", "ratio_low", "ratio_high"]] == 1).all(axis=None)
+
+
+def test_times_are_those_of_an_image_and_ratios_are_taken_round_by_round(monkeypatch):
+    samples = {"fused": np.array([0.1, 0.2, 0.4] * 4), "linformer": np.array([0.2, 0.2, 0.2] * 4)}
+    monkeypatch.setattr(choose, "interleaved", lambda calls, **_: {name: samples[name] for name in calls})
+    rows = rows_of(["linformer"], [16])
+    (row,) = (row for row in rows if (row["attention"], row["scope"]) == ("linformer", "model"))
+    assert row["median"] == pytest.approx(200 / 2)  # ms of one of two images
+    assert row["ratio_to_fused"] == pytest.approx(1.0)  # of 2, 1 and 0.5
+
+
+def test_what_runs_out_of_memory_is_a_result(monkeypatch):
+    class Greedy(torch.nn.Module):
+        def forward(self, x):
+            raise torch.OutOfMemoryError("out of memory")
+
+    build = builder(TINY, OPTIONS)
+
+    def failing(attention, size):
+        candidate = build(attention, size)
+        if attention == "standard":
+            candidate.model.head = Greedy()
+            candidate.model.head.weight = torch.zeros(1)
+        return candidate
+
+    rows = [row for rows in measure_choice(failing, ["standard", "performer"], [16], **SETTINGS) for row in rows]
+    statuses = {(row["attention"], row["scope"]): row["status"] for row in rows}
+    assert statuses["standard", "model"] == "out of memory" and statuses["performer", "model"] == "ok"
+    assert "standard" not in verdict(rows)
+
+
+@pytest.mark.parametrize(
+    ("attentions", "sizes", "changes", "says"),
+    [
+        (["linformer"], [16, 18], {}, "image_size=18, attention=fused: .*patch_size=4"),
+        (["flash"], [16], {}, "attention=flash.*unknown mechanism"),
+        (["fused"], [16], {"precision": "float16"}, "precision='float16': unknown, expected float32 or bfloat16"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_measured(attentions, sizes, changes, says, monkeypatch):
+    monkeypatch.setattr(choose, "interleaved", lambda *_, **__: pytest.fail("measured"))
+    with pytest.raises(UserError, match=says):
+        rows_of(attentions, sizes, **changes)
+
+
+def made(attention, ratio, low, high, memory=100, status="ok", contended=False):
+    place = {"image_size": 224, "tokens": 197, "scope": "model", "attention": attention, "status": status}
+    return place | {
+        "ratio_to_fused": ratio,
+        "ratio_low": low,
+        "ratio_high": high,
+        "memory_bytes": memory,
+        "contended": contended,
+    }
+
+
+def test_the_verdict_claims_only_what_intervals_support():
+    fused = made("fused", 1.0, 1.0, 1.0)
+    assert verdict([fused, made("performer", 0.97, 0.9, 1.02)]) == (
+        "224 px, 197 tokens: no mechanism is faster than fused beyond timing noise."
+    )
+    assert verdict([fused, made("linformer", 0.8, 0.75, 0.85, memory=50), made("performer", 0.7, 0.5, 1.1)]) == (
+        "224 px, 197 tokens: linformer is the fastest, 0.80 of fused's time (0.75 to 0.85); "
+        "linformer takes least memory, 0.50 of fused's."
+    )
+    assert "measure again" in verdict([made("fused", 1.0, 1.0, 1.0, contended=True)])
+    assert "nothing to compare" in verdict([made("fused", None, None, None, None, "over budget")])
+
+
+def test_presets_are_the_sizes_of_the_studys_configuration():
+    from pathlib import Path
+
+    import yaml
+
+    folder = Path(__file__).parents[2] / "conf/model"
+    for name in available_presets():
+        in_conf = yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
+        assert preset(name).items() - in_conf.items() == {("patch_size", preset(name)["patch_size"])}
+        ViTConfig(**preset(name), image_size=224 if preset(name)["patch_size"] == 16 else 32)
+
+
+def test_an_unknown_preset_is_answered_with_the_known_ones():
+    with pytest.raises(UserError, match=r"model='vit_huge': unknown size, expected one of tiny, small, deit_tiny"):
+        preset("vit_huge")
+
+
+def test_the_command_writes_one_file_named_after_the_machine(effvit, tmp_path):
+    flags = ("--model", "tiny", "--image-sizes", "16,32", "--attention", "performer", "--budget-s", "0.3")
+    outcome = effvit("choose", *flags, "-o", "performer.num_features=8", "--output", "machines", "--threads", "1")
+    assert outcome.code == 0, outcome.err
+    (file,) = (tmp_path / "machines").glob("*-1t-float32.csv")
+    table = pd.read_csv(file)
+    assert list(table["image_size"].unique()) == [16, 32] and set(table["attention"]) == {"fused", "performer"}
+    assert "16 px, 17 tokens: " in outcome.out and "32 px, 65 tokens: " in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--image-sizes", "224,huge"), "--image-sizes 224,huge: expected numbers of pixels, e.g. 224,384,512"),
+        (("-o", "k=3"), "--option k=3: expected NAME.KEY=VALUE"),
+        (("--model", "vit_huge"), "model='vit_huge': unknown size"),
+        (("--attention", "flash"), "attention='flash': unknown mechanism"),
+    ],
+)
+def test_wrong_flags_are_told_in_one_line(effvit, flags, says):
+    outcome = effvit("choose", *flags)
+    assert outcome.code == 1 and outcome.err.startswith(f"error: {says}") and outcome.err.count("\n") == 1
