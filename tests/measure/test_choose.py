@@ -7,7 +7,6 @@ from effvit import ViT, ViTConfig, available_attention
 from effvit.errors import UserError
 from effvit.measure import choose
 from effvit.measure.choose import builder, measure_choice, verdict
-from effvit.model.presets import available_presets, preset
 
 CPU = torch.device("cpu")
 TINY = {"patch_size": 4, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -108,23 +107,6 @@ def test_the_verdict_claims_only_what_intervals_support():
     )
     assert "measure again" in verdict([made("fused", 1.0, 1.0, 1.0, contended=True)])
     assert "nothing to compare" in verdict([made("fused", None, None, None, None, "over budget")])
-
-
-def test_presets_are_the_sizes_of_the_studys_configuration():
-    from pathlib import Path
-
-    import yaml
-
-    folder = Path(__file__).parents[2] / "conf/model"
-    for name in available_presets():
-        in_conf = yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
-        assert preset(name).items() - in_conf.items() == {("patch_size", preset(name)["patch_size"])}
-        ViTConfig(**preset(name), image_size=224 if preset(name)["patch_size"] == 16 else 32)
-
-
-def test_an_unknown_preset_is_answered_with_the_known_ones():
-    with pytest.raises(UserError, match=r"model='vit_huge': unknown size, expected one of tiny, small, deit_tiny"):
-        preset("vit_huge")
 
 
 def test_the_command_writes_one_file_named_after_the_machine(effvit, tmp_path):
