@@ -1,8 +1,53 @@
-"""Which device to run on."""
+"""Which device to run on, and the machine that a result belongs to."""
+
+import functools
+import os
+import subprocess
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, TypeVar
 
 import torch
 
 from effvit.errors import UserError
+from effvit.processor import processor_name
+
+_Answer = TypeVar("_Answer")
+_DRIVER_VERSION = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+_SDPA = {"cuda": ("cudnn", "flash", "mem_efficient", "math"), "cpu": ("flash", "math")}
+_ROUNDING = {
+    "cuda": {"products": "cuda.matmul", "convolutions": "cudnn.conv"},
+    "cpu": {"products": "mkldnn.matmul", "convolutions": "mkldnn.conv"},
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a measured result belongs to besides code and settings; the same at every run on one machine.
+
+    None stands for what the device does not have, and for what this version of PyTorch cannot tell.
+    """
+
+    device: str  # cpu, cuda or mps
+    processor: str
+    processors: int | None  # logical ones
+    threads: int  # of PyTorch on the CPU
+    instructions: str | None  # that PyTorch's CPU kernels use, e.g. AVX512
+    gpu: str | None
+    gpu_memory_mib: int | None
+    compute_capability: str | None
+    driver: str | None
+    cuda: str | None
+    cudnn: int | None
+    sdpa: str  # kernels that PyTorch may take for softmax attention
+    tf32: str  # float32 operations that may round to TF32
+    torch: str
+
+    @property
+    def name(self) -> str:
+        """The chip that computes: the GPU on CUDA, the processor otherwise."""
+        return self.gpu or self.processor
 
 
 def pick_device(name: str) -> torch.device:
@@ -15,3 +60,83 @@ def pick_device(name: str) -> torch.device:
     if not there[name]:
         raise UserError(f"device={name}: not available on this machine; try auto or cpu")
     return torch.device(name)
+
+
+def measuring_device(name: str) -> torch.device:
+    """Return the device to measure on; ``auto`` is CUDA where there is one, else the CPU.
+
+    Raises:
+        UserError: no such device here, or one whose peak memory PyTorch cannot tell exactly.
+    """
+    if name == "mps":
+        raise UserError("device=mps: peak memory cannot be told exactly there; measure on cpu or cuda")
+    return pick_device("cpu" if name == "auto" and not torch.cuda.is_available() else name)
+
+
+def this_machine(device: torch.device) -> Machine:
+    """Describe the machine, with ``device`` as the one that computes."""
+    rounding = _ROUNDING.get(device.type, {})
+    return Machine(
+        device=device.type,
+        processor=processor_name(),
+        processors=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        instructions=_ask(lambda: torch.backends.cpu.get_cpu_capability()),
+        sdpa=_names(_SDPA.get(device.type, ("math",)), _has_sdpa),
+        tf32=_names(rounding, lambda operation: _rounds(rounding[operation])),
+        torch=torch.__version__,
+        **_gpu(device),
+    )
+
+
+def _ask(question: Callable[[], _Answer]) -> _Answer | None:
+    """None where this version or build of PyTorch has no answer."""
+    try:
+        return question()
+    except (AttributeError, RuntimeError):
+        return None
+
+
+def _names(candidates: Iterable[str], applies: Callable[[str], bool]) -> str:
+    return ", ".join(filter(applies, candidates)) or "none"
+
+
+def _has_sdpa(kernel: str) -> bool:
+    return bool(_ask(lambda: getattr(torch.backends.cuda, f"{kernel}_sdp_enabled")()))
+
+
+def _rounds(backend: str) -> bool:
+    """Whether a backend such as ``cuda.matmul`` may compute in TF32."""
+    get = attrgetter(backend)
+    precision = _ask(lambda: get(torch.backends).fp32_precision)
+    if precision is None:  # before PyTorch 2.9
+        older = attrgetter(backend.removesuffix(".conv"))
+        return bool(_ask(lambda: older(torch.backends).allow_tf32))
+    return precision == "tf32"
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    """Fields of a GPU, all None on other devices."""
+    fields = ("gpu", "gpu_memory_mib", "compute_capability", "driver", "cuda", "cudnn")
+    if device.type != "cuda":
+        return dict.fromkeys(fields)
+    properties = torch.cuda.get_device_properties(device)
+    values = (
+        properties.name,
+        properties.total_memory // 2**20,
+        f"{properties.major}.{properties.minor}",
+        _driver(),
+        torch.version.cuda,
+        _ask(lambda: torch.backends.cudnn.version()),
+    )
+    return dict(zip(fields, values, strict=True))
+
+
+@functools.cache
+def _driver() -> str | None:
+    """Version of NVIDIA's driver, which PyTorch does not know; None where NVIDIA's own tool does not say."""
+    try:
+        said = subprocess.run(_DRIVER_VERSION, capture_output=True, text=True, check=True, timeout=60).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said[0] if said else None

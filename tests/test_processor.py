@@ -1,4 +1,6 @@
 import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,3 +55,26 @@ def test_the_first_processors_fields_are_read_as_they_stand(a_processor):
     a_processor(ZEN_5)
     assert processor.describe()["model name"] == "AMD EPYC: a name"
     assert processor.describe()["processor"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "named"),
+    [
+        (ZEN_5 + "\nmodel\t\t: 2", "AMD EPYC: a name (family 26, model 2)"),
+        (ZEN_5, "AMD EPYC: a name"),
+        (ARM + "\nCPU part\t: 0xd40", f"{platform.machine()} (implementer 0x41, part 0xd40)"),
+        (ARM, platform.machine()),
+    ],
+)
+def test_processors_of_one_name_are_told_apart_by_their_numbers(a_processor, cpuinfo, named):
+    a_processor(cpuinfo)
+    assert processor.processor_name() == named
+
+
+def test_a_processor_without_proc_has_the_name_that_its_system_gives(a_processor, monkeypatch):
+    a_processor(None, "AMD64 Family 26 Model 33 Stepping 0, AuthenticAMD")
+    assert processor.processor_name() == "AMD64 Family 26 Model 33 Stepping 0, AuthenticAMD"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    a_processor(None, "arm")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, "Apple M2\n"))
+    assert processor.processor_name() == "Apple M2"

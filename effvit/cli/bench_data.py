@@ -43,7 +43,7 @@ def bench_data(
     from pydantic import ValidationError
 
     from effvit.data.loading.prepared import PreparedDataset
-    from effvit.device import pick_device
+    from effvit.device import pick_device, this_machine
     from effvit.errors import UserError, explain
     from effvit.files import check_apart, staged_dir, write_csv
     from effvit.measure.alone import measuring_alone
@@ -93,6 +93,7 @@ def bench_data(
     )
     if threads:
         torch.set_num_threads(threads)
+    where = pick_device(device)
     kept = keep_freed_memory()
     with staged_dir(output_dir, ("throughput.csv", "provenance.json")) as staged, measuring_alone():
         rows = measure_throughput(
@@ -102,10 +103,10 @@ def bench_data(
             horizontal_flip=horizontal_flip,
             peer=find_spec("timm") is not None,
             budget_s=budget_s,
-            device=pick_device(device),
+            device=where,
         )
         write_csv(staged / "throughput.csv", pd.DataFrame(rows))
         settings = {"horizontal_flip": horizontal_flip, "freed_memory_kept": kept, "budget_s": budget_s}
         models = {"model": config.model_dump(), "train": recipe.model_dump(), "dataset": dataset.name}
-        write_provenance(staged, models | settings)
+        write_provenance(staged, models | settings, this_machine(where))
     print_throughput(rows)

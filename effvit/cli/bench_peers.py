@@ -26,13 +26,12 @@ def bench_peers(
     Needs the `peers` extra. Writes peers.csv and peers.png (measured) and provenance.json. A mechanism without a peer
     is timed alone.
     """
-    from importlib.metadata import version
-
     import pandas as pd
     import torch
     from rich.progress import track
 
     from effvit.attention import available_attention
+    from effvit.device import pick_device, this_machine
     from effvit.errors import UserError
     from effvit.figures.peers import peer_ratios
     from effvit.figures.style import save
@@ -41,7 +40,7 @@ def bench_peers(
     from effvit.measure.compare import require_positive
     from effvit.measure.peers import PEERS, compare_with_peer, grid_of_points, parse_width, print_ratios, require_peers
     from effvit.measure.subject import square_grid
-    from effvit.provenance import write_provenance
+    from effvit.provenance import version_of, write_provenance
 
     require_positive(tokens_per_batch=tokens_per_batch, budget_s=budget_s, threads=threads)
     if dtype not in ("float32", "bfloat16"):
@@ -66,6 +65,8 @@ def bench_peers(
         if not (compared := table.dropna(subset="peer")).empty:
             save(peer_ratios(compared), staged / "peers.png")
         settings = {"attention": mechanisms, "widths": widths, "tokens": counts, "dtype": dtype}
-        settings["peers"] = {PEERS[name].package: version(PEERS[name].package) for name in mechanisms if name in PEERS}
-        write_provenance(staged, settings | {"tokens_per_batch": tokens_per_batch, "budget_s": budget_s})
+        packages = [PEERS[name].package for name in mechanisms if name in PEERS]
+        settings["peers"] = {package: version_of(package) for package in packages}
+        settings |= {"tokens_per_batch": tokens_per_batch, "budget_s": budget_s}
+        write_provenance(staged, settings, this_machine(pick_device("cpu")))
     print_ratios(rows)

@@ -34,10 +34,11 @@ def benchmark(
     import torch
     from rich.progress import track
 
+    from effvit.device import measuring_device, this_machine
     from effvit.files import staged_dir, write_csv, write_json
     from effvit.measure.alone import measuring_alone
     from effvit.measure.benchmark import COST_STEPS, measure_cost, model_size
-    from effvit.measure.compare import measuring_device, require_positive
+    from effvit.measure.compare import require_positive
     from effvit.measure.display import print_rows
     from effvit.model.vit import ViTConfig
     from effvit.provenance import write_provenance
@@ -69,8 +70,8 @@ def benchmark(
         rows = [row for rows in track(steps, f"measuring {attention}", COST_STEPS, transient=True) for row in rows]
         write_csv(staged / "cost.csv", pd.DataFrame(rows).astype({"batch_size": "Int64", "n": "Int64"}))
         settings: dict[str, object] = {"batch_size": batch_size, "memory_mib": memory_mib, "budget_s": budget_s}
-        settings |= {"device": str(where), "dtype": "float32", "model": config.model_dump()}
-        write_provenance(staged, settings)
+        settings |= {"dtype": "float32", "model": config.model_dump()}
+        write_provenance(staged, settings, this_machine(where))
     print_rows(
         f"{attention}: {size['parameters']:,} parameters, {size['macs'] / 1e6:,.2f} M multiply-adds an image",
         rows,

@@ -26,6 +26,7 @@ def deploy(
     from effvit.deploy.accuracy import sizes_and_accuracy
     from effvit.deploy.display import print_deployment
     from effvit.deploy.files import PATTERNS, write_files
+    from effvit.device import this_machine
     from effvit.evaluation.predict import check_fits
     from effvit.files import check_apart, staged_dir, write_json
     from effvit.model.checkpoint import load_model
@@ -41,5 +42,6 @@ def deploy(
         figures = write_files(model, model_dir, dataset, staged)
         figures |= sizes_and_accuracy(model, staged, dataset)
         write_json(record / "deployment.json", figures)
-        write_provenance(record, {"dataset": dataset.name, "dtype": "float32", "model": model.config.model_dump()})
+        settings = {"dataset": dataset.name, "dtype": "float32", "model": model.config.model_dump()}
+        write_provenance(record, settings, this_machine(next(model.parameters()).device))
     print_deployment(model.config.attention, figures)

@@ -34,7 +34,7 @@ def fidelity(
 
     from effvit.analysis.fidelity import compare, random_qkv, replaced_accuracy, trained_qkv, variants
     from effvit.data.loading.prepared import PreparedDataset
-    from effvit.device import pick_device
+    from effvit.device import pick_device, this_machine
     from effvit.evaluation.probe import accuracy, load_models, normalised, validation_images
     from effvit.files import check_apart, staged_dir, write_csv
     from effvit.provenance import write_provenance
@@ -70,7 +70,8 @@ def fidelity(
         table["layer"] = table["layer"].mask(table["source"] == "random")
         write_csv(directory / "fidelity.csv", table)
         write_csv(directory / "replaced.csv", pd.DataFrame(replaced, columns=_REPLACED).astype({"value": "Int64"}))
-        write_provenance(directory, {"dataset": dataset.name, "models": {a: str(p) for a, p in places.items()}})
+        settings = {"dataset": dataset.name, "models": {a: str(p) for a, p in places.items()}}
+        write_provenance(directory, settings, this_machine(where))
     typer.echo(f"{len(tried)} variants of {len(models)} mechanisms beside exact attention on {', '.join(qkv)} q, k, v")
     if not fused:
         typer.echo(

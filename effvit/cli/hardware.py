@@ -17,8 +17,11 @@ def hardware(
 
     Writes hardware.json and provenance.json. What a runtime does not support has no figures.
     """
+    from dataclasses import replace
+
     from effvit.deploy.display import print_costs
     from effvit.deploy.hardware import measure
+    from effvit.device import pick_device, this_machine
     from effvit.files import check_apart, staged_dir, write_json
     from effvit.measure.alone import measuring_alone
     from effvit.measure.compare import require_positive
@@ -32,6 +35,7 @@ def hardware(
         with measuring_alone():
             figures = measure(model, deployed_dir, budget_s)
         write_json(staged / "hardware.json", figures)
-        settings: dict[str, object] = {"threads": 1, "batch_size": 1, "budget_s": budget_s}
-        write_provenance(staged, settings | {"dtype": "float32", "model": model.config.model_dump()})
+        settings: dict[str, object] = {"batch_size": 1, "budget_s": budget_s, "dtype": "float32"}
+        settings["model"] = model.config.model_dump()
+        write_provenance(staged, settings, replace(this_machine(pick_device("cpu")), threads=1))
     print_costs(model.config.attention, figures)

@@ -29,14 +29,15 @@ def representations(
 
     from effvit.analysis.survey import picture_maps, survey
     from effvit.data.loading.prepared import PreparedDataset
-    from effvit.device import pick_device
+    from effvit.device import pick_device, this_machine
     from effvit.evaluation.probe import few_classes, load_models, validation_images
     from effvit.files import check_apart, staged_dir, write_csv
     from effvit.provenance import write_provenance
 
     check_apart(output_dir, dataset_dir, *model_dirs)
     dataset = PreparedDataset.load(dataset_dir)
-    models, places = load_models(model_dirs, dataset, pick_device(device))
+    where = pick_device(device)
+    models, places = load_models(model_dirs, dataset, where)
     images, labels = validation_images(dataset, _LOOKED_AT)
     with staged_dir(output_dir, ("cka.csv", "*.csv", "maps.safetensors", "provenance.json")) as directory:
         result = survey(models, images, dataset, batch_size)
@@ -45,7 +46,8 @@ def representations(
         shown = few_classes(labels, _SHOWN)
         arrays = {"images": np.ascontiguousarray(images[shown]), "labels": labels[shown]}
         (directory / "maps.safetensors").write_bytes(save(arrays | picture_maps(models, images[shown], dataset)))
-        write_provenance(directory, {"dataset": dataset.name, "models": {a: str(p) for a, p in places.items()}})
+        settings = {"dataset": dataset.name, "models": {a: str(p) for a, p in places.items()}}
+        write_provenance(directory, settings, this_machine(where))
     typer.echo(
         f"{len(models)} models on {len(images):,} validation images of {dataset.name}: "
         f"similarity of {len(result.cka):,} pairs of layers, {len(result.heads):,} heads"

@@ -40,9 +40,10 @@ def scaling(
     import torch
     from rich.progress import track
 
+    from effvit.device import measuring_device, this_machine
     from effvit.files import staged_dir, write_csv
     from effvit.measure.alone import measuring_alone
-    from effvit.measure.compare import measuring_device, require_positive
+    from effvit.measure.compare import require_positive
     from effvit.measure.display import print_rows
     from effvit.measure.scaling import measure_scaling
     from effvit.measure.subject import Block, Model, Subject, square_grid
@@ -88,8 +89,8 @@ def scaling(
         steps = track(points, f"measuring {attention}", len(subjects) * len(counts), transient=True)
         rows = [row for rows in steps for row in rows]
         write_csv(staged / "scaling.csv", pd.DataFrame(rows).drop(columns="p90").astype({"n": "Int64"}))
-        record = settings | {"tokens": counts, "device": str(where), "dtype": "float32", "model": config.model_dump()}
-        write_provenance(staged, record)
+        record = settings | {"tokens": counts, "dtype": "float32", "model": config.model_dump()}
+        write_provenance(staged, record, this_machine(where))
     for scope in dict.fromkeys(row["scope"] for row in rows):
         for batch, which in (
             ("one", "one sample at a time"),

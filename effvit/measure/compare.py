@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from effvit.device import pick_device
 from effvit.errors import UserError
 from effvit.measure.alone import Load
 from effvit.measure.latency import Call, interleaved, paired_interval, paired_ratio, stopwatch_for, summarise
@@ -118,17 +117,6 @@ def _in_time(call: Call, limit_s: float, device: torch.device) -> bool:
         if attempt and not meanwhile.contended():
             break
     return False
-
-
-def measuring_device(name: str) -> torch.device:
-    """Return the device to measure on; ``auto`` is CUDA where there is one, else the CPU.
-
-    Raises:
-        UserError: no such device here, or one whose peak memory PyTorch cannot tell exactly.
-    """
-    if name == "mps":
-        raise UserError("device=mps: peak memory cannot be told exactly there; measure on cpu or cuda")
-    return pick_device("cpu" if name == "auto" and not torch.cuda.is_available() else name)
 
 
 _MOST = {"batch_size": 2**31 - 1, "tokens_per_batch": 2**31 - 1, "threads": 1024}

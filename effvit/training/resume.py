@@ -15,7 +15,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
+from dataclasses import asdict
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,17 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from effvit.data.loading.prepared import Meta, PreparedDataset
+from effvit.device import Machine
 from effvit.files import sync_directory
 from effvit.model.vit import ViTConfig
+from effvit.provenance import version_of
 from effvit.training.recipe import TrainConfig
 
 _FORGOTTEN_S = 60 * 86400  # a run that nobody continued for so long is removed
 _NAME = "[0-9a-f]" * 32  # a fingerprint, as a pattern
 _SAMPLED_BYTES = 2**28  # all of CIFAR; of images of 224 pixels some 1,800
 _MOVES_NO_RESULT = {"devices", "workers", "checkpoint_s"}
+_FOLLOWS_DEVICES = "threads"  # Fabric divides the processors among the processes
 # Of other packages: arithmetic, RandAugment, decoding and resizing, precision.
 _DECIDING = ("torch", "numpy", "torchvision", "pillow", "lightning-fabric")
 _NO_PART_OF_TRAINING = ("analysis", "cli", "deploy", "evaluation", "figures", "measure", "report", "study")
@@ -45,12 +48,13 @@ def fingerprint(
     config: ViTConfig,
     dataset: PreparedDataset,
     recipe: TrainConfig,
+    machine: Machine,
     *,
     seed: int,
     horizontal_flip: bool,
     start: str | None = None,
 ) -> str:
-    """Name of a run: a digest of everything that determines its result, down to pixels, code and versions.
+    """Name of a run: a digest of everything that determines its result, down to pixels, code, versions and machine.
 
     ``start`` is the digest of the weights that the model starts from, None for random ones.
     """
@@ -63,7 +67,8 @@ def fingerprint(
         "horizontal_flip": horizontal_flip,
         "start": start,
         "data": meta,
-        "versions": [sys.version, *map(version, _DECIDING)],
+        "machine": {name: value for name, value in asdict(machine).items() if name != _FOLLOWS_DEVICES},
+        "versions": [sys.version, *map(version_of, _DECIDING)],
     }
     digest.update(json.dumps(values, sort_keys=True).encode())
     for split in ("train", "validation"):

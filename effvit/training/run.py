@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from effvit.data.loading.prepared import PreparedDataset
+from effvit.device import this_machine
 from effvit.files import check_replaceable, staged_dir, write_csv, write_json
 from effvit.model.checkpoint import is_model_dir, save_model
 from effvit.model.pretrained import StartReport, start_from
@@ -167,7 +168,10 @@ def train_to(
         store = None
         if leads:
             weights = start.sha256 if start else None
-            name = fingerprint(config, dataset, recipe, seed=seed, horizontal_flip=horizontal_flip, start=weights)
+            machine = this_machine(training.place.device)
+            name = fingerprint(
+                config, dataset, recipe, machine, seed=seed, horizontal_flip=horizontal_flip, start=weights
+            )
             store = stack.enter_context(open_store(name, tell))
         console.quiet = not leads
         if start:
@@ -238,6 +242,7 @@ def _write(run: Run, store: Store, start: StartReport | None, output_dir: Path, 
         write_provenance(
             logs,
             {**settings, "dataset": training.dataset.name, "seed": training.seed, "processes": training.place.world},
+            this_machine(training.place.device),
         )
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ from PIL import Image
 from safetensors.torch import save
 
 from effvit.data.preparing import prepare
+from effvit.device import this_machine
 from effvit.training import resume
+from effvit.training import run as run_module
 from effvit.training.loop import Training
 from effvit.training.recipe import TrainConfig
 from effvit.training.resume import Store, fingerprint, open_store
@@ -24,6 +27,9 @@ from effvit.training.run import train_to
 
 ROOT = Path(__file__).parents[2]
 RECIPE = {"epochs": 3, "batch_size": 128, "lr": 3e-3, "crop_padding": 1, "device": "cpu", "checkpoint_s": 0.0}
+
+MACHINE = this_machine(torch.device("cpu"))
+ANOTHER = replace(MACHINE, device="cuda", gpu="NVIDIA H200")
 
 # Everything that has a state of its own, or chance: two optimisers, averages, features redrawn, dropout, mixing.
 EVERYTHING = {
@@ -193,12 +199,15 @@ def brightened(digits):
     return type(digits)(**(vars(digits) | {"images": {**digits.images, "train": images}}))
 
 
-@pytest.mark.parametrize("change", ["recipe", "pixel"])
-def test_a_state_of_another_run_is_not_gone_on_from(run, digits, change):
-    changed = {"lr": 2e-3} if change == "recipe" else {"dataset": brightened(digits)}
+@pytest.mark.parametrize("change", ["recipe", "pixel", "machine"])
+def test_a_state_of_another_run_is_not_gone_on_from(run, digits, change, monkeypatch):
+    changed = {"recipe": {"lr": 2e-3}, "pixel": {"dataset": brightened(digits)}}.get(change, {})
     with pytest.raises(SystemExit):
         run("stopped", stop=15)
-    *_, steps = run("changed", **changed)
+    with monkeypatch.context() as patch:
+        if change == "machine":
+            patch.setattr(run_module, "this_machine", lambda device: ANOTHER)
+        *_, steps = run("changed", **changed)
     assert steps == 33
     assert run("stopped")[2] == 33 - 15, "the one that is stopped still has its own"
 
@@ -316,16 +325,18 @@ def make_older(path, seconds):
 
 
 def test_the_name_of_a_run_changes_with_what_moves_its_result_and_with_nothing_else(digits, tiny_config, monkeypatch):
-    def name(dataset=digits, model=None, seed=0, flip=False, start=None, **changes):
-        recipe = TrainConfig(**(RECIPE | changes))
-        return fingerprint(tiny_config(**(model or {})), dataset, recipe, seed=seed, horizontal_flip=flip, start=start)
+    def name(dataset=digits, model=None, machine=MACHINE, seed=0, flip=False, start=None, **changes):
+        config, recipe = tiny_config(**(model or {})), TrainConfig(**(RECIPE | changes))
+        return fingerprint(config, dataset, recipe, machine, seed=seed, horizontal_flip=flip, start=start)
 
     base = name()
     test_images = {**digits.images, "test": digits.images["test"] // 2}
     same = type(digits)(**(vars(digits) | {"images": test_images}))
     assert base == name() == name(checkpoint_s=5.0) == name(devices=2) == name(workers=3) == name(dataset=same)
+    assert base == name(machine=replace(MACHINE, threads=7)), "threads change with the number of processes"
     others = [name(lr=1e-3), name(seed=1), name(flip=True), name(model={"hidden_size": 32}), name(mixup=0.1)]
     others += [name(dataset=brightened(digits)), name(epochs=4), name(precision="bf16-mixed")]
+    others += [name(machine=ANOTHER), name(machine=replace(MACHINE, processor="another"))]
     others += [name(start="of these weights"), name(start="of those")]
     code = resume._code
     monkeypatch.setattr(resume, "_code", lambda attention: list(code(attention))[1:])
@@ -336,10 +347,10 @@ def test_the_name_of_a_run_changes_with_what_moves_its_result_and_with_nothing_e
 @pytest.mark.parametrize("package", ["torch", "numpy", "torchvision", "pillow", "lightning-fabric"])
 def test_the_version_of_a_package_is_in_the_name_of_a_run(digits, tiny_config, monkeypatch, package):
     def name():
-        return fingerprint(tiny_config(), digits, TrainConfig(**RECIPE), seed=0, horizontal_flip=False)
+        return fingerprint(tiny_config(), digits, TrainConfig(**RECIPE), MACHINE, seed=0, horizontal_flip=False)
 
-    base, version = name(), resume.version
-    monkeypatch.setattr(resume, "version", lambda asked: version(asked) + ".1" * (asked == package))
+    base, version = name(), resume.version_of
+    monkeypatch.setattr(resume, "version_of", lambda asked: version(asked) + ".1" * (asked == package))
     assert name() != base
 
 

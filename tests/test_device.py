@@ -1,0 +1,109 @@
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from effvit import device
+from effvit.device import measuring_device, pick_device, this_machine
+from effvit.errors import UserError
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture
+def h200(monkeypatch, tmp_path):
+    """A GPU as PyTorch describes it, and the tool of its driver."""
+    properties = SimpleNamespace(name="NVIDIA H200", total_memory=150_121_545_728, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91300)
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\n[ "$1" = --query-gpu=driver_version ] && printf "580.65.06\\n580.65.06\\n"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    device._driver.cache_clear()
+    yield tool
+    device._driver.cache_clear()
+
+
+def test_a_cpu_is_described_by_its_name_and_threads():
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        machine = this_machine(CPU)
+        torch.set_num_threads(3)
+        assert this_machine(CPU) == replace(machine, threads=3)
+    finally:
+        torch.set_num_threads(threads)
+    assert (machine.device, machine.threads, machine.processors) == ("cpu", 1, os.cpu_count())
+    assert machine.name == machine.processor
+    if Path("/proc/cpuinfo").exists() and (
+        named := re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    ):
+        assert named[1] in machine.processor
+
+
+def test_what_runs_on_the_cpu_does_not_name_the_gpu(h200):
+    machine = this_machine(CPU)
+    assert "H200" not in machine.name
+    assert {machine.gpu, machine.gpu_memory_mib, machine.driver, machine.cuda, machine.cudnn} == {None}
+
+
+def test_a_gpu_is_described_with_its_driver_and_libraries(h200):
+    machine = this_machine(CUDA)
+    assert (machine.device, machine.name, machine.gpu) == ("cuda", "NVIDIA H200", "NVIDIA H200")
+    assert (machine.gpu_memory_mib, machine.compute_capability) == (143_167, "9.0")
+    assert (machine.driver, machine.cuda, machine.cudnn) == ("580.65.06", "13.0", 91300)
+    assert machine.processor == this_machine(CPU).processor
+
+
+@pytest.mark.parametrize("tool", ["exit 9", "true"], ids=["fails", "says nothing"])
+def test_a_driver_that_does_not_say_its_version_is_none(h200, tool):
+    h200.write_text(f"#!/bin/sh\n{tool}\n")
+    assert this_machine(CUDA).driver is None
+
+
+def test_without_the_drivers_tool_its_version_is_none(h200, monkeypatch, tmp_path):
+    h200.unlink()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert this_machine(CUDA).driver is None
+
+
+def test_the_attention_kernels_are_those_that_may_be_chosen(h200):
+    assert this_machine(CPU).sdpa == "flash, math"
+    assert this_machine(CUDA).sdpa == "cudnn, flash, mem_efficient, math"
+    with sdpa_kernel([SDPBackend.MATH]):
+        assert this_machine(CPU).sdpa == this_machine(CUDA).sdpa == "math"
+
+
+def test_tf32_is_told_where_it_is_allowed(h200, monkeypatch):
+    assert (this_machine(CPU).tf32, this_machine(CUDA).tf32) == ("none", "convolutions")  # PyTorch's default
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        assert this_machine(CUDA).tf32 == "products, convolutions"
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def test_what_an_older_pytorch_does_not_tell_is_none(h200, monkeypatch):
+    known = SimpleNamespace(matmul=SimpleNamespace(allow_tf32=True), flash_sdp_enabled=lambda: True)
+    monkeypatch.setattr(torch, "backends", SimpleNamespace(cuda=known))
+    machine = this_machine(CUDA)
+    assert (machine.instructions, machine.cudnn) == (None, None)
+    assert (machine.sdpa, machine.tf32) == ("flash", "products")
+
+
+def test_measurements_take_the_gpu_or_the_cpu_and_never_mps(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert (pick_device("auto").type, measuring_device("auto").type) == ("mps", "cpu")
+    with pytest.raises(UserError, match="device=mps: peak memory"):
+        measuring_device("mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert measuring_device("auto").type == "cuda"
