@@ -33,6 +33,7 @@ COMMANDS = (
     "ablation",
     "report",
     "mechanisms",
+    "machine",
 )
 
 # Of the Click that Typer uses, which is the installed one or its own.

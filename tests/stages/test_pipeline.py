@@ -39,6 +39,15 @@ DETERMINISTIC = (
 )
 
 
+# Put into stages/machine.py: the record of another machine.
+A_GPU = """
+from dataclasses import replace
+from effvit import device
+this_machine = device.this_machine
+device.this_machine = lambda where: replace(this_machine(where), device="cuda", gpu="NVIDIA H200")
+"""
+
+
 class Repository:
     """A scratch repository with commands that must succeed."""
 
@@ -122,9 +131,9 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     return made
 
 
-def test_a_second_repro_has_nothing_to_do(repository: Repository) -> None:
-    assert not stages_run(output := repository.run("dvc repro"))
-    assert "up to date" in output
+def test_a_second_repro_looks_at_the_machine_and_has_nothing_to_do(repository: Repository) -> None:
+    assert stages_run(output := repository.run("dvc repro")) == {"machine"}
+    assert "as before, measured results are up to date" in output
 
 
 def test_the_run_leaves_nothing_that_git_does_not_know(repository: Repository) -> None:
@@ -143,9 +152,33 @@ def test_the_summary_has_every_cell_and_numbers_alone(repository: Repository) ->
 def test_deterministic_files_are_the_same_bytes_when_all_runs_again(repository: Repository) -> None:
     before = repository.hashes()
     assert len(before) > 40
-    assert len(stages_run(repository.run("dvc repro --force"))) == 1 + 2 * 6 + 2 + 3
+    assert len(stages_run(repository.run("dvc repro --force"))) == 2 + 2 * 6 + 2 + 3
     assert repository.hashes() == before
     repository.commit("again")
+
+
+def test_times_of_another_machine_are_measured_anew_and_those_of_this_one_come_back(repository: Repository) -> None:
+    targets = "benchmark@digits-fused scaling@fused evaluate@digits-fused-0"
+    measured = [repository.path / "metrics" / place for place in ("machine.json", "scaling/fused/scaling.csv")]
+    measured.append(repository.path / "metrics/cells/digits/fused/benchmark/cost.csv")
+
+    def results() -> list[bytes]:
+        return [file.read_bytes() for file in measured]
+
+    here = results()
+    repository.edit("stages/machine.py", "with one_line", f"{A_GPU}\nwith one_line")
+    output = repository.run(f"dvc repro {targets}")
+    assert stages_run(output) == {"machine", "benchmark@digits-fused", "scaling@fused"}
+    assert "gpu was none and is NVIDIA H200; measured stages run again" in output
+    there = results()
+    assert not set(here) & set(there)
+    for code, expected in ((False, here), (True, there), (False, here)):
+        repository.run("git checkout --quiet stages/machine.py")
+        if code:
+            repository.edit("stages/machine.py", "with one_line", f"{A_GPU}\nwith one_line")
+        assert stages_run(repository.run(f"dvc repro {targets}")) == {"machine"}
+        assert results() == expected
+    assert repository.run("git status --porcelain") == ""
 
 
 def test_one_mechanism_trains_alone_and_the_summary_names_no_other(repository: Repository) -> None:
