@@ -30,9 +30,10 @@ def write_study(metrics_dir, datasets=("digits",), attentions=ATTENTIONS, seeds=
 
 def _provenance(directory):
     record = {"time": "2026-01-01T00:00:00+00:00", "git_revision": None, "python": "3.11.7", "platform": "Linux x86_64"}
-    record |= {"cpu": "made up", "cpu_count": 2, "threads": 2, "accelerator": None}
-    packages = {"effvit": "0.1.0", "torch": "2.14.1"}
-    (directory / "provenance.json").write_text(json.dumps(record | {"packages": packages, "config": {}}))
+    record |= {"packages": {"effvit": "0.1.0", "torch": "2.14.1"}, "config": {"dtype": "float32"}}
+    threads = 1 if directory.name == "hardware" else 2
+    record["machine"] = {"device": "cpu", "processor": "made up", "threads": threads, "gpu": None}
+    (directory / "provenance.json").write_text(json.dumps(record))
 
 
 def _train(directory, rng, epochs):

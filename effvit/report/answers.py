@@ -63,7 +63,8 @@ def tradeoff(study: Study, dataset: str) -> Iterator[str]:
     ratios = latency[latency["attention"] != "fused"].dropna(subset=["ratio_to_fused"])
     if len(ratios):
         listed = w.several(f"{w.name(row['attention'])} {w.beside_fused(row)}" for row in records(ratios))
-        yield f"Latency at batch {batch.iloc[0]:.0f}, timed in turns with Fused: {listed}.{_noise(latency)}"
+        where = w.measured_on(records(latency))
+        yield f"Latency at batch {batch.iloc[0]:.0f} {where}, timed in turns with Fused: {listed}.{_noise(latency)}"
     yield from _exact_costs(study, dataset)
 
 
@@ -179,9 +180,10 @@ def _exact_costs(study: Study, dataset: str) -> Iterator[str]:
     accuracy = study.of("accuracy", dataset).set_index("attention")
     macs = accuracy["gmacs"] / accuracy["gmacs"]["fused"]
     yield f"Multiply-adds of the whole model, exact: {_less_and_more(macs)}."
-    memory = at_largest_batch(study.of("cost", dataset), "train_memory").set_index("attention")["ratio_to_fused"]
-    if len(known := memory.dropna()):
-        yield f"Peak memory of a training step: {_less_and_more(known)}."
+    memory = at_largest_batch(study.of("cost", dataset), "train_memory").dropna(subset=["ratio_to_fused"])
+    if len(memory):
+        ratios = memory.set_index("attention")["ratio_to_fused"]
+        yield f"Peak memory of a training step {w.measured_on(records(memory))}: {_less_and_more(ratios)}."
 
 
 def _less_and_more(ratios: "pd.Series[float]") -> str:
@@ -210,7 +212,8 @@ def hybrid(study: Study, dataset: str) -> Iterator[str]:
         yield _hybrid_accuracy(found[0], study.test_images(dataset))
         latency = by_attention(at_largest_batch(study.of("cost", dataset), "latency"))["hybrid"]
         if isfinite(latency["ratio_to_fused"]):
-            yield f"It takes {w.beside_fused(latency)} the latency of Fused at batch {latency['batch_size']:.0f}."
+            at = f"at batch {latency['batch_size']:.0f} {w.measured_on([latency])}"
+            yield f"It takes {w.beside_fused(latency)} the latency of Fused {at}."
     else:
         yield "There is nothing to hold it against: Fused is not among the mechanisms selected."
     gates = study.of("gates", dataset)

@@ -27,8 +27,7 @@ def _single_images(study: Study, dataset: str) -> Iterator[str]:
     cost = study.of("cost", dataset)
     rows = cost[(cost["quantity"] == "latency") & (cost["batch_size"] == 1)].dropna(subset=["ratio_to_fused"])
     if {"fused"} < set(rows["attention"]):
-        threads = int(study.provenance["threads"].iloc[0])
-        yield f"The nearest to it, one image at a time with {w.count(threads, 'thread')}: {_judge(rows)}"
+        yield f"The nearest to it, one image at a time {w.measured_on(records(rows))}: {_judge(rows)}"
 
 
 def _judge(rows: pd.DataFrame) -> str:
@@ -47,7 +46,7 @@ def _judge(rows: pd.DataFrame) -> str:
 def _latency(rows: pd.DataFrame) -> str:
     known = rows.dropna(subset=["ratio_to_fused"])
     if {"fused"} < set(known["attention"]):
-        return f"One thread, one image at a time: {_judge(known)}"
+        return f"One image at a time {w.measured_on(records(known))}: {_judge(known)}"
     return "How fast they are on one thread beside Fused was not measured."
 
 

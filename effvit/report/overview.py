@@ -86,6 +86,7 @@ def accuracy_and_cost(study: Study, dataset: str) -> Table:
     columns += [f"Latency × Fused{batch}", f"Training step × Fused{batch}"]
     columns += [f"Training memory{batch}", "Memory × Fused"]
     note = (
+        f"Measured {w.measured_on(records(cost))}. "
         f"Ratios were timed in turns with Fused in one process; in brackets their 95{w.SPACE}% interval. Fused beside "
         "itself is the noise of the timing. Latency in ms: the ratio times what Fused took."
     )
@@ -138,6 +139,7 @@ def efficiency(study: Study) -> Table:
     what = [f"{QUANTITIES[quantity].capitalize()}, {PASSES[mode].split(' ', 1)[1]}" for quantity, mode in costs]
     columns = ["Mechanism", "Of", *what, "Time, as MACs predict", "Slope of time", "Slope of MACs", "Slopes over"]
     note = (
+        f"Measured {w.measured_on(records(study.scaling))}. "
         f"Tokens from which a mechanism takes less than Fused, with the 95{w.SPACE}% interval; “only”: less between "
         "these measured lengths, and not at the longest. Slope: the power of the length with which the time of the "
         f"forward pass grows, with its 95{w.SPACE}% interval. {HOW_LENGTHS_ARE_KNOWN}."
@@ -237,7 +239,8 @@ def hardware_latency(study: Study, dataset: str) -> Table:
     ]
     columns = ["Mechanism", *(f"{what}, {name}" for what in ("× Fused", "Latency") for name in _RUNTIMES.values())]
     note = (
-        "One thread, one image at a time. Ratios are to PyTorch's Fused, timed in turns with it in one process; in "
+        f"One image at a time {w.measured_on(records(table))}. "
+        "Ratios are to PyTorch's Fused, timed in turns with it in one process; in "
         f"brackets their 95{w.SPACE}% interval. Fused in PyTorch beside itself is the noise of the timing. Latency in "
         f"ms: the ratio times {w.milliseconds(baseline)}, what Fused took (median over these processes)."
     )
@@ -257,12 +260,12 @@ def hardware(study: Study, dataset: str) -> Table:
 
 def origin(study: Study) -> Table:
     """When, from which code and versions and on which machine the results were made, a row for each that differ."""
-    keys = ["git_revision", "effvit", "torch", "python", "platform", "cpu", "threads", "accelerator"]
+    keys = ["git_revision", "effvit", "torch", "python", "platform", "device", "processor", "threads", "gpu"]
     rows = []
     for key, group in study.provenance.groupby(keys, sort=False, dropna=False):
         stages = ", ".join(dict.fromkeys(group["stage"]))
         days = sorted(set(group["time"].str[:10]))
         made = " to ".join(dict.fromkeys((days[0], days[-1])))
         rows.append([text(stages), text(made), *(text(value) for value in key)])
-    columns = ["Stages", "Date", "Revision", "effvit", "PyTorch", "Python", "Platform", "Processor", "Threads"]
-    return Table("Origin of the results", [*columns, "Accelerator"], rows)
+    columns = ["Stages", "Date", "Revision", "effvit", "PyTorch", "Python", "Platform", "Device", "Processor"]
+    return Table("Origin of the results", [*columns, "Threads", "GPU"], rows)

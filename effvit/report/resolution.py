@@ -29,7 +29,7 @@ def resolution(study: Study) -> Iterator[str]:
         yield "No time could be measured beside Fused at any length."
     else:
         ends = [_at(forward, int(tokens)) for tokens in sorted({done.min(), done.max()})]
-        yield f"In the forward pass of one block: {'; '.join(ends)}."
+        yield f"In the forward pass of one block {w.measured_on(records(forward))}: {'; '.join(ends)}."
     yield from _efficiency(study)
     yield from _contended(rows)
     yield from _stopped(rows)

@@ -12,6 +12,7 @@ from effvit.study.cells import read_csv
 
 _KEY = {"dataset": str, "attention": str}
 _CASE = dict.fromkeys(("attention", "scope", "batch", "mode", "quantity"), str)
+_MACHINE = {"machine": str, "threads": float, "dtype": str}  # no threads where a GPU computed
 _RATIO = dict.fromkeys(("ratio_to_fused", "ratio_low", "ratio_high"), float)
 _LENGTHS = (
     *("length", "length_low", "length_high", "predicted_length", "cheaper_from", "cheaper_to", "measured_to"),
@@ -22,14 +23,15 @@ _COLUMNS: dict[str, dict[str, Any]] = {
     "accuracy": _KEY
     | dict.fromkeys(("n_seeds", "n_images", "parameters"), int)
     | dict.fromkeys(("top1", "top1_low", "top1_high", "gmacs"), float),
-    "cost": _KEY | {"quantity": str, "batch_size": float, "median": float} | _RATIO,
+    "cost": _KEY | _MACHINE | {"quantity": str, "batch_size": float, "median": float} | _RATIO,
     "tradeoff": _KEY | dict.fromkeys(("top1_images_low", "top1_images_high"), float),
-    "scaling": _CASE | {"tokens": int, "median": float} | _RATIO | {"status": str, "contended": bool},
+    "scaling": _CASE | _MACHINE | {"tokens": int, "median": float} | _RATIO | {"status": str, "contended": bool},
     "confusion": _KEY | {"actual": str, "predicted": str, "count": int},
     "curves": _KEY | {"epoch": int},
-    "provenance": dict.fromkeys(("stage", "time", "git_revision", "python", "platform", "cpu"), str)
-    | {"threads": int}
-    | dict.fromkeys(("accelerator", "effvit", "torch"), str),
+    "provenance": dict.fromkeys(
+        ("stage", "time", "git_revision", "python", "platform", "device", "processor", "gpu", "effvit", "torch"), str
+    )
+    | {"threads": int},
     "paired": _KEY
     | dict.fromkeys(("difference", "difference_low", "difference_high", "p_holm"), float)
     | {"verdict": str},
@@ -46,6 +48,7 @@ _COLUMNS: dict[str, dict[str, Any]] = {
     | {start + name: float for start in ("", "uniform_") for name in ("distance_px", "entropy_nats")},
     "gates": _KEY | {"layer": int, "branch": str, "share": float},
     "hardware": _KEY
+    | _MACHINE
     | {"split": str, "n_images": int, "fused_latency_ms": float}
     | {runtime + column: float for runtime in _RUNTIMES for column in (*_RATIO, "peak_rss_bytes")}
     | {f"{r}speedup{end}": float for r in _RUNTIMES[1:] for end in ("", "_low", "_high")}
@@ -59,6 +62,7 @@ _ONE_ROW = ("accuracy", "tradeoff", "paired", "hardware")  # a mechanism
 _KNOWN = {
     *("dataset", "attention", "attention_a", "attention_b", "quantity", "scope", "batch", "mode", "status"),
     *("actual", "predicted", "verdict", "source", "branch", "split", "stage", "time", "top1", "gmacs", "difference"),
+    *("machine", "dtype", "device", "processor"),
     *("error", "top1_fused", "cka", "distance_px", "entropy_nats", "share", "fused_latency_ms", "model_bytes"),
 }
 _POSITIVE = {

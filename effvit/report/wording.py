@@ -42,6 +42,17 @@ def beside_fused(row: Mapping[str, Any], runtime: str = "") -> str:
     return times(*(row[f"{runtime}ratio_{end}"] for end in ("to_fused", "low", "high")))
 
 
+def measured_on(rows: Iterable[Mapping[str, Any]]) -> str:
+    """``on 2 threads of AMD EPYC in float32``, ``on NVIDIA H200 in float32``, or several: where rows were measured."""
+    known = (row for row in rows if isinstance(row["machine"], str))
+    places = dict.fromkeys(f"on {_chip(row['machine'], row['threads'])} in {row['dtype']}" for row in known)
+    return several(places) if places else "nowhere"
+
+
+def _chip(machine: str, threads: float) -> str:
+    return f"{count(threads, 'thread')} of {machine}" if threads > 0 else machine
+
+
 def about(tokens: float) -> str:
     """An interpolated count, to two digits."""
     digits = max(floor(log10(tokens)) - 1, 0)

@@ -74,8 +74,10 @@ def collect(metrics_dir: Path, datasets: Sequence[str], attentions: Sequence[str
     }
     models = pd.DataFrame([key | cells.model(cell / "benchmark") for key, cell in pairs])
     accuracy = _accuracy(evaluations, models)
-    cost = _stack([(key, cells.cost(cell / "benchmark")) for key, cell in pairs])
-    scaling = _stack([({"attention": a}, cells.scaling(metrics_dir / "scaling" / a)) for a in attentions])
+    benchmarks = [(key, cell / "benchmark") for key, cell in pairs]
+    scalings = [({"attention": a}, metrics_dir / "scaling" / a) for a in attentions]
+    cost = _measured(benchmarks, "benchmark", cells.cost)
+    scaling = _measured(scalings, "scaling", cells.scaling)
     analyses = [(d, metrics_dir / "analysis" / d) for d in datasets]
     pairs_seen = _stack([(key, cells.confusion(run / "evaluate")) for key, run in runs])
     return Tables(
@@ -88,7 +90,13 @@ def collect(metrics_dir: Path, datasets: Sequence[str], attentions: Sequence[str
         efficiency=efficiency(scaling),
         confusion=pairs_seen.groupby(_CONFUSED, sort=False)["count"].sum().reset_index(),
         hardware=pd.DataFrame(
-            [key | cells.deployment(cell / "deploy") | cells.hardware(cell / "hardware") for key, cell in pairs]
+            [
+                key
+                | cells.measured_on(cell / "hardware", "hardware")
+                | cells.deployment(cell / "deploy")
+                | cells.hardware(cell / "hardware")
+                for key, cell in pairs
+            ]
         ),
         fidelity=_selected(analyses, "fidelity", cells.fidelity, attentions),
         replaced=_selected(analyses, "fidelity", cells.replaced, attentions),
@@ -103,7 +111,7 @@ def collect(metrics_dir: Path, datasets: Sequence[str], attentions: Sequence[str
                 for stage in ("benchmark", "deploy", "hardware")
             ]
             + [{"dataset": d} | cells.provenance(place / s, s) for d, place in analyses for s in _ANALYSES]
-            + [{"attention": a} | cells.provenance(metrics_dir / "scaling" / a, "scaling") for a in attentions]
+            + [key | cells.provenance(directory, "scaling") for key, directory in scalings]
         ).astype({"seed": "Int64"}),
     )
 
@@ -206,6 +214,14 @@ def _selected(
             raise UserError(f"{place / stage}: nothing with {', '.join(absent)}; `dvc repro -f {stage}` makes it anew")
         tables.append(({"dataset": dataset}, table))
     return _stack(tables)
+
+
+def _measured(
+    places: Sequence[tuple[dict[str, Any], Path]], stage: str, read: Callable[[Path], pd.DataFrame]
+) -> pd.DataFrame:
+    """What a stage measured, the machine a part of each row's key."""
+    parts = [(key | cells.measured_on(directory, stage), read(directory)) for key, directory in places]
+    return _stack(parts).astype({"threads": "Int64"})
 
 
 def _stack(parts: Sequence[tuple[dict[str, Any], pd.DataFrame]]) -> pd.DataFrame:

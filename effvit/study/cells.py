@@ -16,7 +16,8 @@ from effvit.errors import UserError
 _RATIO = ["ratio_to_fused", "ratio_low", "ratio_high"]
 _MEASURED = {"quantity": str, "unit": str} | dict.fromkeys(["median", "q25", "q75", *_RATIO], float)
 _HISTORY = ["epoch", "train_loss", "val_loss", "train_accuracy", "val_accuracy"]
-_ENVIRONMENT = ["time", "git_revision", "python", "platform", "cpu", "cpu_count", "threads", "accelerator"]
+_ENVIRONMENT = ["time", "git_revision", "python", "platform"]
+_MACHINE = ["device", "processor", "threads", "gpu"]
 _RUNTIMES = ("", "onnx_", "int8_")  # PyTorch, onnxruntime, onnxruntime with int8 weights
 _TIMES = ["latency_ms", "latency_q25", "latency_q75", *_RATIO]
 _SPEEDUP = ["speedup", "speedup_low", "speedup_high"]
@@ -147,13 +148,31 @@ def class_maps(directory: Path, attentions: Sequence[str]) -> dict[str, np.ndarr
 
 
 def provenance(directory: Path, stage: str) -> dict[str, Any]:
-    """Code, versions and hardware of one result, by the stage that made it."""
+    """Code, versions and machine of one result, by the stage that made it."""
     record = _load_json(directory / "provenance.json", stage)
     try:
+        of_machine = {name: record["machine"][name] for name in _MACHINE}
         versions = {name: record["packages"][name] for name in ("effvit", "torch")}
-        return {"stage": stage} | {name: record[name] for name in _ENVIRONMENT} | versions
+        return {"stage": stage} | {name: record[name] for name in _ENVIRONMENT} | of_machine | versions
     except (KeyError, TypeError) as error:
-        raise _malformed(directory / "provenance.json", stage, f"expected {', '.join(_ENVIRONMENT)}") from error
+        raise _no_provenance(directory, stage, _ENVIRONMENT + _MACHINE) from error
+
+
+def measured_on(directory: Path, stage: str) -> dict[str, Any]:
+    """What a measured result belongs to: ``machine``, the GPU or else the processor; its ``threads``; ``dtype``.
+
+    Threads are None on a GPU.
+    """
+    record = _load_json(directory / "provenance.json", stage)
+    try:
+        gpu, processor, threads = (record["machine"][name] for name in ("gpu", "processor", "threads"))
+        return {"machine": gpu or processor, "threads": None if gpu else threads, "dtype": record["config"]["dtype"]}
+    except (KeyError, TypeError) as error:
+        raise _no_provenance(directory, stage, [*_MACHINE, "dtype"]) from error
+
+
+def _no_provenance(directory: Path, stage: str, keys: Sequence[str]) -> UserError:
+    return _malformed(directory / "provenance.json", stage, f"expected {', '.join(keys)}")
 
 
 def _read_json(path: Path, stage: str, keys: Sequence[str]) -> dict[str, float]:

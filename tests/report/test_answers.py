@@ -426,3 +426,38 @@ def test_absolute_times_in_the_tables_are_ratios_times_one_baseline(full):
     expected = list(full.hardware["onnx_ratio_to_fused"] * baseline)
     assert [row[time].key for row in hardware.rows] == pytest.approx(expected)
     assert hardware.rows[2][hardware.columns.index("× Fused, onnxruntime")].text == "0.75× (0.68 to 0.83)"
+
+
+def about_times(study):
+    """Each part of the report that has times or memory of `cost` and `scaling`."""
+    yield text(s for s in answers.tradeoff(study, "digits") if s.startswith("Latency"))
+    yield text(s for s in answers.tradeoff(study, "digits") if s.startswith("Peak memory"))
+    yield text(s for s in answers.hybrid(study, "digits") if "latency" in s)
+    yield text([next(resolution(study))])
+    yield overview.accuracy_and_cost(study, "digits").note
+    yield overview.efficiency(study).note
+    yield text(constrained_hardware(replace(study, hardware=study.hardware.iloc[:0]), "digits"))
+
+
+def test_times_of_a_cpu_are_told_with_its_name_and_threads(full):
+    parts = list(about_times(full))
+    assert [part for part in parts if "on 2 threads of made up in float32" not in part] == []
+    assert "One image at a time on 1 thread of made up in float32:" in text(constrained_hardware(full, "digits"))
+    assert overview.hardware_latency(full, "digits").note.startswith("One image at a time on 1 thread of made up")
+
+
+def test_times_of_a_gpu_are_told_with_its_name_and_without_threads(full):
+    tables = {name: getattr(full, name).assign(machine="NVIDIA H200", threads=np.nan) for name in ("cost", "scaling")}
+    parts = list(about_times(replace(full, **tables)))
+    assert [part for part in parts if "on NVIDIA H200 in float32" not in part or "threads" in part] == []
+
+
+def test_times_of_two_machines_are_told_with_both(full):
+    fused = full.cost["attention"] == "fused"
+    cost = full.cost.assign(
+        machine=full.cost["machine"].mask(fused, "NVIDIA H200"),
+        threads=full.cost["threads"].mask(fused),
+        dtype=full.cost["dtype"].mask(fused, "bfloat16"),
+    )
+    note = overview.accuracy_and_cost(replace(full, cost=cost), "digits").note
+    assert "on 2 threads of made up in float32 and on NVIDIA H200 in bfloat16" in note

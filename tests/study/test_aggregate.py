@@ -87,8 +87,46 @@ def test_every_result_has_its_provenance(study):
     }
     record = json.loads((study / "cells/digits/linformer/seed2/train/provenance.json").read_text())
     row = table.query("dataset == 'digits' and attention == 'linformer' and seed == 2 and stage == 'train'")
-    assert row[["time", "threads", "cpu"]].values.tolist() == [[record["time"], record["threads"], record["cpu"]]]
+    machine = record["machine"]
+    assert row[["time", "threads", "processor"]].values.tolist() == [
+        [record["time"], machine["threads"], machine["processor"]]
+    ]
     assert row["torch"].tolist() == [record["packages"]["torch"]]
+
+
+def test_what_is_measured_carries_its_machine_and_on_a_gpu_no_threads(tmp_path):
+    root = write_study(tmp_path / "metrics", attentions=FEW)
+    on_gpu = ("cells/digits/fused/benchmark", "scaling/fused")
+    for place in on_gpu:
+        file = root / place / "provenance.json"
+        record = json.loads(file.read_text())
+        record["machine"] |= {"device": "cuda", "gpu": "NVIDIA H200"}
+        file.write_text(json.dumps(record))
+    aggregate(root, tmp_path / "data", ["digits"], FEW, [0])
+    tables = {
+        name: pd.read_csv(tmp_path / f"data/{name}.csv") for name in ("cost", "scaling", "hardware", "provenance")
+    }
+    for name in ("cost", "scaling"):
+        machines = tables[name].groupby("attention")[["machine", "threads", "dtype"]]
+        assert (machines.nunique(dropna=False) == 1).all(axis=None), name
+        fused, other = (machines.first().loc[attention].tolist() for attention in ("fused", "linformer"))
+        assert fused[::2] == ["NVIDIA H200", "float32"] and np.isnan(fused[1]), name
+        assert other == ["made up", 2, "float32"], name
+    assert (tables["hardware"][["machine", "threads"]] == ["made up", 1]).all(axis=None)
+    rows = tables["provenance"].set_index(["stage", "attention"])
+    assert rows.loc[("benchmark", "fused"), ["device", "gpu"]].tolist() == ["cuda", "NVIDIA H200"]
+    assert rows.loc[("benchmark", "linformer"), "device"] == "cpu"
+
+
+@pytest.mark.parametrize("lacks", ["machine", "config"])
+def test_provenance_without_the_machine_or_the_numbers_names_its_file_and_its_stage(tmp_path, lacks):
+    root = write_study(tmp_path / "metrics", attentions=FEW)
+    file = root / "scaling/fused/provenance.json"
+    record = json.loads(file.read_text())
+    del record[lacks]
+    file.write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"fused/provenance.json: expected .*`dvc repro -f scaling` makes it anew"):
+        collect(root, ["digits"], FEW, [0])
 
 
 def test_one_seed_has_no_interval(study):
