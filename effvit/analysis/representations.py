@@ -30,7 +30,7 @@ class LinearCKA:
 
     def update(self, layers: Sequence[Tensor]) -> None:
         """Add the features ``(B, C)`` of a batch, one tensor a layer."""
-        x = torch.cat([layer.detach().to("cpu", torch.float64) for layer in layers], dim=1)
+        x = torch.cat([layer.detach().cpu().double() for layer in layers], dim=1)
         if x.shape[1] != len(self.mean):
             raise ValueError(f"features of widths {[layer.shape[1] for layer in layers]}, expected {self.widths}")
         total = self.n + len(x)
@@ -48,9 +48,14 @@ class LinearCKA:
         return hsic / torch.outer(norms, norms)
 
 
+def in_float64(tensor: Tensor) -> Tensor:
+    """The tensor in float64, on its device, or on the CPU where that has no float64 (MPS)."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
 def weights_of(attention_map: Tensor) -> Tensor:
-    """Magnitudes of ``(B, H, N, M)`` with rows that sum to one; a row of zeros stays one."""
-    magnitudes = attention_map.double().abs()
+    """Magnitudes of ``(B, H, N, M)`` in float64 with rows that sum to one; a row of zeros stays one."""
+    magnitudes = in_float64(attention_map).abs()
     return magnitudes / magnitudes.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
 
 

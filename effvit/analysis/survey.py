@@ -14,6 +14,7 @@ from effvit.analysis.representations import (
     attention_distance,
     attention_entropy,
     class_token_map,
+    in_float64,
     of_uniform_attention,
     patch_distances,
 )
@@ -98,7 +99,7 @@ def _look_into(
 def summed_gate_shares(model: ViT, inputs: Sequence[Tensor]) -> Tensor | None:
     """Sum over images of each branch's mean share over patches, ``(layers, branches)``; None without a gate."""
     shares = [
-        attention.gate_shares(tokens).double().mean(dim=1).sum(dim=0).cpu()
+        in_float64(attention.gate_shares(tokens)).mean(dim=1).sum(dim=0).cpu()
         for attention, tokens in zip(model.attentions(), inputs, strict=True)
         if isinstance(attention, HybridAttention) and attention.gate is not None
     ]

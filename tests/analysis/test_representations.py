@@ -5,12 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from mps import on_mps
 
 from effvit.analysis.representations import (
     LinearCKA,
     attention_distance,
     attention_entropy,
     class_token_map,
+    in_float64,
     of_uniform_attention,
     patch_distances,
     weights_of,
@@ -144,3 +146,16 @@ def test_class_token_map_is_its_row_without_itself():
 
 def test_a_row_without_weights_stays_without():
     assert weights_of(torch.zeros(1, 1, 2, 2)).tolist() == [[[[0, 0], [0, 0]]]]
+
+
+def test_float64_is_the_same_numbers_where_the_device_has_none():
+    x = torch.rand(3, 5)
+    with pytest.raises(TypeError, match="float64"):
+        on_mps(x).double()
+    moved = in_float64(on_mps(x))
+    assert moved.device.type == "cpu" and moved.dtype == torch.float64
+    assert torch.equal(moved, x.double())
+
+
+def test_float64_is_made_on_a_device_that_has_it():
+    assert in_float64(torch.empty(3, device="meta")).device.type == "meta"

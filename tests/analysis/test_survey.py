@@ -4,8 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from mps import on_mps
 from safetensors.numpy import load_file
 
+from effvit.analysis import survey as survey_module
 from effvit.analysis.survey import survey
 from effvit.evaluation.probe import few_classes, normalised, recorded, validation_images
 from effvit.evaluation.score import attention_rollout
@@ -52,6 +54,17 @@ def test_results_do_not_depend_on_the_size_of_batches(models, digits):
     whole, parts = (survey(models, images, digits, size) for size in (31, 8))
     for name, table in vars(whole).items():
         pd.testing.assert_frame_equal(table, getattr(parts, name), rtol=1e-4, atol=1e-6, obj=name)
+
+
+def test_results_are_the_same_where_the_device_has_no_float64(models, digits, monkeypatch):
+    images, _ = validation_images(digits, 9)
+    expected, look_into = survey(models, images, digits, 9), survey_module._look_into
+    monkeypatch.setattr(
+        survey_module, "_look_into", lambda *given: tuple([on_mps(t) for t in found] for found in look_into(*given))
+    )
+    found = survey(models, images, digits, 9)
+    for name, table in vars(expected).items():
+        pd.testing.assert_frame_equal(table, getattr(found, name), obj=name)
 
 
 def test_features_of_a_layer_are_its_tokens_mean_and_equal_models_are_alike(models, digits):
