@@ -38,8 +38,9 @@ lint: env ## format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Without CUDA: otherwise as many processes as there are cores would share the first GPU and its memory.
 test: lint ## lint, then all tests, a file a core at a time
-	$(BIN)/pytest --numprocesses logical --dist loadfile --no-loadscope-reorder
+	CUDA_VISIBLE_DEVICES= $(BIN)/pytest --numprocesses logical --dist loadfile --no-loadscope-reorder
 
 clean: ## remove the environment and everything that can be made again but results
 	rm -rf .venv build dist *.egg-info dvc_plots outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis
