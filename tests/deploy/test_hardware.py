@@ -2,6 +2,7 @@ import contextlib
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from effvit import load_model
 from effvit.deploy import export, files, hardware
 from effvit.deploy.footprint import peak_rss_bytes
+from effvit.device import this_machine
 from effvit.errors import UserError
 from effvit.study import cells
 
@@ -56,10 +58,13 @@ def test_deploying_writes_every_runtimes_files_and_compares_them(effvit, deploye
 
 def test_every_runtime_is_measured_next_to_the_others(effvit, deployed, of_performer, tmp_path, monkeypatch):
     monkeypatch.setattr(hardware, "peak_rss_bytes", lambda models: [300 * MIB, 60 * MIB, 50 * MIB])
+    # Whatever threads there are for other work, these times are of one.
+    monkeypatch.setattr("effvit.device.this_machine", lambda device: replace(this_machine(device), threads=2))
     outcome = effvit("hardware", "--deployed-dir", deployed, "--output-dir", "out", "--budget-s", 0.05)
     assert outcome.code == 0, outcome.err
     assert [line for line in outcome.out.splitlines() if "onnxruntime" in line]
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"hardware.json", "provenance.json"}
+    assert cells.measured_on(tmp_path / "out", "hardware")["threads"] == 1
     found = cells.hardware(tmp_path / "out")
     for prefix in ("", "onnx_", "int8_"):
         low, ratio, high = (found[f"{prefix}ratio_{end}"] for end in ("low", "to_fused", "high"))

@@ -171,7 +171,7 @@ def test_the_command_writes_the_same_model_json_each_time_apart_from_what_is_mea
     assert list(pd.read_csv(first / "cost.csv").columns) == columns
     provenance = json.loads((first / "provenance.json").read_text())
     assert provenance["config"]["model"]["attention_options"] == {"num_features": 4}
-    assert provenance["threads"] == torch.get_num_threads() and provenance["config"]["dtype"] == "float32"
+    assert provenance["machine"]["threads"] == torch.get_num_threads() and provenance["config"]["dtype"] == "float32"
 
 
 @pytest.mark.parametrize(
