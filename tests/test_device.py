@@ -82,6 +82,14 @@ def test_the_attention_kernels_are_those_that_may_be_chosen(h200):
         assert this_machine(CPU).sdpa == this_machine(CUDA).sdpa == "math"
 
 
+def test_results_of_the_equations_are_not_those_of_the_fastest_kernels(monkeypatch):
+    monkeypatch.delenv("EFFVIT_KERNELS", raising=False)
+    machine = this_machine(CPU)
+    assert machine.kernels == "fastest"
+    monkeypatch.setenv("EFFVIT_KERNELS", "reference")
+    assert this_machine(CPU) == replace(machine, kernels="reference")
+
+
 def test_tf32_is_told_where_it_is_allowed(h200, monkeypatch):
     assert (this_machine(CPU).tf32, this_machine(CUDA).tf32) == ("none", "convolutions")  # PyTorch's default
     try:
