@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from effvit import policy
 from effvit.errors import UserError
 from effvit.processor import processor_name
 
@@ -41,7 +42,7 @@ class Machine:
     cuda: str | None
     cudnn: int | None
     sdpa: str  # kernels that PyTorch may take for softmax attention
-    kernels: str  # that EFFVIT_KERNELS asks for: reference, or the fastest
+    kernels: str  # forms that `effvit.policy` chose, or reference
     tf32: str  # float32 operations that may round to TF32
     torch: str
 
@@ -84,7 +85,7 @@ def this_machine(device: torch.device) -> Machine:
         threads=torch.get_num_threads(),
         instructions=_ask(lambda: torch.backends.cpu.get_cpu_capability()),
         sdpa=_names(_SDPA.get(device.type, ("math",)), _has_sdpa),
-        kernels=os.environ.get("EFFVIT_KERNELS") or "fastest",
+        kernels=policy.kernels(),
         tf32=_names(rounding, lambda operation: _rounds(rounding[operation])),
         torch=torch.__version__,
         **_gpu(device),

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -72,7 +72,12 @@ def choose(
         )
         for of_size in track(points, f"measuring {model}", len(sizes), transient=True):
             rows += of_size
-    place = {"machine": machine.name, "device": machine.device, "threads": machine.threads, "precision": precision}
+    place: dict[str, Any] = {
+        "machine": machine.name,
+        "device": machine.device,
+        "threads": machine.threads,
+        "precision": precision,
+    }
     table = pd.DataFrame(rows).assign(model=model, **place, torch=machine.torch)
     print_choice(f"{model} on {machine.name}, {machine.threads} threads, {precision}, batch {batch_size}", rows)
     for size in sizes:

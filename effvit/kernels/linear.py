@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from effvit import policy
 from effvit.kernels import choice
 
 
@@ -17,7 +18,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`reference` by the fastest product for this processor."""
-    if choice.ONLY_REFERENCE:
+    if policy.ONLY_REFERENCE:
         return reference(x, weight, bias)
     return OneDNNLinear.apply(x, weight, bias) if suits_onednn(x) else F.linear(x, weight, bias)
 
@@ -32,7 +33,7 @@ def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
 def suits_onednn(x: Tensor) -> bool:
     """Whether products with ``x`` are oneDNN's to compute: of float32 as they are, on a processor where that pays."""
     return (
-        choice.ONEDNN_PRODUCTS
+        policy.ONEDNN_PRODUCTS
         and choice.on_cpu(x)
         and x.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
@@ -52,7 +53,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     """∂yᵀ x ``(out, in)`` of gradients ``(..., out)`` and rows ``(..., in)``."""
     gradient, x = gradient.flatten(0, -2), x.flatten(0, -2)
-    if not choice.ONEDNN_WEIGHT_GRADIENTS:
+    if not policy.ONEDNN_WEIGHT_GRADIENTS:
         return torch.mm(gradient.T, x)
     # The smaller of both on the left: oneDNN writes that one anew for its kernel.
     if gradient.shape[1] <= x.shape[1]:

@@ -6,7 +6,7 @@ Razavi et al. 2014, as Nyströmformer uses it (Xiong et al. 2021, arXiv 2102.039
 import torch
 from torch import Tensor
 
-from effvit.kernels import choice
+from effvit import policy
 
 MOST_ITERATIONS = 20
 """From here on float32 gains nothing, and what it rounded away grows by 13/4 a step, out of range from some 27 on."""
@@ -27,7 +27,7 @@ def reference(a: Tensor, iterations: int) -> Tensor:
 
 def pseudo_inverse(a: Tensor, iterations: int) -> Tensor:
     """`reference` with each difference taken inside a product."""
-    return reference(a, iterations) if choice.ONLY_REFERENCE else with_addends(a, iterations)
+    return reference(a, iterations) if policy.ONLY_REFERENCE else with_addends(a, iterations)
 
 
 def with_addends(a: Tensor, iterations: int) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from effvit import policy
 from effvit.kernels import choice
 
 _SHORT, _LONG = 128, 1024  # tokens
@@ -22,7 +23,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor
 @choice.primitive
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
     """`reference` without the N x M matrix in memory."""
-    if choice.ONLY_REFERENCE or choice.in_forward_mode():  # PyTorch's kernels have no forward mode
+    if policy.ONLY_REFERENCE or choice.in_forward_mode():  # PyTorch's kernels have no forward mode
         return reference(q, k, v, dropout_p)
     if q.device.type == "cpu" and v.dtype in (torch.bfloat16, torch.float16):
         trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -30,7 +31,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -
         if trained and max(rows, columns) <= _SHORT:
             # In half precision the CPU's backward pass over sequences this short takes up to four times as long.
             return in_float32(q, k, v, dropout_p)
-        pays = choice.LONG_ATTENTION_IN_FLOAT32 and choice.on_cpu(q, k, v)
+        pays = policy.LONG_ATTENTION_IN_FLOAT32 and choice.on_cpu(q, k, v)
         if not trained and min(rows, columns) >= _LONG and pays:
             return in_float32_by_samples(q, k, v, dropout_p)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)

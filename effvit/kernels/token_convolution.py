@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
+from effvit import policy
 from effvit.kernels import choice
 
 
@@ -20,7 +21,7 @@ def reference(x: Tensor, kernels: Tensor) -> Tensor:
 @choice.primitive
 def token_convolution(x: Tensor, kernels: Tensor) -> Tensor:
     """`reference` by PyTorch's convolutions."""
-    if choice.ONLY_REFERENCE:
+    if policy.ONLY_REFERENCE:
         return reference(x, kernels)
     return FastBackward.apply(x, kernels) if choice.on_cpu(x, kernels) else convolve(x, kernels)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from effvit import policy
 from effvit.kernels import choice
 
 
@@ -50,7 +51,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, windows: Windows, dropout_p: floa
 @choice.primitive
 def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: Windows, dropout_p: float = 0.0) -> Tensor:
     """`reference` window by window."""
-    if choice.ONLY_REFERENCE or choice.in_forward_mode():
+    if policy.ONLY_REFERENCE or choice.in_forward_mode():
         return reference(q, k, v, windows, dropout_p)
     if q.device.type == "cpu" and v.dtype in (torch.bfloat16, torch.float16):
         # In half precision a CPU takes four times as long backward on sequences this short.

@@ -167,7 +167,7 @@ def _timed(calls: dict[str, Call], batch_size: int, budget_s: float, device: tor
     return rows
 
 
-def verdict(rows: Sequence[Row]) -> str:
+def verdict(rows: Sequence[dict[str, Any]]) -> str:
     """One sentence on an image size: what is faster than ``fused`` as a whole model, and what takes least memory."""
     models = [row for row in rows if row["scope"] == "model"]
     where = "{image_size} px, {tokens} tokens".format(**models[0])

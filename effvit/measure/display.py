@@ -1,6 +1,7 @@
 """Measured rows as a table for the terminal."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -44,7 +45,7 @@ def _number(value: object, in_bytes: bool) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def print_choice(title: str, rows: Sequence[Row]) -> None:
+def print_choice(title: str, rows: Sequence[dict[str, Any]]) -> None:
     """Print the rows of `effvit.measure.choose.measure_choice`: time, ratio with interval, memory and cost of each."""
     table = Table(title=title, caption="ratio: time / fused's, with its 95 % interval; * other processes were running")
     for heading in ("px", "tokens", "mechanism", "ms", "ratio", "MiB", "block", "GMACs", "M params"):
@@ -62,15 +63,15 @@ def print_choice(title: str, rows: Sequence[Row]) -> None:
             str(row["attention"]),
             f"{row['median']:.3g}" if status == OK else str(status),
             _ratio(row),
-            "" if memory is None else f"{memory / MIB:.3g}",  # type: ignore[operator]
+            "" if memory is None else f"{memory / MIB:.3g}",
             _ratio(blocks[row["image_size"], row["attention"]], interval=False),
-            f"{row['macs'] / 1e9:.3g}",  # type: ignore[operator]
-            f"{row['parameters'] / 1e6:.3g}",  # type: ignore[operator]
+            f"{row['macs'] / 1e9:.3g}",
+            f"{row['parameters'] / 1e6:.3g}",
         )
     Console().print(table)
 
 
-def _ratio(row: Row, interval: bool = True) -> str:
+def _ratio(row: dict[str, Any], interval: bool = True) -> str:
     if row["ratio_to_fused"] is None:
         return ""
     star = "*" if row["contended"] else ""

@@ -12,8 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
-from effvit import ViT, ViTConfig, build_attention
-from effvit.kernels import choice
+from effvit import ViT, ViTConfig, build_attention, policy
 
 GRID, TOKENS, WIDTH, HEADS = (3, 5), 16, 12, 3
 BY_NAME = pytest.mark.parametrize("name, options", FIRST)
@@ -195,7 +194,7 @@ def test_gradients_of_gradients_are_those_of_finite_differences(name, options, m
 @pytest.mark.parametrize("onednn", [True, False])
 @BY_NAME
 def test_public_counters_count_the_same_on_every_processor(name, options, onednn, monkeypatch):
-    monkeypatch.setattr(choice, "ONEDNN_PRODUCTS", onednn and choice._ONEDNN is not None)
+    monkeypatch.setattr(policy, "ONEDNN_PRODUCTS", onednn and policy._ONEDNN is not None)
     model = model_of(name, options)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, 16, 16))
@@ -206,7 +205,7 @@ def test_public_counters_count_the_same_on_every_processor(name, options, onednn
 def test_ptflops_counts_the_maps_as_of_a_model_of_torchs_own_layers(onednn, monkeypatch):
     from ptflops import get_model_complexity_info
 
-    monkeypatch.setattr(choice, "ONEDNN_PRODUCTS", onednn and choice._ONEDNN is not None)
+    monkeypatch.setattr(policy, "ONEDNN_PRODUCTS", onednn and policy._ONEDNN is not None)
     macs, _ = get_model_complexity_info(
         model_of("fused", {}), (3, 16, 16), print_per_layer_stat=False, as_strings=False
     )

@@ -3,8 +3,7 @@ import torch
 from mechanisms import qkv_of
 from torch.nn import functional as F
 
-from effvit import build_attention
-from effvit.kernels import choice
+from effvit import build_attention, policy
 from effvit.kernels import softmax_attention as module
 from effvit.kernels.qkv import qkv
 from effvit.kernels.softmax_attention import softmax_attention
@@ -89,7 +88,7 @@ def test_short_sequences_in_half_precision_are_trained_as_in_float32(compiled):
     "rows, columns, trained", [(9, 9, False), (200, 200, True), (9, 1030, False), (1030, 9, False)]
 )
 def test_half_precision_is_torchs_own_where_float32_does_not_pay(rows, columns, trained, pays, monkeypatch):
-    monkeypatch.setattr(choice, "LONG_ATTENTION_IN_FLOAT32", pays)
+    monkeypatch.setattr(policy, "LONG_ATTENTION_IN_FLOAT32", pays)
     torch.manual_seed(0)
     shapes = [(2, 3, rows, 4), (2, 3, columns, 4), (2, 3, columns, 4)]
     q, k, v = (torch.randn(shape, dtype=torch.bfloat16, requires_grad=trained) for shape in shapes)
@@ -102,10 +101,10 @@ def test_long_sequences_in_half_precision_pass_in_float32_where_that_pays(dtype,
     torch.manual_seed(0)
     q, k, v = (torch.randn(samples, 1030, 3, 4, dtype=dtype).transpose(1, 2) for _ in range(3))
     monkeypatch.setattr(module, "_COPIED_NUMBERS", at_once * 1030 * 3 * 4)
-    monkeypatch.setattr(choice, "LONG_ATTENTION_IN_FLOAT32", True)
+    monkeypatch.setattr(policy, "LONG_ATTENTION_IN_FLOAT32", True)
     with torch.autocast("cpu", dtype=dtype):
         y = softmax_attention(q, k, v)
     assert torch.equal(y, F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(dtype))
     assert y.transpose(1, 2).is_contiguous()
-    monkeypatch.setattr(choice, "LONG_ATTENTION_IN_FLOAT32", False)
+    monkeypatch.setattr(policy, "LONG_ATTENTION_IN_FLOAT32", False)
     assert torch.equal(softmax_attention(q, k, v), F.scaled_dot_product_attention(q, k, v))

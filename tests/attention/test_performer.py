@@ -7,9 +7,8 @@ from mechanisms import copy_maps, relative_error
 from scipy import stats
 from torch.nn import functional as F
 
-from effvit import build_attention
+from effvit import build_attention, policy
 from effvit.attention.performer import draw_features
-from effvit.kernels import choice
 from effvit.kernels.qkv import qkv
 
 D = 4
@@ -125,7 +124,7 @@ def test_in_blocks_half_precision_is_rounded_at_the_ends_only(kernel, dtype, mon
         y = attention.attend(*inputs)
         results = (y, *torch.autograd.grad(y, inputs, gradient))
     assert all(result.dtype == dtype for result in results)
-    monkeypatch.setattr(choice, "ONLY_REFERENCE", True)
+    monkeypatch.setattr(policy, "ONLY_REFERENCE", True)
     truth = attention.double().attend(*exact)
     # y is rounded once by itself, and once more where the gradient of the normaliser is taken from it.
     unit = torch.finfo(dtype).eps

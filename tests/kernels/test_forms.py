@@ -9,8 +9,7 @@ import sys
 import pytest
 import torch
 
-from effvit import kernels
-from effvit.kernels import choice
+from effvit import kernels, policy
 from effvit.kernels.feature_attention import Features
 from effvit.kernels.window_attention import Windows
 
@@ -122,8 +121,8 @@ def test_output_and_gradients_are_those_of_the_reference_in_float64(name, form, 
     if form.startswith("in float32") and dtype == torch.float64:
         pytest.skip("rounds to float32")
     for flag in ("ONEDNN_WEIGHT_GRADIENTS", "POWERS_OF_TWO", "LONG_ATTENTION_IN_FLOAT32"):
-        monkeypatch.setattr(choice, flag, processor)
-    monkeypatch.setattr(choice, "ONEDNN_PRODUCTS", processor and choice._ONEDNN is not None)
+        monkeypatch.setattr(policy, flag, processor)
+    monkeypatch.setattr(policy, "ONEDNN_PRODUCTS", processor and policy._ONEDNN is not None)
     module = MODULES[name]
     shapes, more = CASES[name][case]
     tensors = drawn(name, shapes, dtype)
@@ -143,7 +142,7 @@ def test_the_equation_alone_runs_where_the_environment_asks_for_it(name, monkeyp
     module = MODULES[name]
     shapes, more = CASES[name][0]
     tensors = drawn(name, shapes, torch.float64)
-    monkeypatch.setattr(choice, "ONLY_REFERENCE", True)
+    monkeypatch.setattr(policy, "ONLY_REFERENCE", True)
     monkeypatch.setattr(module, "reference", lambda *args: "the equation")
     assert getattr(module, name)(*tensors, *more(torch.float64)) == "the equation"
 
@@ -153,7 +152,7 @@ def test_the_environment_may_ask_for_the_equations_and_for_nothing_else(value, c
     command = [
         sys.executable,
         "-c",
-        "from effvit.kernels import choice; assert choice.choices() == {'all': 'reference'}",
+        "from effvit import policy; assert policy.kernels() == 'reference'",
     ]
     ran = subprocess.run(
         command, env=os.environ | {"EFFVIT_KERNELS": value}, capture_output=True, text=True, check=False
@@ -205,7 +204,7 @@ def test_blocks_cover_each_sample_and_head_once(monkeypatch):
 
 @pytest.mark.parametrize("pays", [True, False])
 def test_exponentials_are_those_of_e(pays, monkeypatch):
-    monkeypatch.setattr(choice, "POWERS_OF_TWO", pays)
+    monkeypatch.setattr(policy, "POWERS_OF_TWO", pays)
     x = torch.linspace(-90, 2, 1001, requires_grad=True)
     y = MODULES["feature_attention"].exp_(x * 1)
     exact = x.detach().double().exp()

@@ -3,19 +3,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from effvit import build_attention
-from effvit.kernels import choice
+from effvit import build_attention, policy
 from effvit.kernels import linear as module
 from effvit.kernels import qkv as qkv_module
 from effvit.kernels.linear import apply_linear, linear, suits_onednn
 
-needs_onednn = pytest.mark.skipif(choice._ONEDNN is None, reason="this build of PyTorch has no oneDNN")
+needs_onednn = pytest.mark.skipif(policy._ONEDNN is None, reason="this build of PyTorch has no oneDNN")
 
 
 @pytest.fixture
 def on_amds(monkeypatch):
     """Linear maps as on a processor where oneDNN is the faster one."""
-    monkeypatch.setattr(choice, "ONEDNN_PRODUCTS", choice._ONEDNN is not None)
+    monkeypatch.setattr(policy, "ONEDNN_PRODUCTS", policy._ONEDNN is not None)
 
 
 def inputs(shape, out, bias=True, dtype=torch.float32):
@@ -57,7 +56,7 @@ def test_float32_on_a_cpu_is_onednns_and_nothing_else():
 
 
 def test_on_other_processors_it_is_torchs_own_map(monkeypatch):
-    monkeypatch.setattr(choice, "ONEDNN_PRODUCTS", False)
+    monkeypatch.setattr(policy, "ONEDNN_PRODUCTS", False)
     x, weight, bias = inputs((3, 4), 2)
     assert not suits_onednn(x)
     assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))

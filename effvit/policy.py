@@ -1,0 +1,45 @@
+"""What runs how on this machine: which kernels, by processor.
+
+``EFFVIT_KERNELS=reference`` in the environment forces the equations. What was decided is in every result's provenance.
+"""
+
+import os
+
+import torch
+
+from effvit.errors import UserError
+from effvit.processor import is_amds
+
+_ASKED = os.environ.get("EFFVIT_KERNELS", "")
+if _ASKED not in ("", "reference"):
+    raise UserError(f"EFFVIT_KERNELS={_ASKED}: expected reference, or nothing for the fastest forms")
+ONLY_REFERENCE = _ASKED == "reference"
+_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+# PyTorch sends products of a linear map to MKL, which measures about half of oneDNN's speed at a ViT's shapes on an AMD
+# processor with AVX-512 (many rows, few columns: 80 against 180 GFLOP/s on one Zen 5 core), and 0.9 of it with AVX2
+# (Zen 3). On a processor of Intel's (Sapphire Rapids) both are as fast forward, MKL 1.3 to 2.5 times as fast for the
+# gradient of the weights, and 3 times for 65 rows of 48 columns.
+ONEDNN_PRODUCTS = _ONEDNN is not None and is_amds()
+# oneDNN writes ∂y and x anew for the product ∂yᵀ x, where MKL reads them as they lie. Its products make up for that on
+# Zen 5 (0.7 to 0.9 of MKL's time, 16 K rows of 192 and 384 columns); on Zen 4 it takes 1.15 times as long, on Zen 3
+# 1.4 to 2 times.
+ONEDNN_WEIGHT_GRADIENTS = ONEDNN_PRODUCTS and is_amds(least_family=26)
+# PyTorch's 2^x takes a quarter of the time of its e^x on AMD's processors.
+POWERS_OF_TWO = is_amds()
+# Over long sequences AMD's processors (Zen 4, Zen 5) take 1.05 to 1.2 times as long in bfloat16 as in float32, 1.8 to
+# 2.1 times in float16.
+LONG_ATTENTION_IN_FLOAT32 = is_amds()
+
+
+def kernels() -> str:
+    """What is decided for this machine: form of each primitive that has a choice."""
+    if ONLY_REFERENCE:
+        return "reference"
+    forms = {
+        "linear": "oneDNN" if ONEDNN_PRODUCTS else "torch",
+        "its weight gradient": "oneDNN" if ONEDNN_WEIGHT_GRADIENTS else "torch",
+        "exponential": "2^x" if POWERS_OF_TWO else "e^x",
+        "long attention in half precision": "float32" if LONG_ATTENTION_IN_FLOAT32 else "torch",
+    }
+    return ", ".join(f"{primitive}: {form}" for primitive, form in forms.items())
