@@ -8,7 +8,14 @@ import effvit
 
 
 def test_public_names_are_these_and_no_others():
-    assert set(effvit.__all__) == {"ViT", "ViTConfig", "available_attention", "build_attention", "load_model"}
+    assert set(effvit.__all__) == {
+        "ViT",
+        "ViTConfig",
+        "available_attention",
+        "build_attention",
+        "load_model",
+        "save_model",
+    }
     for name in effvit.__all__:
         assert callable(getattr(effvit, name))
 
