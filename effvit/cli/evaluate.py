@@ -25,7 +25,7 @@ def evaluate(
     check_apart(output_dir, model_dir, dataset_dir)
     model = load_model(model_dir, pick_device(device))
     dataset = PreparedDataset.load(dataset_dir)
-    check_fits(model, dataset)
+    dataset = check_fits(model, dataset)
     with staged_dir(output_dir, ("evaluation.json", "*.csv", "attention_maps.*", "provenance.json")) as directory:
         scores = score_test_split(model, dataset, directory, batch_size)
         map_test_images(model, dataset, directory)
