@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from effvit import load_model
-from effvit.data.prepared import PreparedDataset
+from effvit.data.loading.prepared import PreparedDataset
 from effvit.errors import UserError
 from effvit.evaluation.predict import check_fits, score_test_split
 from effvit.evaluation.probe import load_models
