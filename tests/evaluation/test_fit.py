@@ -39,7 +39,7 @@ COMMANDS = {
     "attention-map": ["image.png", "--output", "out.png"],
     "fidelity": ["--output-dir", "out"],
     "representations": ["--output-dir", "out"],
-    "hardware": ["--output-dir", "out"],
+    "deploy": ["--output-dir", "out"],
     "export": ["--output", "out.onnx"],
 }
 
