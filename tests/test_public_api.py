@@ -13,6 +13,7 @@ def test_public_names_are_these_and_no_others():
         "ViTConfig",
         "available_attention",
         "build_attention",
+        "compare",
         "load_model",
         "save_model",
     }
