@@ -44,7 +44,7 @@ def compare(
         - ``memory_mib``, the peak of a forward pass above what was resident before, and ``memory_ratio``;
         - ``parameters_ratio``, ``macs_ratio``;
         - ``n_rounds``;
-        - with ``train`` the same of a step: ``train_ms``, ``train_ratio``, ``train_memory_mib``, ``train_n_rounds``, ...;
+        - with ``train`` the same of a step: ``train_ms``, ``train_ratio``, ``train_memory_mib`` and so on;
         - ``status`` ("ok" or "out of memory"), and ``contended``, whether other processes had a share of the machine
           meanwhile.
 
