@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from effvit.attention import available_attention, build_attention
-    from effvit.model.checkpoint import load_model
+    from effvit.measure.models import compare
+    from effvit.model.checkpoint import load_model, save_model
     from effvit.model.vit import ViT, ViTConfig
 
-__all__ = ["ViT", "ViTConfig", "available_attention", "build_attention", "load_model"]
+__all__ = ["ViT", "ViTConfig", "available_attention", "build_attention", "compare", "load_model", "save_model"]
 __version__ = "0.1.0"
 
 _HOME = {
@@ -19,7 +20,9 @@ _HOME = {
     "ViTConfig": "effvit.model.vit",
     "available_attention": "effvit.attention",
     "build_attention": "effvit.attention",
+    "compare": "effvit.measure.models",
     "load_model": "effvit.model.checkpoint",
+    "save_model": "effvit.model.checkpoint",
 }
 
 

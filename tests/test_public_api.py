@@ -8,7 +8,15 @@ import effvit
 
 
 def test_public_names_are_these_and_no_others():
-    assert set(effvit.__all__) == {"ViT", "ViTConfig", "available_attention", "build_attention", "load_model"}
+    assert set(effvit.__all__) == {
+        "ViT",
+        "ViTConfig",
+        "available_attention",
+        "build_attention",
+        "compare",
+        "load_model",
+        "save_model",
+    }
     for name in effvit.__all__:
         assert callable(getattr(effvit, name))
 

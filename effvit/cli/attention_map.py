@@ -33,7 +33,7 @@ def attention_map(
         raise UserError(f"--output {output}: expected a file name that ends in .png")
     model = load_model(model_dir, pick_device(device))
     dataset = PreparedDataset.load(dataset_dir)
-    check_fits(model, dataset)
+    dataset = check_fits(model, dataset)
     batch = np.stack([load_image(path, dataset.image_size, dataset.storage) for path in images])
     logits, maps = rollout_maps(model, batch, dataset.mean, dataset.std)
     stems = (os.fsencode(path.stem).decode("utf-8", "replace") for path in images)

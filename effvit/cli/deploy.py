@@ -37,7 +37,7 @@ def deploy(
     check_apart(log, model_dir, dataset_dir, output_dir)
     model = load_model(model_dir)
     dataset = PreparedDataset.load(dataset_dir)
-    check_fits(model, dataset)
+    dataset = check_fits(model, dataset)
     with staged_dir(log, ("deployment.json", "*.json")) as record, staged_dir(output_dir, PATTERNS) as staged:
         figures = write_files(model, model_dir, dataset, staged)
         figures |= sizes_and_accuracy(model, staged, dataset)

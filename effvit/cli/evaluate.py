@@ -26,7 +26,7 @@ def evaluate(
     where = pick_device(device)
     model = load_model(model_dir, where)
     dataset = PreparedDataset.load(dataset_dir)
-    check_fits(model, dataset)
+    dataset = check_fits(model, dataset)
     with staged_dir(output_dir, ("evaluation.json", "*.csv", "attention_maps.*", "provenance.json")) as directory:
         scores = score_test_split(model, dataset, directory, batch_size)
         map_test_images(model, dataset, directory)

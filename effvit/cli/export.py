@@ -1,4 +1,4 @@
-"""``effvit export``: a trained model for use without PyTorch."""
+"""``effvit export``: a trained model for use without effvit."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,30 +11,41 @@ from effvit.errors import UserError
 
 def export(
     model_dir: options.ModelDir,
-    output: Annotated[Path, typer.Option(help="File to write, replaced when the model in it is verified.")],
-    format: Annotated[str, typer.Option(help="onnx.")] = "onnx",
+    output: Annotated[Path, typer.Option(help="File to write, .onnx or .safetensors.")],
+    format: Annotated[
+        str, typer.Option(help="onnx; timm or transformers for a state dict under that library's names.")
+    ] = "onnx",
     dataset_dir: Annotated[
         Path | None,
-        typer.Option(help="Directory that `effvit prepare` wrote: puts class names and normalisation into the file."),
+        typer.Option(
+            help="Directory that `effvit prepare` wrote; its class names and normalisation go into the file of a model "
+            "that does not know them."
+        ),
     ] = None,
 ) -> None:
-    """Write a trained model as an ONNX file with any batch size, whose output is PyTorch's within 1e-4."""
-    if format != "onnx":
-        raise UserError(f"--format {format}: unknown, expected onnx")
+    """Write a trained model as ONNX, or as a state dict for the ViT of timm or transformers.
 
+    An ONNX file takes any batch size, and its output is PyTorch's within 1e-4. A state dict can be written of models
+    with `fused` or `standard` attention, which is what the other library's model computes.
+    """
     from effvit.data.loading.prepared import PreparedDataset
     from effvit.deploy.export import OPSET, check_output, export_onnx
     from effvit.deploy.rounding import rounded_up
+    from effvit.deploy.state_dict import LIBRARIES, export_state_dict
     from effvit.evaluation.predict import check_fits
     from effvit.model.checkpoint import load_model
+    from effvit.model.trained_on import TrainedOn
 
-    check_output(output)
+    if format not in ("onnx", *LIBRARIES):
+        raise UserError(f"--format {format}: unknown, expected onnx, {' or '.join(LIBRARIES)}")
+    check_output(output, ".onnx" if format == "onnx" else ".safetensors")
     model = load_model(model_dir)
-    dataset = PreparedDataset.load(dataset_dir) if dataset_dir else None
+    dataset = check_fits(model, PreparedDataset.load(dataset_dir)) if dataset_dir else None
     if dataset is not None:
-        check_fits(model, dataset)
-    error = export_onnx(model, output, dataset)
-    typer.echo(
-        f"{output}: {model.config.attention}, {output.stat().st_size:,} bytes, opset {OPSET}, any batch; "
-        f"logits within {rounded_up(error)} of PyTorch's"
-    )
+        model.trained_on = TrainedOn(classes=dataset.classes, mean=dataset.mean, std=dataset.std)
+    if format == "onnx":
+        error = export_onnx(model, output, dataset)
+        said = f"opset {OPSET}, any batch; logits within {rounded_up(error)} of PyTorch's"
+    else:
+        said = f"for {export_state_dict(model, output, format)}"
+    typer.echo(f"{output}: {model.config.attention}, {output.stat().st_size:,} bytes, {said}")

@@ -42,7 +42,7 @@ def fidelity(
     check_apart(output_dir, dataset_dir, *model_dirs)
     where = pick_device(device)
     dataset = PreparedDataset.load(dataset_dir)
-    models, places = load_models(model_dirs, dataset, where)
+    models, places, dataset = load_models(model_dirs, dataset, where)
     fused = models.get("fused")
     config = next(iter(models.values())).config
     grid, heads = config.grid_size, config.num_attention_heads

@@ -29,7 +29,7 @@ def predict(
 
     model = load_model(model_dir, pick_device(device))
     dataset = PreparedDataset.load(dataset_dir)
-    check_fits(model, dataset)
+    dataset = check_fits(model, dataset)
     batch = np.stack([load_image(path, dataset.image_size, dataset.storage) for path in images])
     probabilities = predict_logits(model, batch, dataset.mean, dataset.std, 64).softmax(dim=1)
     for path, row in zip(images, probabilities, strict=True):

@@ -37,7 +37,7 @@ def representations(
     check_apart(output_dir, dataset_dir, *model_dirs)
     dataset = PreparedDataset.load(dataset_dir)
     where = pick_device(device)
-    models, places = load_models(model_dirs, dataset, where)
+    models, places, dataset = load_models(model_dirs, dataset, where)
     images, labels = validation_images(dataset, _LOOKED_AT)
     with staged_dir(output_dir, ("cka.csv", "*.csv", "maps.safetensors", "provenance.json")) as directory:
         result = survey(models, images, dataset, batch_size)

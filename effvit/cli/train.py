@@ -26,7 +26,8 @@ def train(
     hidden_dropout_prob: Annotated[float, typer.Option(help="Dropout of embeddings, projections, MLP.")] = 0.0,
     attention_probs_dropout_prob: Annotated[float, typer.Option(help="Dropout of attention.")] = 0.0,
     init_from: Annotated[
-        Path | None, typer.Option(help="Weights to start from: timm's (.safetensors, .pth) or a model directory.")
+        Path | None,
+        typer.Option(help="Weights to start from: a model directory, or a ViT of timm, transformers, torchvision."),
     ] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 10,
     batch_size: options.BatchSize = 128,
@@ -55,8 +56,8 @@ def train(
 ) -> None:
     """Train one model; keep the weights that are best on the validation split.
 
-    Writes model.safetensors and config.json to the output directory; the test split is not read. A run that was
-    stopped or killed goes on when the same command is given again.
+    Writes model.safetensors, config.json and a model card to the output directory; the test split is not read. A run
+    that was stopped or killed goes on when the same command is given again.
     """
     from pydantic import ValidationError
 

@@ -6,7 +6,7 @@ from effvit.data.loading.prepared import PreparedDataset
 from effvit.deploy.files import RUNTIMES, Figures, files_of
 from effvit.deploy.runtime import open_session, predict_one_by_one
 from effvit.evaluation.score import predict_logits
-from effvit.model.checkpoint import WEIGHTS
+from effvit.model.settings import WEIGHTS
 from effvit.model.vit import ViT
 
 SPLIT = "validation"  # the test split is read by `evaluate` alone

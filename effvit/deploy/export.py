@@ -35,7 +35,8 @@ def export_onnx(model: ViT, path: Path, meta: "Meta | None" = None) -> float:
     Args:
         model: on the CPU, in eval mode.
         path: file to write; replaced when all is well.
-        meta: the prepared data set whose normalisation and class names the file's metadata shall have.
+        meta: the prepared data set whose normalisation and class names the file's metadata shall have; without one
+            they are those that the model knows.
 
     Returns:
         The largest difference to PyTorch's logits, over batches of one and of three random images.
@@ -60,10 +61,10 @@ def export_onnx(model: ViT, path: Path, meta: "Meta | None" = None) -> float:
     return error
 
 
-def check_output(path: Path) -> None:
-    """Raise ``UserError`` where ``path`` cannot be an ONNX file to write."""
-    if path.suffix != ".onnx":
-        raise UserError(f"{path}: expected a file name that ends in .onnx")
+def check_output(path: Path, suffix: str = ".onnx") -> None:
+    """Raise ``UserError`` where ``path`` cannot be a file of that kind to write."""
+    if path.suffix != suffix:
+        raise UserError(f"{path}: expected a file name that ends in {suffix}")
     if path.is_dir():
         raise UserError(f"{path}: is a directory, expected a file to write")
 
@@ -97,6 +98,7 @@ def _describe(graph: "onnx.ModelProto", model: ViT, meta: "Meta | None") -> None
 
     config = model.config
     notes: dict[str, Any] = {"attention": config.attention, "image_size": config.image_size}
+    notes |= model.trained_on.known()
     if meta is not None:
         notes |= {"dataset": meta.name, "classes": meta.classes, "mean": meta.mean, "std": meta.std}
     onnx.helper.set_model_props(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from effvit.deploy.export import export_onnx
 from effvit.deploy.int8 import quantize
 from effvit.errors import UserError
-from effvit.model.checkpoint import CONFIG, WEIGHTS
+from effvit.model.settings import CONFIG, WEIGHTS
 from effvit.model.vit import ViT
 
 if TYPE_CHECKING:

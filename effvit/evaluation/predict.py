@@ -1,6 +1,8 @@
 """Trained models put to use: test scores of a split, predictions and attention maps of images."""
 
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,20 @@ from effvit.evaluation.score import attention_rollout, confusion, per_class, pre
 from effvit.files import write_csv, write_json
 from effvit.model.vit import ViT
 
+_FEW = 5  # names of classes in a message
 
-def check_fits(model: ViT, dataset: PreparedDataset) -> None:
-    """Raise ``UserError`` where a model was not trained for images and classes like these."""
+
+def check_fits(model: ViT, dataset: PreparedDataset) -> PreparedDataset:
+    """Return the data set as the model takes it: with the mean and deviation that the model was trained with.
+
+    Those are part of the model: its weights expect images on that scale, whatever the mean of the images that it now
+    gets. Where the data set's differ, a line on stderr says so. An older model does not know its own, and gets those of
+    the data set.
+
+    Raises:
+        UserError: the model was trained for images of another size or for other classes, or for the same in another
+            order.
+    """
     (height, width), classes = model.config.image_shape, model.config.num_classes
     side, known = dataset.image_size, len(dataset.classes)
     if (height, width, classes) != (side, side, known):
@@ -26,6 +39,32 @@ def check_fits(model: ViT, dataset: PreparedDataset) -> None:
             f"the model is for {classes} classes and images of {pixels} pixels, "
             f"{dataset.name} has {known} classes and images of {side} pixels"
         )
+    about = model.trained_on
+    if about.classes is not None and about.classes != dataset.classes:
+        raise UserError(_which_classes_differ(about.classes, dataset))
+    if about.mean is None or about.std is None or (about.mean, about.std) == (dataset.mean, dataset.std):
+        return dataset
+    print(f"{dataset.name}: normalised by the model's own mean and deviation, not the data set's", file=sys.stderr)
+    return replace(dataset, mean=about.mean, std=about.std)  # type: ignore[arg-type]
+
+
+def _which_classes_differ(ours: Sequence[str], dataset: PreparedDataset) -> str:
+    theirs = dataset.classes
+    unknown, missing = ([name for name in a if name not in b] for a, b in ((theirs, ours), (ours, theirs)))
+    if unknown or missing:
+        return (
+            f"the model was trained for other classes than {dataset.name} has: "
+            f"{_few(missing) or 'none'} in place of {_few(unknown) or 'none'}"
+        )
+    index = next(i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b)
+    return (
+        f"the model has the classes of {dataset.name} in another order: "
+        f"class {index} is {ours[index]}, in {dataset.name} {theirs[index]}"
+    )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:_FEW]) + (f" and {len(names) - _FEW} more" if len(names) > _FEW else "")
 
 
 def score_test_split(model: ViT, dataset: PreparedDataset, directory: Path, batch_size: int) -> dict[str, float]:

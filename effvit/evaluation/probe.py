@@ -25,8 +25,8 @@ _OF_ATTENTION = {"attention", "attention_options"}
 
 def load_models(
     directories: Sequence[Path], dataset: PreparedDataset, device: torch.device
-) -> tuple[dict[str, ViT], dict[str, Path]]:
-    """Models and their directories by mechanism, in the order given.
+) -> tuple[dict[str, ViT], dict[str, Path], PreparedDataset]:
+    """Models and their directories by mechanism, in the order given, and the data set as they take it.
 
     Raises:
         UserError: two of one mechanism, models that differ in more than attention, one that does not fit the data, or
@@ -34,9 +34,10 @@ def load_models(
     """
     models: dict[str, ViT] = {}
     places: dict[str, Path] = {}
+    seen: list[PreparedDataset] = []
     for directory in directories:
         model = load_model(directory, device)
-        check_fits(model, dataset)
+        seen.append(check_fits(model, dataset))
         if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
             raise UserError(f"{directory}: weights that are not finite numbers, expected those of a whole training")
         attention = model.config.attention
@@ -50,7 +51,12 @@ def load_models(
                     f"{directory}: a model with {key}={value}, the first one has {first[key]}; "
                     "expected models that differ in attention alone"
                 )
-    return models, places
+        if (seen[-1].mean, seen[-1].std) != (seen[0].mean, seen[0].std):
+            raise UserError(
+                f"{directory}: a model trained with another mean and deviation of images than the first one; "
+                "expected models that differ in attention alone"
+            )
+    return models, places, seen[0]
 
 
 def validation_images(dataset: PreparedDataset, most: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,29 +1,75 @@
-"""A trained model on disk: ``model.safetensors`` and ``config.json`` in one directory."""
+"""A trained model on disk: ``model.safetensors``, ``config.json`` and a model card in one directory."""
 
-import json
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_model as load_safetensors
 from safetensors.torch import save as to_safetensors
+from torch import nn
 
 from effvit.errors import UserError, explain
-from effvit.files import write_json
+from effvit.files import staged_file, write_json
+from effvit.model.card import Notes, is_card, write_card
+from effvit.model.names import StateDict, read_names, together
+from effvit.model.pretrained import COMPARED, Source, maps_as_in, read_source, start_with, stored_once
+from effvit.model.settings import CARD, CONFIG, WEIGHTS, is_ours, parse, read_json, settings_of
+from effvit.model.trained_on import TrainedOn
 from effvit.model.vit import ViT, ViTConfig
+from effvit.model.weights import SUFFIXES, read_safetensors
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
+def save_model(
+    model: nn.Module,
+    directory: Path | str,
+    *,
+    classes: Iterable[str] | None = None,
+    mean: Iterable[float] | None = None,
+    std: Iterable[float] | None = None,
+    dataset: str | None = None,
+    accuracy: Mapping[str, float] | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    license: str = "mit",
+) -> None:
+    """Write a model as the directory that `load_model` reads and the Hugging Face hub expects.
 
-def save_model(model: ViT, directory: Path) -> None:
-    """Write the model's weights and configuration into an existing directory."""
-    once = dict((*model.named_parameters(), *model.named_buffers()))  # a shared tensor under its first name only
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if name in once}
-    # Written here, as safetensors' own writer tells of a full disk in an error that is no OSError.
-    (directory / WEIGHTS).write_bytes(to_safetensors(tensors))
-    write_json(directory / CONFIG, model.config.model_dump())
+    Args:
+        model: a `ViT`, which may be wrapped by ``torch.compile`` or DistributedDataParallel.
+        directory: where ``model.safetensors``, ``config.json`` and ``README.md``, the model card, are written; made if
+            it is not there.
+        classes: names of classes, by index. Where none are given, those of ``model.trained_on`` are written.
+        mean: of each channel of the images that it was trained on, on a scale of 0 to 1; likewise.
+        std: standard deviation of the same; likewise.
+        dataset: name of the data set, for the card.
+        accuracy: top-1 as a fraction, by split (``{"validation": 0.98}``), for the card.
+        recipe: settings of the training, for the card.
+        license: of the weights, as the hub names licences.
+
+    Raises:
+        UserError: it is no `ViT`, is not what its configuration says, or what is said of it does not fit it.
+    """
+    vit = _unwrapped(model)
+    own = vit.trained_on
+    if mean is None and std is None:
+        mean, std = own.mean, own.std
+    trained_on = TrainedOn.of(own.classes if classes is None else classes, mean, std)
+    trained_on.check(vit.config.num_classes, vit.config.num_channels)
+    try:
+        notes = Notes(dataset=dataset, accuracy=dict(accuracy or {}), recipe=dict(recipe or {}), license=license)
+    except ValidationError as error:
+        raise UserError(explain(error)) from error
+    _require_as_configured(vit)
+    once, state = stored_once(vit), vit.state_dict()
+    tensors = {name: tensor.contiguous() for name, tensor in state.items() if name in once}
+    directory = Path(directory)
+    with staged_file(directory / WEIGHTS) as aside:
+        # Written here, as safetensors' own writer tells of a full disk in an error that is no OSError.
+        aside.write_bytes(to_safetensors(tensors, {"format": "pt"}))
+    write_json(directory / CONFIG, settings_of(vit.config, trained_on))
+    with staged_file(directory / CARD) as aside:
+        aside.write_bytes(write_card(vit, trained_on, notes).encode("utf-8", "backslashreplace"))
 
 
 def is_model_dir(directory: Path) -> bool:
@@ -33,36 +79,128 @@ def is_model_dir(directory: Path) -> bool:
     """
     try:
         others = {path.name for path in directory.iterdir()} - {WEIGHTS, CONFIG}
-        values = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-        ViTConfig(**values)
-    except (OSError, ValueError, TypeError):
+        values = read_json(directory / CONFIG)
+        parse(directory / CONFIG, values)
+        if CARD in others and not is_card((directory / CARD).read_text(encoding="utf-8")):
+            return False
+    except (OSError, ValueError):
         return False
-    whole = "attention" in values and (directory / WEIGHTS).is_file()  # {} reads as well: all has a default
-    return whole and all(re.fullmatch(r"epoch-\d+", name) and is_model_dir(directory / name) for name in others)
+    whole = is_ours(values) and (directory / WEIGHTS).is_file()  # {} reads as well: all has a default
+    epochs = others - {CARD}
+    return whole and all(re.fullmatch(r"epoch-\d+", name) and is_model_dir(directory / name) for name in epochs)
 
 
-def load_model(directory: Path | str, device: str | torch.device = "cpu") -> ViT:
-    """Give back a trained model, in eval mode.
+def load_model(path: Path | str, device: str | torch.device = "cpu", *, num_attention_heads: int | None = None) -> ViT:
+    """Give back a trained model, in eval mode; its ``trained_on`` has class names and normalisation where known.
+
+    Args:
+        path: directory that `effvit train` or `save_model` wrote; or a directory or file with the weights of a plain
+            ViT or DeiT of timm, transformers or torchvision, which becomes a model with ``fused`` attention.
+        device: where to put it.
+        num_attention_heads: for weights of other libraries without a ``config.json`` that tells it.
 
     Raises:
-        UserError: a file is missing or damaged, or the weights are not those of the configuration.
+        UserError: a file is missing or damaged, the weights are not those of the configuration, or they are of a model
+            that this ViT cannot be.
     """
-    directory = Path(directory)
+    path = Path(path)
+    if path.name == WEIGHTS and path.with_name(CONFIG).is_file():
+        path = path.parent
+    if path.suffix in SUFFIXES and not path.is_dir():
+        return _load_other(read_source(path), num_attention_heads).to(device).eval()
     for name in (WEIGHTS, CONFIG):
-        if not (directory / name).is_file():
-            raise UserError(f"{directory / name}: no such file; a model directory is what `effvit train` writes")
+        if not (path / name).is_file():
+            raise UserError(
+                f"{path / name}: no such file; a model directory is what `effvit train` or save_model writes"
+            )
+    values = read_json(path / CONFIG)
+    model = _load_own(path, values) if is_ours(values) else _load_other(read_source(path), num_attention_heads)
+    return model.to(device).eval()
+
+
+def _load_own(directory: Path, values: dict[str, Any]) -> ViT:
+    config, trained_on = parse(directory / CONFIG, values)
+    model = ViT(config)
+    tensors = read_safetensors(directory / WEIGHTS)
     try:
-        model = ViT(ViTConfig(**json.loads((directory / CONFIG).read_text(encoding="utf-8"))))
-    except ValidationError as error:
-        raise UserError(f"{directory / CONFIG}: {explain(error)}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
-        raise UserError(f"{directory / CONFIG}: not the JSON of a model's configuration ({error})") from error
-    try:
-        load_safetensors(model, str(directory / WEIGHTS))
-    except SafetensorError as error:
-        raise UserError(f"{directory / WEIGHTS}: not a whole safetensors file ({error})") from error
+        named = read_names(tensors)
+        _load_all(model, named.tensors if named.library == "timm" else maps_as_in(config, named.tensors))
     except (RuntimeError, UserError) as error:
         raise UserError(
-            f"{directory / WEIGHTS}: not the weights of the {model.config.attention} model in {CONFIG}: {error}"
+            f"{directory / WEIGHTS}: not the weights of the {config.attention} model in {CONFIG}: {error}"
         ) from error
-    return model.to(device).eval()
+    model.trained_on = trained_on
+    return model
+
+
+def _load_all(model: ViT, tensors: StateDict) -> None:
+    """Load weights of which none is missing, none is left over, and all are of the model's shapes."""
+    stored = model.state_dict()
+    problems = [
+        f"{name} is of shape {tuple(tensor.shape)}, here {tuple(stored[name].shape)}"
+        for name, tensor in tensors.items()
+        if name in stored and tensor.shape != stored[name].shape
+    ]
+    if missing := together(stored_once(model).keys() - tensors.keys()):
+        problems.append(f"{missing} missing")
+    if left_over := together(tensors.keys() - stored.keys()):
+        problems.append(f"{left_over} left over")
+    if problems:
+        raise UserError("; ".join(problems))
+    model.load_state_dict(tensors, strict=False)
+
+
+def _load_other(source: Source, num_attention_heads: int | None) -> ViT:
+    """A model of the shape that weights of another library tell, with ``fused`` attention."""
+    path, shape, told = source.weights.path, source.shape, source.told
+    heads = told.num_attention_heads or num_attention_heads
+    if heads is None:
+        raise UserError(f"{path}: weights do not tell the number of heads; give num_attention_heads=")
+    if shape.num_classes is None:
+        raise UserError(f"{path}: no head.weight, hence no classes; expected the weights of a classifier")
+    height, width = shape.image_shape
+    epsilon: dict[str, Any] = {} if told.layer_norm_eps is None else {"layer_norm_eps": told.layer_norm_eps}
+    try:
+        config = ViTConfig(
+            image_size=height if height == width else (height, width),
+            num_classes=shape.num_classes,
+            num_attention_heads=heads,
+            qkv_bias=shape.qkv_bias,
+            **{name: getattr(shape, name) for name in COMPARED},
+            **epsilon,
+        )
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(error)}") from error
+    model = ViT(config)
+    report = start_with(source, model)
+    if report.fresh:
+        raise UserError(f"{path}: {together(report.fresh)} missing; expected all weights of a classifier")
+    about = told.trained_on
+    try:
+        about.check(config.num_classes, config.num_channels)
+        model.trained_on = about
+    except UserError:  # it tells of what the model was trained on before
+        model.trained_on = TrainedOn()
+    return model
+
+
+def _unwrapped(model: nn.Module) -> ViT:
+    inner: Any = model
+    while not isinstance(inner, ViT):
+        wrapped = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        if not isinstance(wrapped, nn.Module):
+            raise UserError(f"save_model: got {type(model).__name__}, expected an effvit ViT")
+        inner = wrapped
+    return inner
+
+
+def _require_as_configured(model: ViT) -> None:
+    """Raise ``UserError`` where the weights are not those of a model that is built from its configuration."""
+    with torch.device("meta"):
+        built = ViT(model.config)
+    wanted, there = ({n: t.shape for n, t in each.state_dict().items()} for each in (built, model))
+    if differ := [name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name)]:
+        raise UserError(
+            f"save_model: {together(sorted(differ))}: not as in a ViT of this configuration "
+            f"(attention={model.config.attention}); save its state dict instead"
+        )

@@ -15,6 +15,7 @@ from torch.fx import Proxy
 from effvit.attention import Attention, build_attention, check_options
 from effvit.errors import UserError, explain
 from effvit.kernels.linear import apply_linear
+from effvit.model.trained_on import TrainedOn
 
 # Far beyond any ViT, so that a slip of the keyboard is told at once and a product of sizes fits 64 bits.
 Size = Annotated[int, Field(ge=1, le=2**16)]
@@ -173,7 +174,9 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Images to class logits."""
+    """Images to class logits. ``trained_on`` has the names of classes and how images are normalised, where known."""
+
+    trained_on = TrainedOn()
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()

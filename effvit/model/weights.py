@@ -1,6 +1,5 @@
 """Weights from a file of anyone's, read without running what it may hold: safetensors, or a torch file of tensors."""
 
-import json
 import zipfile
 from dataclasses import dataclass
 from hashlib import sha256
@@ -8,31 +7,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from effvit.errors import UserError
-from effvit.model.checkpoint import CONFIG, WEIGHTS
+from effvit.model.settings import CONFIG, WEIGHTS, is_ours, parse, read_json
 from effvit.model.vit import ViTConfig
 
 _WRAPPERS = ("model", "state_dict")  # the key under which DeiT's releases and many training scripts keep the weights
-_TORCH_SUFFIXES = (".pth", ".pt", ".bin")
+_TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+SUFFIXES = (".safetensors", *_TORCH_SUFFIXES)
+_WITH_CONFIG = (WEIGHTS, "pytorch_model.bin")  # files whose directory may hold their configuration
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors by name, the SHA-256 of their file, and the configuration where they are an effvit model's."""
+    """Tensors by name, the SHA-256 of their file, and the configuration beside it.
+
+    That is ``config`` of an effvit model, or ``settings`` of another library, empty where there are none.
+    """
 
     path: Path
+    file: Path
     sha256: str
     tensors: dict[str, Tensor]
     config: ViTConfig | None
+    settings: dict[str, Any]
 
 
 def read_weights(path: Path) -> Weights:
-    """Read a ``.safetensors`` file, a torch file (``.pth``, ``.pt``, ``.bin``), or a directory with the former.
+    """Read a ``.safetensors`` file, a torch file (``.pth``, ``.pt``, ``.bin``, ``.ckpt``), or a model directory.
 
     Raises:
         UserError: there is no such file, it is damaged, or it holds anything but finite floating-point tensors.
@@ -40,13 +45,13 @@ def read_weights(path: Path) -> Weights:
     file = path / WEIGHTS if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"{file}: no such file; expected a checkpoint (.safetensors, .pth) or a model directory")
-    if file.suffix not in (".safetensors", *_TORCH_SUFFIXES):
-        raise UserError(f"{file}: expected a name that ends in .safetensors, {', '.join(_TORCH_SUFFIXES)}")
-    tensors = _safetensors(file) if file.suffix == ".safetensors" else _torch(file)
+    if file.suffix not in SUFFIXES:
+        raise UserError(f"{file}: expected a name that ends in {', '.join(SUFFIXES)}")
+    tensors = read_safetensors(file) if file.suffix == ".safetensors" else _torch(file)
     for name, tensor in tensors.items():
         if problem := _what_is_wrong(name, tensor):
             raise UserError(f"{file}: {str(name)[:80]} {problem}")
-    return Weights(path, _digest(file), tensors, _config(file))
+    return Weights(path, file, _digest(file), tensors, *_beside(file))
 
 
 def _what_is_wrong(name: Any, tensor: Any) -> str | None:
@@ -62,7 +67,8 @@ def _what_is_wrong(name: Any, tensor: Any) -> str | None:
     return None
 
 
-def _safetensors(file: Path) -> dict[str, Any]:
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """Read a safetensors file; raises ``UserError`` where it is not a whole one."""
     try:
         return load_file(file)
     except SafetensorError as error:
@@ -103,15 +109,16 @@ def _refuse_compressed(file: Path) -> None:
             raise ValueError("unpacks to more than it is")
 
 
-def _config(file: Path) -> ViTConfig | None:
-    """The configuration beside a model's weights; None where there is none, or one of another library."""
+def _beside(file: Path) -> tuple[ViTConfig | None, dict[str, Any]]:
+    """The configuration beside a model's weights, of this package or of another library."""
     beside = file.with_name(CONFIG)
-    if file.name != WEIGHTS or not beside.is_file():
-        return None
+    if file.name not in _WITH_CONFIG or not beside.is_file():
+        return None, {}
     try:
-        return ViTConfig(**json.loads(beside.read_text(encoding="utf-8")))
-    except (ValidationError, UserError, TypeError, ValueError):
-        return None
+        values = read_json(beside)
+        return (parse(beside, values)[0], {}) if is_ours(values) else (None, values)
+    except UserError:
+        return None, {}
 
 
 def _digest(file: Path) -> str:

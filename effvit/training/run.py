@@ -29,6 +29,7 @@ from effvit.training.resume import Store, fingerprint, open_store
 _HISTORY = "history.csv"
 _LOGS = (_HISTORY, "timing.csv", "start.json", "provenance.json")
 _MEASURED = ["seconds", "images_per_second", "peak_memory_mib"]
+_OF_THE_MACHINE = {"checkpoint_s", "device", "devices", "micro_batch_size", "workers"}  # not of the recipe
 _SHOWN_EVERY_S = 0.2
 
 
@@ -51,11 +52,12 @@ class Best:
     def _rank(epoch: Epoch) -> tuple[float, float]:
         return epoch.val_accuracy, -epoch.val_loss
 
-    def save(self, config: ViTConfig, directory: Path) -> None:
+    def save(self, training: Training, directory: Path) -> None:
         """Write the kept weights as a model directory."""
-        model = ViT(config)
+        assert self.epoch is not None
+        model = ViT(training.model.config)
         model.load_state_dict(self.weights)
-        save_model(model, directory)
+        _save(model, self.epoch, training, directory)
 
 
 class Run:
@@ -82,7 +84,7 @@ class Run:
             self.console.print(_line(event, recipe.epochs, chosen), highlight=False, soft_wrap=True)
             if self.store and event.epoch in self.kept_epochs():
                 with staged_dir(self.store.kept(event.epoch)) as kept:
-                    save_model(self.training.weights, kept)
+                    _save(self.training.weights, event, self.training, kept)
             self.save()
         elif event.stop or time.monotonic() - self._saved >= recipe.checkpoint_s:
             self.save()
@@ -182,7 +184,7 @@ def train_to(
             _follow(run, request)
         except DivergedError:
             if store:
-                _rescue(run.best, config, output_dir)
+                _rescue(run.best, training, output_dir)
                 store.remove()  # it would only diverge again
             training.fabric.barrier()
             if not leads:
@@ -220,16 +222,31 @@ def _follow(run: Run, request: Request) -> None:
     raise SystemExit(request.status)
 
 
-def _rescue(best: Best, config: ViTConfig, output_dir: Path) -> None:
+def _rescue(best: Best, training: Training, output_dir: Path) -> None:
     if best.epoch is not None:
         with staged_dir(output_dir.with_name(f"{output_dir.name}.diverged"), is_model_dir) as rescued:
-            best.save(config, rescued)
+            best.save(training, rescued)
+
+
+def _save(model: ViT, epoch: Epoch, training: Training, directory: Path) -> None:
+    """Write a model with what it was trained on, how, and the accuracy that it had after an epoch."""
+    dataset = training.dataset
+    save_model(
+        model,
+        directory,
+        classes=dataset.classes,
+        mean=dataset.mean,
+        std=dataset.std,
+        dataset=dataset.name,
+        accuracy={"validation": epoch.val_accuracy},
+        recipe=training.recipe.model_dump(exclude=_OF_THE_MACHINE) | {"seed": training.seed, "epoch": epoch.epoch},
+    )
 
 
 def _write(run: Run, store: Store, start: StartReport | None, output_dir: Path, log_dir: Path) -> None:
     training, config = run.training, run.training.model.config
     with staged_dir(output_dir, is_model_dir) as model_dir, staged_dir(log_dir, _LOGS) as logs:
-        run.best.save(config, model_dir)
+        run.best.save(training, model_dir)
         for epoch in run.kept_epochs():
             shutil.copytree(store.kept(epoch), model_dir / store.kept(epoch).name)
         table = pd.DataFrame([asdict(epoch) for epoch in run.history])

@@ -22,6 +22,7 @@ from effvit.deploy.int8 import quantize
 from effvit.deploy.runtime import logits, open_session
 from effvit.errors import UserError
 from effvit.evaluation.score import predict_logits
+from effvit.model.trained_on import TrainedOn
 
 MECHANISMS = available_attention()
 
@@ -76,6 +77,18 @@ def test_metadata_tell_how_images_are_to_be_prepared(exported, digits12):
     assert json.loads(found["mean"]) == list(digits12.mean) and json.loads(found["std"]) == list(digits12.std)
 
 
+def test_metadata_of_a_model_that_knows_its_data_need_no_data_set(exported, tmp_path, monkeypatch, digits12):
+    graph = onnx.load(exported["fused"] / "model.onnx")
+    graph.ClearField("metadata_props")
+    monkeypatch.setattr(module, "_graph", lambda model: graph)
+    model = load_model(exported["fused"])
+    model.trained_on = TrainedOn(classes=digits12.classes, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    export_onnx(model, tmp_path / "model.onnx")
+    found = session_of(tmp_path / "model.onnx").get_modelmeta().custom_metadata_map
+    assert json.loads(found["classes"]) == list(digits12.classes)
+    assert json.loads(found["mean"]) == [0.1, 0.2, 0.3] and json.loads(found["std"]) == [0.4, 0.5, 0.6]
+
+
 def test_onnxruntime_runs_the_file_where_pytorch_is_not_imported(exported):
     code = """
 import sys
@@ -107,7 +120,7 @@ def test_logits_that_differ_are_an_error_and_no_file(exported, tmp_path, monkeyp
         (["--output", "model.safetensors"], "model.safetensors: expected a file name that ends in .onnx"),
         (["--output", "there.onnx"], "there.onnx: is a directory, expected a file to write"),
         (["--output", "file/model.onnx"], "file"),
-        (["--output", "m.onnx", "--format", "torch"], "--format torch: unknown, expected onnx"),
+        (["--output", "m.onnx", "--format", "torch"], "--format torch: unknown, expected onnx, timm or transformers"),
         (["--output", "m.onnx", "--model-dir", "nowhere"], "nowhere/model.safetensors: no such file"),
         (["--output", "m.onnx", "--dataset-dir", "nowhere"], "nowhere: not a prepared data set"),
     ],

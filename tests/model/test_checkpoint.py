@@ -7,9 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from effvit.attention import available_attention
+from effvit.attention.standard import standard_to_fused
 from effvit.errors import UserError
 from effvit.files import check_replaceable
 from effvit.model.checkpoint import is_model_dir, load_model, save_model
+from effvit.model.names import to_transformers
+from effvit.model.trained_on import TrainedOn
 from effvit.model.vit import ViT
 
 
@@ -103,6 +106,11 @@ def test_config_that_is_no_configuration_is_refused(copy, text):
         ({"attention": "magic"}, "magic"),
         ({"patch_size": "4"}, "patch_size='4'"),
         ({"attention": "linformer", "attention_options": {"k": 99}}, "attention.linformer.k=99"),
+        ({"num_classes": 11}, "classes: has 10 entries, the model has 11"),
+        ({"mean": [0.5], "std": [0.5]}, "mean: has 1 entries, the model has 3"),
+        ({"mean": None}, "mean and std: expected both or neither"),
+        ({"std": [0.5, 0, 0.5]}, "std.1=0"),
+        ({"classes": [1] * 10}, "classes.0=1"),
     ],
 )
 def test_config_with_a_bad_value_is_refused(copy, changes, part):
@@ -124,7 +132,7 @@ def test_config_with_a_bad_value_is_refused(copy, changes, part):
     ],
 )
 def test_config_of_another_model_is_refused(copy, changes):
-    edit_config(copy, **changes)
+    edit_config(copy, classes=None, **changes)
     message = refused(copy)
     assert "model.safetensors" in message and "config.json" in message
 
@@ -151,6 +159,8 @@ FOREIGN = {
     "a file more": ("notes.txt", "mine"),
     "a file in the place of an epoch": ("epoch-004", "mine"),
     "a file more in an epoch": ("epoch-001/notes.txt", "mine"),
+    "a card of one's own": ("README.md", "# My model"),
+    "a card of another library": ("README.md", "---\nlibrary_name: timm\n---\n"),
 }
 
 
@@ -167,3 +177,106 @@ def test_a_configuration_without_weights_is_not_replaced(copy):
     (copy / "model.safetensors").unlink()
     with pytest.raises(UserError, match="holds something else"):
         check_replaceable(copy, is_model_dir)
+
+
+def test_a_directory_from_before_cards_can_be_loaded_and_replaced(copy):
+    for directory in (copy, *copy.glob("epoch-*")):
+        (directory / "README.md").unlink()
+        values = json.loads((directory / "config.json").read_text())
+        old = {key: value for key, value in values.items() if key not in ("classes", "mean", "std")}
+        (directory / "config.json").write_text(json.dumps(old))
+    assert load_model(copy).trained_on == TrainedOn()
+    check_replaceable(copy, is_model_dir)
+
+
+def test_what_a_model_was_trained_on_is_kept_by_saving_and_loading(tiny_config, tmp_path):
+    model = ViT(tiny_config(num_classes=3))
+    save_model(model, tmp_path / "new" / "one", classes=["a", "b", "c|d"], mean=[0.1, 1 / 3, 0.5], std=(0.2, 0.3, 1))
+    loaded = load_model(tmp_path / "new" / "one")
+    assert loaded.trained_on.classes == ("a", "b", "c|d")
+    assert loaded.trained_on.mean == (0.1, 1 / 3, 0.5) and loaded.trained_on.std == (0.2, 0.3, 1.0)
+    save_model(loaded, tmp_path / "two")
+    assert load_model(tmp_path / "two" / "model.safetensors").trained_on == loaded.trained_on
+    save_model(loaded, tmp_path / "three", classes=["x", "z", "w"])
+    assert load_model(tmp_path / "three").trained_on.known() == loaded.trained_on.known() | {"classes": ["x", "z", "w"]}
+    assert model.trained_on == TrainedOn()
+
+
+def test_a_trained_model_knows_the_data_set(trained, digits):
+    for directory in (trained / "run", trained / "run" / "epoch-002"):
+        about = load_model(directory).trained_on
+        assert (about.classes, about.mean, about.std) == (digits.classes, digits.mean, digits.std)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"classes": ["a", "b"]}, "classes: has 2 entries, the model has 10"),
+        ({"classes": "abcdefghij"}, "classes='abcdefghij': expected a list of names"),
+        ({"classes": range(10)}, "classes.0=0"),
+        ({"mean": [0.5] * 3}, "mean and std: expected both or neither"),
+        ({"mean": [0.5], "std": [0.5]}, "mean: has 1 entries, the model has 3"),
+        ({"mean": [0.5] * 3, "std": [0.5, 0.5, 0]}, "std.2=0"),
+        ({"mean": [0.5] * 3, "std": [0.5, 0.5, float("nan")]}, "std.2=nan"),
+        ({"mean": 0.5, "std": 0.5}, "not iterable"),
+        ({"accuracy": {"validation": "high"}}, "accuracy.validation='high'"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_and_nothing_is_written(tiny_config, tmp_path, arguments, says):
+    with pytest.raises(UserError) as caught:
+        save_model(ViT(tiny_config()), tmp_path / "model", **arguments)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "model").exists()
+
+
+def test_what_is_no_vit_or_not_as_configured_is_refused(tiny_config, tmp_path):
+    with pytest.raises(UserError, match="got Linear, expected an effvit ViT"):
+        save_model(torch.nn.Linear(2, 2), tmp_path / "model")
+    model = ViT(tiny_config())
+    model.blocks[1].attn = ViT(tiny_config(attention="performer")).blocks[1].attn
+    with pytest.raises(UserError, match=r"blocks\.\*\.attn\.omega: not as in a ViT of this configuration"):
+        save_model(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+WRAPPERS = [torch.compile, torch.nn.DataParallel, lambda model: torch.nn.DataParallel(torch.compile(model))]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_a_wrapped_model_is_saved_as_the_model_itself(tiny_config, tmp_path, wrap):
+    model = ViT(tiny_config(attention="performer"))
+    save_model(model, tmp_path / "plain")
+    save_model(wrap(model), tmp_path / "wrapped")
+    plain, wrapped = (tmp_path.joinpath(name, "model.safetensors").read_bytes() for name in ("plain", "wrapped"))
+    assert plain == wrapped
+
+
+@pytest.mark.parametrize("attention", ["standard", "linformer"])
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "model."])
+def test_weights_with_a_wrappers_prefix_are_loaded(tiny_config, tmp_path, attention, prefix):
+    options = {"attention_options": {"k": 5, "share": "layers"}} if attention == "linformer" else {}
+    model = ViT(tiny_config(attention=attention, **options)).eval()
+    save_model(model, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({prefix + name: tensor for name, tensor in weights.items()}, tmp_path / "model.safetensors")
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path)(images), model(images))
+
+
+@pytest.mark.parametrize("attention", ["standard", "fused"])
+def test_weights_in_transformers_names_are_loaded_beside_a_configuration_of_ours(tiny_config, tmp_path, attention):
+    torch.manual_seed(0)
+    model = ViT(tiny_config(attention=attention)).eval()
+    save_model(model, tmp_path)
+    save_file(to_transformers(standard_to_fused(model.state_dict())), tmp_path / "model.safetensors")
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(load_model(tmp_path)(images), model(images))
+
+
+def test_tensors_that_are_views_are_saved(tiny_config, tmp_path):
+    model = ViT(tiny_config())
+    model.head.weight.data = model.head.weight.data.t().contiguous().t()
+    save_model(model, tmp_path)
+    assert torch.equal(load_model(tmp_path).head.weight, model.head.weight)

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from foreign import shaken, timm_vit
 from safetensors.torch import save_file
 
 from effvit import ViT, ViTConfig, available_attention
@@ -19,21 +20,6 @@ def vit(name="fused", seed=1, **changes):
     fields = {"image_size": 16, "num_hidden_layers": 2, "num_classes": 7, "num_attention_heads": 3}
     options = {"attention": name, "attention_options": OPTIONS.get(name, {})}
     return ViT(ViTConfig(**(fields | options | changes))).eval()
-
-
-def shaken(model):
-    """Every weight moved, so that norms and biases matter as well."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def timm_vit(**changes):
-    timm = pytest.importorskip("timm.models.vision_transformer", reason="a peer: pip install effvit[peers]")
-    torch.manual_seed(0)
-    fields = {"img_size": 16, "patch_size": 4, "num_classes": 7, "embed_dim": 48, "depth": 2, "num_heads": 3}
-    return shaken(timm.VisionTransformer(**(fields | changes)))
 
 
 def saved(model, tmp_path):
@@ -190,7 +176,12 @@ def test_a_head_of_other_classes_is_left_out(tmp_path, classes):
         ({"qkv_bias": False}, "qkv.bias: missing"),
         ({"init_values": 0.1}, "layer scale"),
         ({"qk_norm": True}, "normed queries"),
-        ({"reg_tokens": 2}, "register tokens"),
+        ({"reg_tokens": 2}, "prefix_tokens=3, here 1"),
+        ({"reg_tokens": 2, "no_embed_class": True}, "prefix_tokens=3, here 1"),
+        ({"class_token": False, "global_pool": "avg", "fc_norm": False}, "prefix_tokens=0, here 1"),
+        ({"class_token": False, "reg_tokens": 2, "global_pool": "avg", "fc_norm": False}, "without a class token"),
+        ({"class_token": False, "global_pool": "map"}, "attention pooling"),
+        ({"pre_norm": True}, "a norm before the blocks"),
         ({"global_pool": "avg", "fc_norm": True}, "average pooling"),
         ({"class_token": False, "global_pool": "avg"}, "average pooling"),
         ({"img_size": (16, 20)}, "pos_embed has 21 positions"),
@@ -208,9 +199,10 @@ def test_a_distilled_model_is_refused_by_name(tmp_path):
     assert "a distillation head, a distillation token" in refused(saved(theirs, tmp_path), vit())
 
 
-def prefix(state, first):
+def prefix(state, first, keep=""):
     for name in list(state):
-        state[first + name] = state.pop(name)
+        if name != keep:
+            state[first + name] = state.pop(name)
 
 
 def test_another_number_of_heads_is_refused_where_it_is_known(tmp_path):
@@ -224,8 +216,11 @@ def test_another_number_of_heads_is_refused_where_it_is_known(tmp_path):
         (lambda s: s.pop("pos_embed"), "not the weights of a ViT"),
         (lambda s: s.update({"pos_embed": torch.ones(1, 0, 48)}), "pos_embed has 0 positions"),
         (lambda s: s.update({"blocks.0.mlp.fc1.weight": torch.tensor(1.0)}), "not the weights of a ViT"),
-        (lambda s: prefix(s, "module."), "save model.module.state_dict()"),
-        (lambda s: prefix(s, "vit.encoder.layer."), "Hugging Face's"),
+        (lambda s: s.update({"student.patch_embed.proj.weight": torch.ones(2)}), "has student.patch_embed.proj.weight"),
+        (lambda s: prefix(s, "student.", keep="head.weight"), "some names begin with student., others do not (head.w"),
+        (lambda s: [s.pop(name) for name in list(s) if "patch_embed" in name], "in the names of timm, transformers or"),
+        (lambda s: s.update({f"_orig_mod.{name}": s[name].clone() for name in list(s)}), "with and without _orig_mod."),
+        (lambda s: s.update({"patch_embed.proj.weight": torch.ones(48, 3, 4, 2)}), "patches of 4 x 2 pixels"),
         (lambda s: s.update({"blocks.0.attn.extra": torch.ones(3)}), "blocks.*.attn.extra, of which this ViT has none"),
         (lambda s: s.update({"cls_token": torch.ones(1, 1, 5)}), "cls_token: of shape (1, 1, 5), here (1, 1, 48)"),
         (lambda s: s.update({"blocks.0.attn.qkv.weight": torch.ones(2, 2)}), ""),

@@ -159,7 +159,7 @@ def test_log_has_a_row_an_epoch_and_measured_columns_apart(trained):
 
 
 def test_save_every_keeps_the_epochs_it_names(run):
-    assert visible(run(epochs=3, save_every=2)) == ["config.json", "epoch-002", "model.safetensors"]
+    assert visible(run(epochs=3, save_every=2)) == ["README.md", "config.json", "epoch-002", "model.safetensors"]
 
 
 def test_logged_learning_rate_is_that_of_the_epochs_last_step(trained, digits):
