@@ -20,12 +20,13 @@ def predict_logits(
 ) -> Tensor:
     """Logits ``(n, classes)`` on the CPU, in float32, of uint8 images ``(n, H, W, 3)``; ``model`` in eval mode."""
     from effvit.data.loading.transforms import to_float
+    from effvit.model.logits import logits_of
 
     device = next(model.parameters()).device
     logits = []
     for start in range(0, len(images), batch_size):
         batch = torch.from_numpy(images[start : start + batch_size]).to(device)
-        logits.append(model(to_float(batch, mean, std)).float().cpu())
+        logits.append(logits_of(model(to_float(batch, mean, std))).float().cpu())
     return torch.cat(logits)
 
 
