@@ -20,12 +20,13 @@ def predict_logits(
 ) -> Tensor:
     """Logits ``(n, classes)`` on the CPU, in float32, of uint8 images ``(n, H, W, 3)``; ``model`` in eval mode."""
     from effvit.data.loading.transforms import to_float
+    from effvit.model.logits import logits_of
 
     device = next(model.parameters()).device
     logits = []
     for start in range(0, len(images), batch_size):
         batch = torch.from_numpy(images[start : start + batch_size]).to(device)
-        logits.append(model(to_float(batch, mean, std)).float().cpu())
+        logits.append(logits_of(model(to_float(batch, mean, std))).float().cpu())
     return torch.cat(logits)
 
 
@@ -89,7 +90,7 @@ def predictions(logits: Tensor, labels: Tensor) -> "pd.DataFrame":
     return pd.DataFrame({"index": range(len(labels)), "label": labels.numpy(), "prediction": predicted})
 
 
-def attention_rollout(maps: Sequence[Tensor], prefix_tokens: int = 1) -> Tensor:
+def attention_rollout(maps: Sequence[Tensor], prefix_tokens: int = 1, *, class_token: bool = True) -> Tensor:
     """What the class token's output rests on, or that of all patches where there is none, through all blocks.
 
     Abnar and Zuidema 2020 (arXiv 2005.00928, eq. 1): heads averaged, the residual path as half an identity, rows
@@ -97,7 +98,8 @@ def attention_rollout(maps: Sequence[Tensor], prefix_tokens: int = 1) -> Tensor:
 
     Args:
         maps: one ``(B, H, N, N)`` per block, first block first.
-        prefix_tokens: how many tokens come before the patches; the first of them is the class token.
+        prefix_tokens: how many tokens come before the patches.
+        class_token: whether the first of them, if any, is what the output is made from, rather than all patches.
 
     Returns:
         ``(B, P)``: share of each patch, summing to one.
@@ -109,6 +111,6 @@ def attention_rollout(maps: Sequence[Tensor], prefix_tokens: int = 1) -> Tensor:
         mixed = attention_map.float().mean(dim=1).abs()
         mixed = mixed / mixed.sum(dim=-1, keepdim=True)
         rollout = (0.5 * mixed + 0.5 * identity) @ rollout
-    rows = rollout[:, 0] if prefix_tokens else rollout.mean(dim=1)
+    rows = rollout[:, 0] if prefix_tokens and class_token else rollout[:, prefix_tokens:].mean(dim=1)
     patches = rows[:, prefix_tokens:]
     return patches / patches.sum(dim=-1, keepdim=True)

@@ -162,7 +162,7 @@ def _loop(config: ViTConfig, dataset: PreparedDataset, recipe: TrainConfig, hori
     """Epochs of ``STEPS`` steps, which the loop itself times without their validation."""
     recipe = recipe.model_copy(update={"epochs": 10**6})
     part = first_images(dataset, train=STEPS * recipe.batch_size, validation=1)
-    training = Training(config, part, recipe, seed=0, horizontal_flip=horizontal_flip)
+    training: Training[ViT, PreparedDataset] = Training(config, part, recipe, seed=0, horizontal_flip=horizontal_flip)
     epochs = (event for event in training.run() if isinstance(event, Epoch))
     return lambda: next(epochs).seconds
 

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from lightning_fabric import Fabric, seed_everything
@@ -17,16 +17,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from effvit.attention import Attention
 from effvit.data.loading.batches import Batch, steps_of, training_batches, validation_batches
+from effvit.data.loading.loaders import Loaders
 from effvit.data.loading.prepared import PreparedDataset
 from effvit.errors import UserError
 from effvit.memory import is_out_of_memory, peak_resident_bytes
+from effvit.model.logits import logits_of
 from effvit.model.vit import ViT, ViTConfig
 from effvit.seeding import Purpose, derive, torch_generator
 from effvit.training.allocator import keep_freed_memory
 from effvit.training.optimizer import build_optimizer, schedule
 from effvit.training.parallel import make_fabric, place_of, sum_gradients
 from effvit.training.recipe import TrainConfig
+
+M = TypeVar("M", bound=nn.Module)
+D = TypeVar("D", bound=PreparedDataset | Loaders)
 
 
 class DivergedError(UserError):
@@ -48,7 +54,7 @@ class Epoch:
     """What one epoch came to. Losses in nats, accuracies as fractions, ``lr`` of its last step, time of training.
 
     Where images are mixed, the class with the larger share is the right one. Memory is the process's peak so far: of
-    CUDA's allocator, or on a CPU resident.
+    CUDA's allocator, or on a CPU resident. Without validation its loss and accuracy are NaN.
     """
 
     epoch: int
@@ -62,16 +68,16 @@ class Epoch:
     peak_memory_mib: float
 
 
-class Training:
+class Training(Generic[M, D]):
     """A run as far as it has come. Same arguments, same numbers on the same machine, whether it is continued or not.
 
     Args:
-        config: model to build and train.
-        dataset: prepared images; the test split is not read.
+        model: configuration of a ViT to build, or an image classifier, which is trained in place.
+        dataset: prepared images, of which the test split is not read; or loaders.
         recipe: optimiser, schedule, augmentation, devices.
         seed: of weights, data order, augmentation and random features.
-        horizontal_flip: whether mirrored images are still of their class.
-        init: called with the freshly built model, to change the weights that it starts from.
+        horizontal_flip: whether mirrored images are still of their class; loaders mirror their own.
+        init: called with the model, to change the weights that it starts from.
         tell: called with one line where something is changed by itself.
         should_stop: asked in each step whether all processes shall stop after it.
 
@@ -81,13 +87,13 @@ class Training:
 
     def __init__(
         self,
-        config: ViTConfig,
-        dataset: PreparedDataset,
+        model: ViTConfig | M,
+        dataset: D,
         recipe: TrainConfig,
         *,
         seed: int,
         horizontal_flip: bool,
-        init: Callable[[ViT], object] = lambda model: None,
+        init: Callable[[M], object] = lambda model: None,
         tell: Callable[[str], None] = lambda line: None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -101,7 +107,7 @@ class Training:
         torch.use_deterministic_algorithms(True)
         # Every buffer here is written before it is read.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        self.model = ViT(config)
+        self.model = cast(M, ViT(model)) if isinstance(model, ViTConfig) else model
         init(self.model)
         self.optimizer = build_optimizer(self.model, recipe)
         # For each shape by itself: with shapes left open, the code would depend on the order in which they come.
@@ -110,22 +116,29 @@ class Training:
         self._averaged = None
         if recipe.ema_decay:
             self._averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
-        self._attentions = self.model.attentions()
+        self._attentions = [module for module in self.model.modules() if isinstance(module, Attention)]
         self._pending: deque[tuple[_Figures, int, int]] = deque()  # figures, images and number of steps done
         self._settled: list[tuple[Step, int]] = []  # of those that have been read
-        self.steps_per_epoch = steps_of(dataset.counts["train"], recipe.batch_size)
+        self.steps_per_epoch = (
+            dataset.steps if isinstance(dataset, Loaders) else steps_of(dataset.counts["train"], recipe.batch_size)
+        )
         self.micro_batch_size = recipe.micro_batch_size  # 0 for as many as a step has
         self.epoch = self.step = 0  # epochs that are over, steps of the one after them
         self.loss_sum = self.right = self.seconds = 0.0  # of those steps
 
     @property
-    def weights(self) -> ViT:
+    def weights(self) -> M:
         """The weights that count: the averaged ones where the recipe averages. Not to be changed."""
-        return self.model if self._averaged is None else cast(ViT, self._averaged.module)
+        return self.model if self._averaged is None else cast(M, self._averaged.module)
+
+    @property
+    def validates(self) -> bool:
+        """Whether there are images for validation."""
+        return not (isinstance(self.dataset, Loaders) and self.dataset.validation is None)
 
     @property
     def images_seen(self) -> int:
-        """Images trained on since the first epoch, each as often as it was."""
+        """Images of a prepared data set trained on since the first epoch, each as often as it was."""
         count = self.dataset.counts["train"]
         return self.epoch * count + min(self.step * self.recipe.batch_size, count)
 
@@ -142,17 +155,7 @@ class Training:
     def _steps(self) -> Iterator[Step]:
         self.model.train()
         started = time.perf_counter()
-        batches = training_batches(
-            self.dataset,
-            self.augmentation,
-            self.place,
-            batch_size=self.recipe.batch_size,
-            seed=self.seed,
-            epoch=self.epoch,
-            start=self.step,
-            workers=self.recipe.workers,
-        )
-        for batch in batches:
+        for batch in self._training_batches():
             lr = self._lr(self.step)
             self._pending.append((self._take_step(batch, lr), batch.total, self.step))
             self.step += 1
@@ -165,6 +168,27 @@ class Training:
             for event, step in settled:
                 self._require_finite(event.loss, "loss", step)
                 yield event
+
+    def _training_batches(self) -> Iterator[Batch]:
+        if isinstance(self.dataset, Loaders):
+            return self.dataset.training_batches(self.place, seed=self.seed, epoch=self.epoch)
+        return training_batches(
+            self.dataset,
+            self.augmentation,
+            self.place,
+            batch_size=self.recipe.batch_size,
+            seed=self.seed,
+            epoch=self.epoch,
+            start=self.step,
+            workers=self.recipe.workers,
+        )
+
+    def _validation_batches(self) -> Iterator[Batch]:
+        if isinstance(self.dataset, Loaders):
+            return self.dataset.validation_batches(self.place)
+        return validation_batches(
+            self.dataset, self.place, batch_size=self.recipe.batch_size, workers=self.recipe.workers
+        )
 
     def _lr(self, step: int) -> float:
         done = self.epoch * self.steps_per_epoch + step
@@ -221,7 +245,7 @@ class Training:
             if not len(images):
                 continue  # a share of nothing
             with self.fabric.no_backward_sync(self._forward, enabled=self.place.world > 1):
-                logits = self._forward(images).float()
+                logits = logits_of(self._forward(images)).float()
                 loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=self.recipe.label_smoothing)
                 self.fabric.backward(loss / batch.total)
             figures[:2] += torch.stack([loss.detach(), _right(logits, targets)])
@@ -238,8 +262,9 @@ class Training:
             self._settled.append((Step(images, loss_sum / images, right / images, stop > 0), step))
 
     def _end_epoch(self) -> Epoch:
-        val_loss, val_accuracy = self._validate()
-        self._require_finite(val_loss, "validation loss", self.steps_per_epoch - 1)
+        val_loss, val_accuracy = self._validate() if self.validates else (math.nan, math.nan)
+        if self.validates:
+            self._require_finite(val_loss, "validation loss", self.steps_per_epoch - 1)
         count = self.dataset.counts["train"]
         done = Epoch(
             epoch=self.epoch + 1,
@@ -262,14 +287,11 @@ class Training:
         self.weights.eval()
         sums = torch.zeros(2, dtype=torch.float64)
         with self.fabric.autocast():
-            batches = validation_batches(
-                self.dataset, self.place, batch_size=self.recipe.batch_size, workers=self.recipe.workers
-            )
-            for batch in batches:
+            for batch in self._validation_batches():
                 size = self.micro_batch_size or batch.total
                 for images, labels in zip(batch.images.split(size), batch.targets.split(size), strict=True):
                     if len(images):
-                        logits = self.weights(images).float()
+                        logits = logits_of(self.weights(images)).float()
                         loss = F.cross_entropy(logits, labels, reduction="sum")
                         sums += torch.stack([loss, _right(logits, labels)]).cpu()
         if self.place.world > 1:

@@ -1,12 +1,16 @@
 """How a recipe moves weights: learning rate by step, which parameters decay, and what steps with them."""
 
 import math
+import re
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from effvit.attention import Attention
+from effvit.errors import UserError
 from effvit.training.muon import Joint, Muon
 
 if TYPE_CHECKING:
@@ -22,12 +26,24 @@ def schedule(step: int, steps_per_epoch: int, recipe: "TrainConfig") -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
+# Learned vectors of positions and prefix tokens, under the names of this package, timm, transformers and torchvision.
+_EMBEDDING = re.compile(
+    r"(?:^|[._])(?:(?:abs_?)?pos|position|cls|class|reg|register|dist|distillation|mask)_?(?:embed\w*|emb|tokens?)(?:\.weight)?$"
+    r"|rel(?:ative)?_pos"
+)
+_SPLIT_MAPS = ("query", "key", "value"), ("q_proj", "k_proj", "v_proj")
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameters with and without weight decay: none on biases, norms, positions and prefix tokens."""
+    """Parameters with and without weight decay: none on biases, norms, positions and prefix tokens.
+
+    Nor on parameters that a model exempts by ``no_weight_decay``, as timm's do.
+    """
+    own_choice: set[str] = getattr(model, "no_weight_decay", set)()
     decayed: list[Tensor] = []
     exempt: list[Tensor] = []
     for name, parameter in model.named_parameters():
-        matrix = parameter.ndim >= 2 and name not in ("pos_embed", "cls_token", "reg_token")
+        matrix = parameter.ndim >= 2 and not _EMBEDDING.search(name) and name not in own_choice
         (decayed if matrix else exempt).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
 
@@ -37,19 +53,63 @@ def build_optimizer(model: nn.Module, recipe: "TrainConfig") -> Optimizer:
 
     Merged query, key and value maps are matrices of each head, as they are where they lie apart: `standard` and `fused`
     stay the same model.
+
+    Raises:
+        UserError: Muon, for a model in which no blocks with attention are known.
     """
     groups = parameter_groups(model, recipe.weight_decay)
     if recipe.optimizer == "adamw":
         return AdamW(groups, lr=recipe.lr, fused=True)
-    attentions: list[Any] = [module for module in model.modules() if hasattr(module, "qkv")]
-    merged: dict[Tensor, int] = {attention.qkv.weight: 3 * attention.num_heads for attention in attentions}
+    attentions = {module: maps for module in model.modules() if (maps := _maps(module)) is not None}
+    merged = {weight: count for maps in attentions.values() for weight, count in maps.items()}
+    of_blocks = {parameter for block in _blocks(model, attentions) for parameter in block.parameters()}
+    exempt = set(groups[1]["params"])
     matrices: dict[int, list[Tensor]] = defaultdict(list)  # by the number of maps in each
-    for name, parameter in model.named_parameters():
-        if name.startswith("blocks.") and parameter.ndim == 2:
+    for parameter in model.parameters():
+        if parameter in of_blocks and parameter.ndim == 2 and parameter not in exempt:
             matrices[merged.get(parameter, 1)].append(parameter)
+    if not matrices:
+        raise UserError(
+            f"optimizer=muon: no blocks with attention are known in {type(model).__name__}, whose matrices it could "
+            "take; use adamw"
+        )
     taken = {parameter for parameters in matrices.values() for parameter in parameters}
     muon = Muon(
         [{"params": parameters, "maps": maps} for maps, parameters in matrices.items()], recipe.lr, recipe.weight_decay
     )
     rest = [{**group, "params": [p for p in group["params"] if p not in taken]} for group in groups]
     return Joint(muon, AdamW(rest, lr=recipe.lr, fused=True))
+
+
+def _maps(module: Any) -> dict[Tensor, int] | None:
+    """Weights of an attention module that hold several maps, and how many; None where it is no attention module.
+
+    Known are those of this package, timm, transformers and PyTorch.
+    """
+    heads = getattr(module, "num_heads", None) or getattr(module, "num_attention_heads", None)
+    if not isinstance(heads, int):
+        return None
+    if isinstance(module, nn.MultiheadAttention):
+        return {} if module.in_proj_weight is None else {module.in_proj_weight: 3 * heads}
+    if isinstance(getattr(module, "qkv", None), nn.Module):
+        return _weights([module.qkv], 3 * heads)
+    for names in _SPLIT_MAPS:
+        if all(isinstance(getattr(module, name, None), nn.Module) for name in names):
+            return _weights([getattr(module, name) for name in names], heads)
+    return {} if isinstance(module, Attention) else None
+
+
+def _weights(layers: list[Any], maps: int) -> dict[Tensor, int]:
+    return {layer.weight: maps for layer in layers if isinstance(getattr(layer, "weight", None), nn.Parameter)}
+
+
+def _blocks(model: nn.Module, attentions: dict[nn.Module, dict[Tensor, int]]) -> Iterator[nn.Module]:
+    """The nearest element of a sequence of modules around each attention."""
+    names = {module: name for name, module in model.named_modules()}
+    for attention in attentions:
+        parts = names[attention].split(".")
+        for length in range(len(parts), 0, -1):
+            parent = model.get_submodule(".".join(parts[: length - 1]))
+            if isinstance(parent, nn.ModuleList | nn.Sequential):
+                yield parent.get_submodule(parts[length - 1])
+                break

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
 
 from effvit.data.loading.prepared import PreparedDataset
 from effvit.device import this_machine
@@ -40,7 +41,7 @@ class Best:
         self.epoch: Epoch | None = None
         self.weights: dict[str, torch.Tensor] = {}
 
-    def offer(self, epoch: Epoch, model: ViT) -> bool:
+    def offer(self, epoch: Epoch, model: nn.Module) -> bool:
         """Keep a copy of the model's weights if it is the best so far; say whether it is."""
         if self.epoch is not None and self._rank(epoch) <= self._rank(self.epoch):
             return False
@@ -63,7 +64,7 @@ class Best:
 class Run:
     """A training with its record: the epochs so far and the best model; ``store`` is of the process that leads."""
 
-    def __init__(self, training: Training, store: Store | None, console: Console) -> None:
+    def __init__(self, training: Training[ViT, PreparedDataset], store: Store | None, console: Console) -> None:
         self.training, self.store, self.console = training, store, console
         self.history: list[Epoch] = []
         self.best = Best()
@@ -81,7 +82,7 @@ class Run:
         if isinstance(event, Epoch):
             self.history.append(event)
             chosen = self.best.offer(event, self.training.weights)
-            self.console.print(_line(event, recipe.epochs, chosen), highlight=False, soft_wrap=True)
+            self.console.print(epoch_line(event, recipe.epochs, chosen), highlight=False, soft_wrap=True)
             if self.store and event.epoch in self.kept_epochs():
                 with staged_dir(self.store.kept(event.epoch)) as kept:
                     _save(self.training.weights, event, self.training, kept)
@@ -204,7 +205,7 @@ def _follow(run: Run, request: Request) -> None:
     """
     training, shown = run.training, 0.0
     total = training.recipe.epochs * training.dataset.counts["train"]
-    with _progress(run.console) as progress:
+    with progress_bar(run.console) as progress:
         task = progress.add_task(training.model.config.attention, total=total, loss=math.nan, accuracy=math.nan)
         for event in training.run():
             run.take(event)
@@ -263,7 +264,8 @@ def _write(run: Run, store: Store, start: StartReport | None, output_dir: Path, 
         )
 
 
-def _progress(console: Console) -> Progress:
+def progress_bar(console: Console) -> Progress:
+    """A bar that vanishes when it is through; its tasks have fields ``loss`` and ``accuracy``."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -276,9 +278,12 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _line(epoch: Epoch, epochs: int, best: bool) -> str:
+def epoch_line(epoch: Epoch, epochs: int, best: bool) -> str:
+    """One line on an epoch of so many; a star marks the best so far."""
+    validation = ""
+    if not math.isnan(epoch.val_loss):
+        validation = f"validation {epoch.val_loss:.3f} {epoch.val_accuracy:.1%}{' *' if best else '  '}  "
     return (
         f"epoch {epoch.epoch:>3}/{epochs}  loss {epoch.train_loss:.3f}  accuracy {epoch.train_accuracy:.1%}  "
-        f"validation {epoch.val_loss:.3f} {epoch.val_accuracy:.1%}{' *' if best else '  '}  "
-        f"{epoch.images_per_second:,.0f} images/s"
+        f"{validation}{epoch.images_per_second:,.0f} images/s"
     )
