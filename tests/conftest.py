@@ -111,7 +111,10 @@ def digits12(digits12_dir):
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory, digits12) -> dict[str, Path]:
-    """By mechanism, a directory with a tiny model on 3 x 3 patches, its ``model.onnx`` and ``int8.onnx``."""
+    """By mechanism, a directory with a tiny model on 3 x 3 patches, its ``model.onnx`` and ``int8.onnx``.
+
+    Each is made when it is first asked for: that takes seconds.
+    """
     import torch
     from mechanisms import FIRST
 
@@ -120,20 +123,23 @@ def exported(tmp_path_factory, digits12) -> dict[str, Path]:
     from effvit.deploy.int8 import quantize
     from effvit.model.checkpoint import save_model
 
-    directories = {}
-    for attention, options in FIRST:
-        torch.manual_seed(1)
-        size = {"image_size": 12, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-        size |= {"intermediate_size": 16, "initializer_range": 0.5}
-        model = ViT(ViTConfig(**size, attention=attention, attention_options=options)).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():  # none that a graph could do without, as it could without zeros
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
-        directories[attention] = directory = tmp_path_factory.mktemp(attention)
-        save_model(model, directory)
-        export_onnx(model, directory / "model.onnx", digits12)
-        quantize(directory / "model.onnx", directory / "int8.onnx")
-    return directories
+    class Exported(dict[str, Path]):
+        def __missing__(self, attention: str) -> Path:
+            torch.manual_seed(1)
+            size = {"image_size": 12, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+            size |= {"intermediate_size": 16, "initializer_range": 0.5}
+            config = ViTConfig(**size, attention=attention, attention_options=dict(FIRST)[attention])
+            model = ViT(config).eval()
+            with torch.no_grad():
+                for parameter in model.parameters():  # none that a graph could do without, as it could without zeros
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            self[attention] = directory = tmp_path_factory.mktemp(attention)
+            save_model(model, directory)
+            export_onnx(model, directory / "model.onnx", digits12)
+            quantize(directory / "model.onnx", directory / "int8.onnx")
+            return directory
+
+    return Exported()
 
 
 @pytest.fixture

@@ -11,7 +11,16 @@ ATTENTIONS = ("standard", "fused", "linformer", "performer", "nystromformer", "h
 TOKENS = (65, 145, 257, 577, 1025, 2305, 4097)
 
 
-def write_study(metrics_dir, datasets=("digits",), attentions=ATTENTIONS, seeds=(0,), classes=10, epochs=12, images=3):
+def write_study(
+    metrics_dir,
+    datasets=("digits",),
+    attentions=ATTENTIONS,
+    seeds=(0,),
+    classes=10,
+    epochs=12,
+    images=3,
+    lengths=TOKENS,
+):
     """Write every cell; returns `metrics_dir`."""
     for dataset in datasets:
         for attention in attentions:
@@ -24,7 +33,7 @@ def write_study(metrics_dir, datasets=("digits",), attentions=ATTENTIONS, seeds=
                 _evaluate(cell / f"seed{seed}" / "evaluate", rng, classes, images)
         _analysis(Path(metrics_dir, "analysis", dataset), attentions, images)
     for attention in attentions:
-        _scaling(Path(metrics_dir, "scaling", attention), attention)
+        _scaling(Path(metrics_dir, "scaling", attention), attention, lengths)
     return Path(metrics_dir)
 
 
@@ -160,13 +169,13 @@ def _hardware(cell, attention):
     (cell / "hardware/hardware.json").write_text(json.dumps(hardware))
 
 
-def _scaling(directory, attention):
+def _scaling(directory, attention, lengths):
     directory.mkdir(parents=True)
     _provenance(directory)
     rows = [
         _point(attention, {"scope": scope, "batch": batch, "batch_size": size, "tokens": tokens}, mode, depth * factor)
         for scope, depth in (("block", 1), ("model", 6))
-        for tokens in TOKENS
+        for tokens in lengths
         for batch, size in (("one", 1), ("tokens", 4096 // tokens))
         if batch == "one" or size > 1
         for mode, factor in (("forward", 1), ("train", 3))
@@ -176,7 +185,7 @@ def _scaling(directory, attention):
     macs = [
         {"scope": scope, "tokens": n, "macs": depth * mixing, "fused_macs": depth * (96 * n * n + 9216 * n)}
         for scope, depth in (("block", 1), ("model", 6))
-        for n in TOKENS
+        for n in lengths
         for mixing in [9216 * n + (96 * n * n if attention in ("standard", "fused") else 48000 * n)]
     ]
     pd.DataFrame(macs).to_csv(directory / "macs.csv", index=False)

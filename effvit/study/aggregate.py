@@ -87,7 +87,6 @@ def collect(metrics_dir: Path, datasets: Sequence[str], attentions: Sequence[str
         cost=cost,
         tradeoff=_tradeoff(accuracy, cost),
         scaling=scaling,
-        efficiency=efficiency(scaling),
         confusion=pairs_seen.groupby(_CONFUSED, sort=False)["count"].sum().reset_index(),
         hardware=pd.DataFrame(
             [
@@ -113,6 +112,7 @@ def collect(metrics_dir: Path, datasets: Sequence[str], attentions: Sequence[str
             + [{"dataset": d} | cells.provenance(place / s, s) for d, place in analyses for s in _ANALYSES]
             + [key | cells.provenance(directory, "scaling") for key, directory in scalings]
         ).astype({"seed": "Int64"}),
+        efficiency=efficiency(scaling),  # takes longest, so after all files are known to be whole
     )
 
 

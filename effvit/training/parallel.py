@@ -1,5 +1,6 @@
 """One training by one process or by many: Fabric on the devices that there are, and sums over processes."""
 
+import atexit
 import os
 import threading
 import time
@@ -48,7 +49,19 @@ def make_fabric(device: str, devices: int = 1, precision: str = "32-true") -> Fa
         fabric.launch()
     finally:
         os.environ.pop(_LEADER, None)
+    if several:
+        atexit.unregister(_leave_group)
+        atexit.register(_leave_group)
     return fabric
+
+
+def _leave_group() -> None:
+    """End gloo's threads while Python is whole: one that still holds a tensor after that aborts the process.
+
+    Fabric does so itself for NCCL, and for no other.
+    """
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
 
 
 def _watch_leader() -> None:

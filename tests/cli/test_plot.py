@@ -1,4 +1,5 @@
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -28,12 +29,19 @@ def prepared_dir(tmp_path_factory):
     return directory
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Directory with `metrics` and `plots/data` of two data sets and two mechanisms, read only."""
+    directory, datasets = tmp_path_factory.mktemp("whole"), ["digits", "digits2"]
+    write_study(directory / "metrics", datasets=datasets, attentions=FEW, images=1)
+    aggregate(directory / "metrics", directory / "plots" / "data", datasets, FEW, [0])
+    return directory
+
+
 @pytest.fixture
-def study(tmp_path, prepared_dir):
-    """Arguments of `plot` for two data sets and two mechanisms."""
-    datasets = ["digits", "digits2"]
-    write_study(tmp_path / "metrics", datasets=datasets, attentions=FEW, images=1)
-    aggregate(tmp_path / "metrics", tmp_path / "plots" / "data", datasets, FEW, [0])
+def study(whole, tmp_path, prepared_dir):
+    """Arguments of `plot` for a copy of `whole`, to be spoilt."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     paths = {"data_dir": tmp_path / "plots" / "data", "metrics_dir": tmp_path / "metrics", "prepared_dir": prepared_dir}
     paths |= {"output_dir": tmp_path / "plots" / "figures", "vector_dir": tmp_path / "plots" / "vector"}
     return paths | {"datasets": ["digits"], "attentions": FEW}

@@ -10,12 +10,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from PIL import Image
-from synthetic_study import ATTENTIONS, write_study
+from synthetic_study import ATTENTIONS, TOKENS, write_study
 from synthetic_tables import drop_optional_tables, write_optional_tables
 
 from effvit.cli.report import report
 from effvit.errors import UserError
-from effvit.report import charts, wording
+from effvit.report import charts, tables, wording
 from effvit.report.answers import answers
 from effvit.report.overview import origin
 from effvit.report.page import _CAPTIONS, markdown, pictures
@@ -26,9 +26,9 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH")
 
 
-def write_inputs(directory, attentions=ATTENTIONS, datasets=("digits",), optional=True):
+def write_inputs(directory, attentions=ATTENTIONS, datasets=("digits",), optional=True, lengths=TOKENS):
     """Arguments of `report`."""
-    write_study(directory / "metrics", datasets=datasets, attentions=attentions)
+    write_study(directory / "metrics", datasets=datasets, attentions=attentions, lengths=lengths)
     aggregate(directory / "metrics", directory / "plots" / "data", list(datasets), list(attentions), [0])
     drop_optional_tables(directory / "plots" / "data")
     if optional:
@@ -300,11 +300,17 @@ def damaged(frame):
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("table", [field.name for field in fields(Study)])
-def test_a_damaged_table_gives_one_line_or_a_page(tmp_path, table):
-    arguments = write_inputs(tmp_path, ("fused", "linformer", "hybrid"))
+def test_a_damaged_table_gives_one_line_or_a_page(tmp_path, monkeypatch, table):
+    arguments = write_inputs(tmp_path, ("fused", "linformer", "hybrid"), lengths=(65, 577, 4097))
     path = arguments["data_dir"] / f"{table}.csv"
     figures = pictures(arguments["figures_dir"], None, ["digits"])
-    whole = read(arguments["data_dir"])
+    whole, read_table = read(arguments["data_dir"]), tables._read
+    # What a damage cannot touch is not done again with each.
+    others_kept = lambda file, name: read_table(file, name) if name == table else getattr(whole, name)  # noqa: E731
+    monkeypatch.setattr(tables, "_read", others_kept)
+    if table != "scaling":
+        chart = charts.scaling(Study(**dict.fromkeys(vars(whole)) | {"scaling": whole.scaling}))
+        monkeypatch.setattr(charts, "scaling", lambda study: chart)
     refused = 0
     for damage, frame in damaged(pd.read_csv(path, dtype=str, keep_default_na=False)):
         frame.to_csv(path, index=False)

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -46,10 +47,16 @@ def study(tmp_path_factory):
     return write_study(tmp_path_factory.mktemp("study"), datasets=("digits", "cifar10"), seeds=(0, 1, 2))
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """One data set, two mechanisms, one seed, read only."""
+    return write_study(tmp_path_factory.mktemp("whole"), attentions=FEW, lengths=(65, 577, 4097))
+
+
 @pytest.fixture
-def small(tmp_path):
-    """One data set, two mechanisms, one seed, to be spoilt."""
-    return write_study(tmp_path / "metrics", attentions=FEW)
+def small(whole, tmp_path):
+    """A copy of `whole`, to be spoilt."""
+    return shutil.copytree(whole, tmp_path / "metrics")
 
 
 def evaluations(study, dataset, attention):
