@@ -15,6 +15,6 @@ with one_line_errors():
         patch_size=data.patch_size,
         num_classes=data.num_classes,
         device=params.train.device,
-        **params.model.model_dump(exclude={"initializer_range", "init_from"}),
+        **params.model.model_dump(exclude={"name", "initializer_range", "init_from"}),
         **params.benchmark.model_dump(),
     )

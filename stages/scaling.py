@@ -11,6 +11,6 @@ with one_line_errors():
         option=study.as_options(params.attention[attention]),
         output_dir=study.METRICS / "scaling" / attention,
         device=params.train.device,
-        **params.model.model_dump(exclude={"initializer_range", "init_from"}),
+        **params.model.model_dump(exclude={"name", "initializer_range", "init_from"}),
         **params.scaling.model_dump(),
     )

@@ -20,6 +20,6 @@ if __name__ == "__main__":  # not again in processes that decode images
             patch_size=data.patch_size,
             horizontal_flip=data.horizontal_flip,
             init_from=Path(params.model.init_from) if params.model.init_from else None,
-            **params.model.model_dump(exclude={"init_from"}),
+            **params.model.vit_fields(),
             **params.train.model_dump(),
         )

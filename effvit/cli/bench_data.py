@@ -12,11 +12,12 @@ def bench_data(
     output_dir: options.OutputDir,
     attention: options.Attention = "fused",
     option: options.AttentionOptions = None,
-    patch_size: options.PatchSize = 4,
-    hidden_size: options.HiddenSize = 48,
-    num_hidden_layers: options.NumLayers = 4,
-    num_attention_heads: options.NumHeads = 4,
-    intermediate_size: options.IntermediateSize = 192,
+    model: options.Model = "tiny",
+    patch_size: options.PatchSize = None,
+    hidden_size: options.HiddenSize = None,
+    num_hidden_layers: options.NumLayers = None,
+    num_attention_heads: options.NumHeads = None,
+    intermediate_size: options.IntermediateSize = None,
     batch_size: options.BatchSize = 128,
     optimizer: options.Optimizer = "adamw",
     clip_norm: options.ClipNorm = 1.0,
@@ -49,6 +50,7 @@ def bench_data(
     from effvit.measure.alone import measuring_alone
     from effvit.measure.compare import require_positive
     from effvit.measure.throughput import measure_throughput, print_throughput
+    from effvit.model.presets import preset
     from effvit.model.vit import ViTConfig
     from effvit.provenance import write_provenance
     from effvit.training.allocator import keep_freed_memory
@@ -78,15 +80,19 @@ def bench_data(
         raise UserError(explain(error, "train")) from error
     dataset = PreparedDataset.load(dataset_dir)
     recipe.check_image_size(dataset.image_size)
+    sizes = preset(
+        model,
+        patch_size=patch_size,
+        hidden_size=hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
+        intermediate_size=intermediate_size,
+    )
     config = ViTConfig.from_dict(
-        {
+        sizes
+        | {
             "image_size": dataset.image_size,
             "num_classes": len(dataset.classes),
-            "patch_size": patch_size,
-            "hidden_size": hidden_size,
-            "num_hidden_layers": num_hidden_layers,
-            "num_attention_heads": num_attention_heads,
-            "intermediate_size": intermediate_size,
             "attention": attention,
             "attention_options": mechanism_options,
         }

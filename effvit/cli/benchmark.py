@@ -12,12 +12,13 @@ def benchmark(
     output_dir: options.OutputDir,
     option: options.AttentionOptions = None,
     image_size: options.ImageSize = 32,
-    patch_size: options.PatchSize = 4,
+    model: options.Model = "tiny",
+    patch_size: options.PatchSize = None,
     num_classes: Annotated[int, typer.Option(help="Number of classes.")] = 10,
-    hidden_size: options.HiddenSize = 48,
-    num_hidden_layers: options.NumLayers = 4,
-    num_attention_heads: options.NumHeads = 4,
-    intermediate_size: options.IntermediateSize = 192,
+    hidden_size: options.HiddenSize = None,
+    num_hidden_layers: options.NumLayers = None,
+    num_attention_heads: options.NumHeads = None,
+    intermediate_size: options.IntermediateSize = None,
     hidden_dropout_prob: options.HiddenDropout = 0.0,
     attention_probs_dropout_prob: options.AttentionDropout = 0.0,
     batch_size: Annotated[int, typer.Option(help="Images of the benchmark batch.")] = 64,
@@ -40,20 +41,25 @@ def benchmark(
     from effvit.measure.benchmark import COST_STEPS, measure_cost, model_size
     from effvit.measure.compare import require_positive
     from effvit.measure.display import print_rows
+    from effvit.model.presets import preset
     from effvit.model.vit import ViTConfig
     from effvit.provenance import write_provenance
 
     require_positive(batch_size=batch_size, memory_mib=memory_mib, budget_s=budget_s, threads=threads)
     where = measuring_device(device)
+    sizes = preset(
+        model,
+        patch_size=patch_size,
+        hidden_size=hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
+        intermediate_size=intermediate_size,
+    )
     config = ViTConfig.from_dict(
-        {
+        sizes
+        | {
             "image_size": image_size,
-            "patch_size": patch_size,
             "num_classes": num_classes,
-            "hidden_size": hidden_size,
-            "num_hidden_layers": num_hidden_layers,
-            "num_attention_heads": num_attention_heads,
-            "intermediate_size": intermediate_size,
             "hidden_dropout_prob": hidden_dropout_prob,
             "attention_probs_dropout_prob": attention_probs_dropout_prob,
             "attention": attention,

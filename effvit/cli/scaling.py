@@ -12,11 +12,12 @@ def scaling(
     output_dir: options.OutputDir,
     tokens: Annotated[list[int], typer.Option(help="Token count 1 + n²: a class token and n x n patches; repeatable.")],
     option: options.AttentionOptions = None,
-    patch_size: options.PatchSize = 4,
-    hidden_size: options.HiddenSize = 48,
-    num_hidden_layers: options.NumLayers = 4,
-    num_attention_heads: options.NumHeads = 4,
-    intermediate_size: options.IntermediateSize = 192,
+    model: options.Model = "tiny",
+    patch_size: options.PatchSize = None,
+    hidden_size: options.HiddenSize = None,
+    num_hidden_layers: options.NumLayers = None,
+    num_attention_heads: options.NumHeads = None,
+    intermediate_size: options.IntermediateSize = None,
     hidden_dropout_prob: options.HiddenDropout = 0.0,
     attention_probs_dropout_prob: options.AttentionDropout = 0.0,
     tokens_per_batch: Annotated[
@@ -47,6 +48,7 @@ def scaling(
     from effvit.measure.display import print_rows
     from effvit.measure.scaling import measure_scaling
     from effvit.measure.subject import Block, Model, Subject, square_grid
+    from effvit.model.presets import preset
     from effvit.model.vit import ViTConfig
     from effvit.provenance import write_provenance
 
@@ -54,14 +56,18 @@ def scaling(
     require_positive(**settings, threads=threads)
     where = measuring_device(device)
     counts = sorted(set(tokens))
+    sizes = preset(
+        model,
+        patch_size=patch_size,
+        hidden_size=hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
+        intermediate_size=intermediate_size,
+    )
     config = ViTConfig.from_dict(
-        {
-            "image_size": patch_size * square_grid(counts[-1])[0],
-            "patch_size": patch_size,
-            "hidden_size": hidden_size,
-            "num_hidden_layers": num_hidden_layers,
-            "num_attention_heads": num_attention_heads,
-            "intermediate_size": intermediate_size,
+        sizes
+        | {
+            "image_size": sizes["patch_size"] * square_grid(counts[-1])[0],
             "hidden_dropout_prob": hidden_dropout_prob,
             "attention_probs_dropout_prob": attention_probs_dropout_prob,
             "attention": attention,
@@ -69,7 +75,7 @@ def scaling(
         }
     )
     subjects: list[Subject] = [
-        Block(attention, config.attention_options, hidden_size, num_attention_heads),
+        Block(attention, config.attention_options, config.hidden_size, config.num_attention_heads),
         Model(config),
     ]
     for subject in subjects:
@@ -98,5 +104,5 @@ def scaling(
         ):
             chosen = [row for row in rows if (row["scope"], row["batch"]) == (scope, batch)]
             if chosen:
-                title = f"{scope} with {attention}, width {hidden_size}, {which}"
+                title = f"{scope} with {attention}, width {config.hidden_size}, {which}"
                 print_rows(title, chosen, ("tokens", "mode", "quantity"))

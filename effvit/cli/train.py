@@ -17,12 +17,18 @@ def train(
     log_dir: Annotated[
         Path | None, typer.Option(help="Directory for history.csv, timing.csv; <output-dir>-log if not given.")
     ] = None,
-    patch_size: options.PatchSize = 4,
-    hidden_size: options.HiddenSize = 48,
-    num_hidden_layers: options.NumLayers = 4,
-    num_attention_heads: options.NumHeads = 4,
-    intermediate_size: options.IntermediateSize = 192,
-    initializer_range: Annotated[float, typer.Option(help="Deviation of the truncated normal start.")] = 0.02,
+    model: options.Model = "tiny",
+    timm: Annotated[
+        str | None, typer.Option(help="In place of --model, a ViT of timm's: e.g. vit_small_patch16_224.")
+    ] = None,
+    patch_size: options.PatchSize = None,
+    hidden_size: options.HiddenSize = None,
+    num_hidden_layers: options.NumLayers = None,
+    num_attention_heads: options.NumHeads = None,
+    intermediate_size: options.IntermediateSize = None,
+    initializer_range: Annotated[
+        float | None, typer.Option(help="Deviation of the truncated normal start; the size's own if not given.")
+    ] = None,
     hidden_dropout_prob: Annotated[float, typer.Option(help="Dropout of embeddings, projections, MLP.")] = 0.0,
     attention_probs_dropout_prob: Annotated[float, typer.Option(help="Dropout of attention.")] = 0.0,
     init_from: Annotated[
@@ -64,6 +70,7 @@ def train(
     from effvit.data.loading.prepared import PreparedDataset
     from effvit.errors import UserError, explain
     from effvit.files import check_apart
+    from effvit.model.presets import of_timm, preset
     from effvit.model.vit import ViTConfig
     from effvit.training.recipe import TrainConfig
     from effvit.training.run import train_to
@@ -103,16 +110,20 @@ def train(
         raise UserError(explain(error, "train")) from error
     dataset = PreparedDataset.load(dataset_dir)
     recipe.check_image_size(dataset.image_size)
+    sizes = preset(
+        of_timm(timm) if timm else model,
+        patch_size=patch_size,
+        hidden_size=hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
+        intermediate_size=intermediate_size,
+        initializer_range=initializer_range,
+    )
     config = ViTConfig.from_dict(
-        {
+        sizes
+        | {
             "image_size": dataset.image_size,
             "num_classes": len(dataset.classes),
-            "patch_size": patch_size,
-            "hidden_size": hidden_size,
-            "num_hidden_layers": num_hidden_layers,
-            "num_attention_heads": num_attention_heads,
-            "intermediate_size": intermediate_size,
-            "initializer_range": initializer_range,
             "hidden_dropout_prob": hidden_dropout_prob,
             "attention_probs_dropout_prob": attention_probs_dropout_prob,
             "attention": attention,

@@ -70,9 +70,9 @@ def reference(q: Tensor, k: Tensor, v: Tensor, features: Features, dropout_p: fl
 @choice.primitive
 def feature_attention(q: Tensor, k: Tensor, v: Tensor, features: Features, dropout_p: float = 0.0) -> Tensor:
     """`reference`, by blocks that stay in a CPU's cache where it would not."""
-    # Of elu's two parts PyTorch would keep all intermediate results, and go back through each.
-    blocks_pay = k.numel() > _BLOCK_NUMBERS or features.kernel == "elu"
-    if choice.on_cpu(q, k, v) and blocks_pay and not dropout_p:
+    # The device first, as a batch that is exported has no size yet. Of elu's two parts PyTorch would keep all
+    # intermediate results, and go back through each.
+    if choice.on_cpu(q, k, v) and not dropout_p and (k.numel() > _BLOCK_NUMBERS or features.kernel == "elu"):
         return by_blocks(q, k, v, features)
     return reference(q, k, v, features, dropout_p)
 

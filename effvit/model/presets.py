@@ -1,5 +1,6 @@
 """Sizes of ViTs by name."""
 
+import functools
 from typing import Any
 
 import torch
@@ -32,21 +33,24 @@ def available_presets() -> tuple[str, ...]:
     return tuple(_SIZES)
 
 
-def preset(name: str, **changes: Any) -> dict[str, Any]:
+def preset(name: str | dict[str, Any], **changes: Any) -> dict[str, Any]:
     """Return the fields of `ViTConfig` that make a ViT of that size.
 
     Args:
-        name: one of `available_presets`.
+        name: one of `available_presets`, or the fields of another size, such as `of_timm` gives.
         **changes: fields that differ; None keeps the preset's.
 
     Raises:
         UserError: there is no preset of that name.
     """
-    if name not in _SIZES:
-        raise UserError(f"model={name!r}: unknown size, expected one of {', '.join(_SIZES)}")
-    return dict(zip(_FIELDS, _SIZES[name], strict=True)) | {k: v for k, v in changes.items() if v is not None}
+    if isinstance(name, str):
+        if name not in _SIZES:
+            raise UserError(f"model={name!r}: unknown size, expected one of {', '.join(_SIZES)}")
+        name = dict(zip(_FIELDS, _SIZES[name], strict=True))
+    return name | {key: value for key, value in changes.items() if value is not None}
 
 
+@functools.cache
 def of_timm(name: str) -> dict[str, Any]:
     """Return the fields of `ViTConfig` that make a ViT of timm's size ``name``, weights not included.
 

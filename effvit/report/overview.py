@@ -93,6 +93,23 @@ def accuracy_and_cost(study: Study, dataset: str) -> Table:
     return Table("Accuracy and cost", columns, rows, note)
 
 
+def fine_tuning(study: Study, dataset: str) -> Table | None:
+    """What fine-tuning makes of models that start from the same trained weights; None where none of them does."""
+    accuracy = study.of("accuracy", dataset)
+    if not accuracy["val_before"].notna().any():
+        return None
+    rows = [
+        [mechanism(row["attention"]), _percent(row["val_before"]), _percent(row["val_after"])]
+        for row in records(accuracy)
+    ]
+    note = "Before: the trained weights with this mechanism in place, and nothing trained. After: the best epoch."
+    return Table("Validation accuracy before and after fine-tuning", ["Mechanism", "Before", "After"], rows, note)
+
+
+def _percent(share: float) -> Cell:
+    return number(share, lambda x: f"{100 * x:.1f}{w.SPACE}%")
+
+
 def _marked(parameters: float, fused: float | None) -> str:
     """A count that differs by more than a tenth from `fused`'s says by how much."""
     differs = fused and abs(parameters / fused - 1) > 0.1

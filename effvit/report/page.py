@@ -122,14 +122,20 @@ def markdown(study: Study, figures: dict[str, list[Picture]], beside: Path) -> s
 def _content(study: Study, figures: dict[str, list[Picture]]) -> dict[str, Any]:
     sections = []
     for dataset in study.datasets:
-        makers = (overview.fidelity, overview.layers, overview.hardware_latency, overview.hardware)
+        makers = (
+            overview.fine_tuning,
+            overview.fidelity,
+            overview.layers,
+            overview.hardware_latency,
+            overview.hardware,
+        )
         sections.append(
             {
                 "name": dataset,
                 "facts": _facts(study, dataset),
                 "chart": charts.tradeoff(study, dataset),
                 "cost": overview.accuracy_and_cost(study, dataset),
-                "tables": [make(study, dataset) for make in makers],
+                "tables": [table for make in makers if (table := make(study, dataset)) is not None],
                 "figures": figures[dataset],
             }
         )

@@ -22,7 +22,7 @@ _RUNTIMES = ("", "onnx_", "int8_")
 _COLUMNS: dict[str, dict[str, Any]] = {
     "accuracy": _KEY
     | dict.fromkeys(("n_seeds", "n_images", "parameters"), int)
-    | dict.fromkeys(("top1", "top1_low", "top1_high", "gmacs"), float),
+    | dict.fromkeys(("top1", "top1_low", "top1_high", "gmacs", "val_before", "val_after"), float),
     "cost": _KEY | _MACHINE | {"quantity": str, "batch_size": float, "median": float} | _RATIO,
     "tradeoff": _KEY | dict.fromkeys(("top1_images_low", "top1_images_high"), float),
     "scaling": _CASE | _MACHINE | {"tokens": int, "median": float} | _RATIO | {"status": str, "contended": bool},

@@ -67,7 +67,15 @@ def collect(metrics_dir: Path, datasets: Sequence[str], attentions: Sequence[str
     root = metrics_dir / "cells"
     pairs = [({"dataset": d, "attention": a}, root / d / a) for d, a in product(datasets, attentions)]
     runs = [(key | {"seed": seed}, cell / f"seed{seed}") for (key, cell), seed in product(pairs, seeds)]
-    evaluations = pd.DataFrame([key | cells.evaluation(run / "evaluate") for key, run in runs])
+    evaluations = pd.DataFrame(
+        [
+            key
+            | cells.evaluation(run / "evaluate")
+            | {"val_before": cells.accuracy_before(run / "train")}
+            | {"val_after": cells.history(run / "train")["val_accuracy"].max()}
+            for key, run in runs
+        ]
+    )
     predictions = {
         (d, a, seed): cells.predictions(root / d / a / f"seed{seed}" / "evaluate")
         for d, a, seed in product(datasets, attentions, seeds)
@@ -149,7 +157,8 @@ def _rounded(value: Any) -> float:
 def _accuracy(runs: pd.DataFrame, models: pd.DataFrame) -> pd.DataFrame:
     """Mean over seeds with the 95 % interval of Student's t, beside what is known of the model without measuring."""
     groups = runs.groupby(["dataset", "attention"], sort=False)
-    table = groups.agg(n_seeds=("seed", "size"), top1=("top1", "mean"), top5=("top5", "mean")).reset_index()
+    means = {name: (name, "mean") for name in ("top1", "top5", "val_before", "val_after")}
+    table = groups.agg(n_seeds=("seed", "size"), **means).reset_index()
     # NaN for one seed, where neither the deviation nor a t of zero degrees of freedom exists
     half = groups["top1"].sem().to_numpy() * stats.t.ppf(0.975, table["n_seeds"] - 1)
     table.insert(4, "top1_low", table["top1"] - half)

@@ -48,6 +48,13 @@ def history(directory: Path) -> pd.DataFrame:
     return read_csv(directory / "history.csv", "train", dict.fromkeys(_HISTORY, float) | {"epoch": int})
 
 
+def accuracy_before(directory: Path) -> float:
+    """Validation accuracy of a model that starts from trained weights, before training; NaN for a random start."""
+    if not (directory / "start.json").exists():
+        return float("nan")
+    return _read_json(directory / "start.json", "train", ["val_accuracy_before"])["val_accuracy_before"]
+
+
 def confusion(directory: Path) -> pd.DataFrame:
     """Counts of test images by actual and predicted class."""
     return read_csv(directory / "confusion.csv", "evaluate", {"actual": str, "predicted": str, "count": int})

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from effvit.data.sources import available_datasets
 from effvit.errors import UserError, explain
+from effvit.model.presets import of_timm
 from effvit.model.vit import Depth, Size, ViTConfig
 from effvit.training.recipe import Count, Fraction, Strict, TrainConfig
 
@@ -34,9 +35,17 @@ class DatasetConfig(Strict):
     horizontal_flip: bool = True
 
 
-class ModelConfig(Strict):
-    """Size of the ViT, in Hugging Face's names, and the weights that it starts from (a path; see `pretrained`)."""
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_USUAL = {"prefix_tokens": 1, "qkv_bias": True, "layer_norm_eps": 1e-6}
 
+
+class ModelConfig(Strict):
+    """Size of the ViT, in Hugging Face's names, and the weights that it starts from (a path; see `pretrained`).
+
+    With ``name``, that of a ViT of timm's, sizes that are not given are those of that model.
+    """
+
+    name: str | None = None
     hidden_size: Size
     num_hidden_layers: Depth
     num_attention_heads: Size
@@ -45,6 +54,21 @@ class ModelConfig(Strict):
     hidden_dropout_prob: Fraction = 0.0
     attention_probs_dropout_prob: Fraction = 0.0
     init_from: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sizes_of_timm(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not values.get("name"):
+            return values
+        theirs = of_timm(str(values["name"]))
+        if unusual := {key: theirs[key] for key, usual in _USUAL.items() if theirs[key] != usual}:
+            raise ValueError(f"model.name={values['name']}: this study's ViT has {_USUAL}, not {unusual}")
+        given = {key: value for key, value in values.items() if value is not None}
+        return {key: theirs[key] for key in _SIZES} | given
+
+    def vit_fields(self) -> dict[str, Any]:
+        """Fields of `ViTConfig`."""
+        return self.model_dump(exclude={"name", "init_from"})
 
 
 class BenchmarkConfig(Strict):
@@ -82,6 +106,12 @@ class Study(Strict):
             if dataset not in available_datasets():
                 raise ValueError(f"dataset={dataset!r}: unknown, expected one of {', '.join(available_datasets())}")
             self.train.check_image_size(self.dataset[dataset].image_size)
+            patch_size = self.dataset[dataset].patch_size
+            if self.model.name and of_timm(self.model.name)["patch_size"] != patch_size:
+                theirs = of_timm(self.model.name)["patch_size"]
+                raise ValueError(
+                    f"dataset.{dataset}.patch_size={patch_size}: {self.model.name} has patches of {theirs}"
+                )
             for attention in self.attention:
                 self.vit(dataset, attention)
         return self
@@ -118,7 +148,7 @@ class Study(Strict):
                 num_classes=data.num_classes,
                 attention=attention,
                 attention_options=self.attention[attention],
-                **self.model.model_dump(exclude={"init_from"}),
+                **self.model.vit_fields(),
             )
         except ValidationError as error:
             message = explain(error)

@@ -262,7 +262,7 @@ class Training(Generic[M, D]):
             self._settled.append((Step(images, loss_sum / images, right / images, stop > 0), step))
 
     def _end_epoch(self) -> Epoch:
-        val_loss, val_accuracy = self._validate() if self.validates else (math.nan, math.nan)
+        val_loss, val_accuracy = self.validate() if self.validates else (math.nan, math.nan)
         if self.validates:
             self._require_finite(val_loss, "validation loss", self.steps_per_epoch - 1)
         count = self.dataset.counts["train"]
@@ -282,7 +282,7 @@ class Training(Generic[M, D]):
         return done
 
     @torch.inference_mode()
-    def _validate(self) -> tuple[float, float]:
+    def validate(self) -> tuple[float, float]:
         """Loss and accuracy of the validation part, each image counted once whatever the number of processes."""
         self.weights.eval()
         sums = torch.zeros(2, dtype=torch.float64)

@@ -4,7 +4,7 @@ import math
 import shutil
 import time
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,14 @@ class Run:
         self.console.print(f"going on at {self.where}", highlight=False, soft_wrap=True)
 
 
+@dataclass(frozen=True)
+class Before:
+    """How a model that starts from trained weights does before anything is trained, its new parts fresh."""
+
+    val_loss_before: float
+    val_accuracy_before: float
+
+
 def train_to(
     output_dir: Path,
     log_dir: Path,
@@ -177,8 +185,11 @@ def train_to(
             )
             store = stack.enter_context(open_store(name, tell))
         console.quiet = not leads
+        before = None
         if start:
-            console.print("\n".join(start.lines()), highlight=False, markup=False, soft_wrap=True)
+            before = Before(*training.validate())
+            lines = [*start.lines(), f"  validation accuracy before training: {before.val_accuracy_before:.1%}"]
+            console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
         run = Run(training, store, console)
         run.restore()
         try:
@@ -192,7 +203,7 @@ def train_to(
                 raise SystemExit(1) from None  # the one that leads tells it
             raise
         if store:
-            _write(run, store, start, output_dir, log_dir)
+            _write(run, store, (start, before) if start and before else None, output_dir, log_dir)
             store.remove()
         training.fabric.barrier()
 
@@ -244,7 +255,7 @@ def _save(model: ViT, epoch: Epoch, training: Training, directory: Path) -> None
     )
 
 
-def _write(run: Run, store: Store, start: StartReport | None, output_dir: Path, log_dir: Path) -> None:
+def _write(run: Run, store: Store, start: tuple[StartReport, Before] | None, output_dir: Path, log_dir: Path) -> None:
     training, config = run.training, run.training.model.config
     with staged_dir(output_dir, is_model_dir) as model_dir, staged_dir(log_dir, _LOGS) as logs:
         run.best.save(training, model_dir)
@@ -255,8 +266,9 @@ def _write(run: Run, store: Store, start: StartReport | None, output_dir: Path, 
         write_csv(logs / "timing.csv", table[["epoch", *_MEASURED]].round(3))
         settings: dict[str, Any] = {"model": config.model_dump(), "train": training.recipe.model_dump()}
         if start:
-            write_json(logs / "start.json", asdict(start))
-            settings["start"] = {"from": start.source, "sha256": start.sha256}
+            report, before = start
+            write_json(logs / "start.json", asdict(report) | asdict(before))
+            settings["start"] = {"from": report.source, "sha256": report.sha256}
         write_provenance(
             logs,
             {**settings, "dataset": training.dataset.name, "seed": training.seed, "processes": training.place.world},
