@@ -30,9 +30,10 @@ INERT = {
     "effvit/errors.py",  # how failures are told
     "effvit/files.py",  # how what a caller says reaches the disk whole
     "effvit/provenance.py",  # records, next to the results
-    # What the system says of the machine: no choice of the project's.
+    # What the system says of the machine, and what follows from that alone, which metrics/machine.json records.
     "effvit/device.py",
     "effvit/memory.py",
+    "effvit/policy.py",
     "effvit/processor.py",
     "effvit/study/config.py",  # rules; the values themselves are params
     "effvit/cli/__init__.py",  # how long threads spin while another process is busy
