@@ -11,18 +11,44 @@ if TYPE_CHECKING:
     from effvit.measure.models import compare
     from effvit.model.checkpoint import load_model, save_model
     from effvit.model.vit import ViT, ViTConfig
+    from effvit.notebook.data import open_data, prepare_data
+    from effvit.notebook.pictures import visualize_attention, visualize_images
+    from effvit.notebook.scores import evaluate, predict
+    from effvit.notebook.trainer import Trainer
 
-__all__ = ["ViT", "ViTConfig", "available_attention", "build_attention", "compare", "load_model", "save_model"]
+__all__ = [
+    "Trainer",
+    "ViT",
+    "ViTConfig",
+    "available_attention",
+    "build_attention",
+    "compare",
+    "evaluate",
+    "load_model",
+    "open_data",
+    "predict",
+    "prepare_data",
+    "save_model",
+    "visualize_attention",
+    "visualize_images",
+]
 __version__ = "0.1.0"
 
 _HOME = {
+    "Trainer": "effvit.notebook.trainer",
     "ViT": "effvit.model.vit",
     "ViTConfig": "effvit.model.vit",
     "available_attention": "effvit.attention",
     "build_attention": "effvit.attention",
     "compare": "effvit.measure.models",
+    "evaluate": "effvit.notebook.scores",
     "load_model": "effvit.model.checkpoint",
+    "open_data": "effvit.notebook.data",
+    "predict": "effvit.notebook.scores",
+    "prepare_data": "effvit.notebook.data",
     "save_model": "effvit.model.checkpoint",
+    "visualize_attention": "effvit.notebook.pictures",
+    "visualize_images": "effvit.notebook.pictures",
 }
 
 

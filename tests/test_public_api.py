@@ -9,13 +9,20 @@ import effvit
 
 def test_public_names_are_these_and_no_others():
     assert set(effvit.__all__) == {
+        "Trainer",
         "ViT",
         "ViTConfig",
         "available_attention",
         "build_attention",
         "compare",
+        "evaluate",
         "load_model",
+        "open_data",
+        "predict",
+        "prepare_data",
         "save_model",
+        "visualize_attention",
+        "visualize_images",
     }
     for name in effvit.__all__:
         assert callable(getattr(effvit, name))

@@ -23,6 +23,7 @@ ROOMS = [
     "deploy",
     "figures",
     "report",
+    "notebook",
     "cli",
 ]
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

@@ -1,6 +1,6 @@
 """DataLoaders of one's own in the place of a prepared data set."""
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterable, Iterator, Sized
 from itertools import islice
 from typing import Any
 
@@ -60,7 +60,9 @@ def length_of(loader: Any, name: str) -> int:
     except TypeError:  # a loader over a data set without a length
         length = None
     if length is None:
-        raise UserError(f"{name}: got {type(loader).__name__} without a length, expected a DataLoader that has one")
+        raise UserError(
+            f"{name}: got {type(loader).__name__}, which has no length; expected a prepared data set or a DataLoader"
+        )
     if not length:
         raise UserError(f"{name}: the loader has no batches")
     return length
@@ -77,9 +79,11 @@ def checked_batches(loader: Any, name: str, num_classes: int | None = None) -> I
     Raises:
         UserError: a batch that is something else.
     """
+    if not isinstance(loader, Iterable):
+        raise UserError(f"{name}: got {type(loader).__name__}, expected a prepared data set or a DataLoader")
     for step, batch in enumerate(loader, 1):
         where = f"{name}: batch {step}"
-        if not (isinstance(batch, list | tuple) and [type(part) for part in batch] == [Tensor, Tensor]):
+        if not (isinstance(batch, list | tuple) and [isinstance(part, Tensor) for part in batch] == [True, True]):
             raise UserError(f"{where} is {_described(batch)}, expected a pair of tensors, images and labels")
         images, labels = batch
         if images.ndim != 4 or not images.is_floating_point():
