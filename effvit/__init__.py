@@ -7,19 +7,37 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from effvit.adapters.report import SwapReport
+    from effvit.adapters.swap import swap_attention
+    from effvit.adapters.timm import timm_layer
     from effvit.attention import available_attention, build_attention
     from effvit.model.checkpoint import load_model
+    from effvit.model.resize import resize
     from effvit.model.vit import ViT, ViTConfig
 
-__all__ = ["ViT", "ViTConfig", "available_attention", "build_attention", "load_model"]
+__all__ = [
+    "SwapReport",
+    "ViT",
+    "ViTConfig",
+    "available_attention",
+    "build_attention",
+    "load_model",
+    "resize",
+    "swap_attention",
+    "timm_layer",
+]
 __version__ = "0.1.0"
 
 _HOME = {
+    "SwapReport": "effvit.adapters.report",
     "ViT": "effvit.model.vit",
     "ViTConfig": "effvit.model.vit",
     "available_attention": "effvit.attention",
     "build_attention": "effvit.attention",
     "load_model": "effvit.model.checkpoint",
+    "resize": "effvit.model.resize",
+    "swap_attention": "effvit.adapters.swap",
+    "timm_layer": "effvit.adapters.timm",
 }
 
 

@@ -17,8 +17,20 @@ from effvit.model.vit import ViT, ViTConfig
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
+def is_mixed(model: ViT) -> bool:
+    """Whether blocks differ in attention, or in its options, which a configuration cannot say."""
+    first, *others = model.attentions()
+    return any(type(each) is not type(first) or each.options != first.options for each in others)
+
+
 def save_model(model: ViT, directory: Path) -> None:
-    """Write the model's weights and configuration into an existing directory."""
+    """Write the model's weights and configuration into an existing directory.
+
+    Raises:
+        UserError: blocks differ in attention.
+    """
+    if is_mixed(model):
+        raise UserError("save_model: blocks differ in attention, which a configuration cannot say; keep the state dict")
     once = dict((*model.named_parameters(), *model.named_buffers()))  # a shared tensor under its first name only
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name in once}
     # Written here, as safetensors' own writer tells of a full disk in an error that is no OSError.
