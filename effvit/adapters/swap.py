@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from effvit.adapters import own, timm, torchvision, transformers
 from effvit.adapters.host import Host, Tower, refuse
@@ -121,19 +122,21 @@ def _require_fit(tower: Tower, name: str, options: dict[str, Any]) -> None:
 
 def _in_place_of(host: Host, tower: Tower, name: str, options: dict[str, Any]) -> tuple[Attention, SwappedLayer]:
     _require_own_forward(host)
-    attention = build_attention(
-        name,
-        width(host),
-        host.num_heads,
-        tower.grid_size or (1, 1),
-        prefix_tokens=tower.prefix_tokens,
-        layer=host.block,
-        depth=tower.depth,
-        qkv_bias=has_bias(host),
-        attn_drop=host.attn_drop,
-        **options,
-    )
-    _to_place_of(host, attention)
+    like = next(host.module.parameters())
+    with torch.device(like.device):
+        attention = build_attention(
+            name,
+            width(host),
+            host.num_heads,
+            tower.grid_size or (1, 1),
+            prefix_tokens=tower.prefix_tokens,
+            layer=host.block,
+            depth=tower.depth,
+            qkv_bias=has_bias(host),
+            attn_drop=host.attn_drop,
+            **options,
+        )
+    _to_place_of(like, attention)
     origins = take_maps(attention, host)
     if isinstance(host.module, Attention) and mechanism_of(host.module) is type(attention):
         origins |= {each: each for each in carry_own_weights(host.module, attention) if each not in origins}
@@ -157,14 +160,13 @@ def _keep_hooks_and_mode(attention: Attention, host: Host) -> None:
             module.training = host.module.training
 
 
-def _to_place_of(host: Host, attention: Attention) -> None:
-    """Bring a mechanism to the device and precision of the module whose place it takes."""
-    for like in host.module.parameters():
-        attention.to(device=like.device)
-        if like.is_floating_point():
-            for parameter in attention.parameters():  # not what is a table, such as Performer's features
-                parameter.data = parameter.data.to(like.dtype)
-            return
+def _to_place_of(like: Tensor, attention: Attention) -> None:
+    """Bring a mechanism to the device and precision of the weights whose place it takes."""
+    if like.device.type != "meta":  # where tables keep their values
+        attention.to(like.device)
+    if like.is_floating_point():
+        for parameter in attention.parameters():  # tables, such as Performer's features, keep their precision
+            parameter.data = parameter.data.to(like.dtype)
 
 
 def _require_own_forward(host: Host) -> None:

@@ -106,14 +106,15 @@ def _refuse(name: str, block: nn.Module) -> Host:
 
 def _host(name: str, module: Any, block: int) -> Host:
     if isinstance(module, ForTimm):
-        rows, p = rows_of(module), module.attn_drop.p  # type: ignore[attr-defined]
+        rows = rows_of(module)
     elif not _is_timms(module):
         raise refuse(name, module, "is another attention than timm's Attention; its weights mean something else")
     elif getattr(module, "gate", None) is not None:
         raise refuse(name, module, "gates the output of attention, which the mechanisms do not")
     else:
         require_scale(name, module, module.scale, module.head_dim)
-        rows, p = {"qkv.": module.qkv}, module.attn_drop.p
+        rows = {"qkv.": module.qkv}
+    p = getattr(module.attn_drop, "p", 0.0)
 
     def finish(attention: Attention) -> None:
         probe = MapProbe(p)

@@ -109,23 +109,16 @@ IN_DOCS = [
     ),
     (parallel, {}, "blocks.0 (ParallelScalingBlock): its attention is no module of its own"),
     (
-        lambda: timm_block(gate=nn.Linear(32, 32)),
-        {},
-        "blocks.0.attn (Attention): gates the output of attention, which the mechanisms do not",
-    ),
-    (
         lambda: timm_block(scale=0.1),
         {},
         "blocks.0.attn (Attention): scales scores by 0.1; mechanisms here scale them by 1 / √16",
     ),
-    (narrow_heads, {}, "blocks.0.attn (Attention): its heads have 16 columns in all, at a width of 32"),
     (
         lambda: timm_vit(patch_drop_rate=0.5),
         {},
         "the model (VisionTransformer): patch_drop leaves out patches; linformer needs all of them",
     ),
     (lambda: hf_block(pruned_heads={1}), {}, "layers.0.attention (ViTAttention): heads [1] are pruned"),
-    (lambda: hf_block(is_causal=True), {}, "layers.0.attention (ViTAttention): lets no token attend to later ones"),
     (
         lambda: hf_block(q_proj=nn.Sequential(nn.Linear(32, 32))),
         {},
@@ -139,23 +132,30 @@ IN_DOCS = [
         "none",
     ),
     (
-        lambda: timm_block(forward=lambda x, **_: x),
-        {},
-        "blocks.0.attn (Attention): its forward was replaced on the object; swap attention first",
-    ),
-    (
         lambda: nn.DataParallel(timm_vit()),
         {},
         "swap_attention: the model is inside DataParallel; swap attention first, then wrap it",
     ),
+]
+NOT_IN_DOCS = [
     (
         tokens_first,
         {},
         "encoder.layers.encoder_layer_0.self_attention (MultiheadAttention): takes tokens before samples; expected "
         "batch_first=True",
     ),
-]
-NOT_IN_DOCS = [
+    (
+        lambda: timm_block(forward=lambda x, **_: x),
+        {},
+        "blocks.0.attn (Attention): its forward was replaced on the object; swap attention first",
+    ),
+    (lambda: hf_block(is_causal=True), {}, "layers.0.attention (ViTAttention): lets no token attend to later ones"),
+    (narrow_heads, {}, "blocks.0.attn (Attention): its heads have 16 columns in all, at a width of 32"),
+    (
+        lambda: timm_block(gate=nn.Linear(32, 32)),
+        {},
+        "blocks.0.attn (Attention): gates the output of attention, which the mechanisms do not",
+    ),
     (lambda: {}, {}, "swap_attention: got a dict, expected a torch.nn.Module"),
     (lambda: timm_vit(), {"layers": []}, "layers=[]: expected some of 0 to 1, the blocks of timm's VisionTransformer"),
     (lambda: timm_vit(), {"m": 3}, "attention.linformer.m: unknown option"),

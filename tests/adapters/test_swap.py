@@ -6,7 +6,21 @@ import re
 
 import pytest
 import torch
-from hosts import FAMILIES, HUGGING_FACE, OPTIONS, TIMM, attention_name, host, images, outputs, own, pattern, timm_vit
+from hosts import (
+    FAMILIES,
+    HUGGING_FACE,
+    OPTIONS,
+    TIMM,
+    attention_name,
+    host,
+    hugging_face,
+    images,
+    outputs,
+    own,
+    pattern,
+    timm_vit,
+    torchvision_vit,
+)
 from mechanisms import relative_error
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -160,6 +174,19 @@ def test_precision_mode_and_what_is_frozen_stay(family):
         assert outputs(model, images().to(torch.bfloat16)).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("family", ["timm vit", "vit", "torchvision"])
+@pytest.mark.parametrize("name", available_attention())
+def test_weights_without_numbers_are_swapped_as_well(family, name):
+    with torch.device("meta"):
+        model = FAMILIES[family][0]()
+    swap_attention(model, name, **OPTIONS.get(name, {}))
+    assert all(parameter.is_meta for parameter in model.parameters())
+    filled = swapped(family, name)[0]
+    model.load_state_dict(filled.state_dict(), assign=True)
+    with torch.no_grad():
+        assert torch.equal(outputs(model.eval(), images()), outputs(filled, images()))
+
+
 @pytest.mark.parametrize("family", ["timm vit", "torchvision", "effvit"])
 def test_merged_weights_are_the_same_parameters_that_an_optimizer_knows(family):
     model = host(family)
@@ -178,15 +205,19 @@ def test_dropout_is_what_it_was():
     assert timm.blocks[0].attn.dropout_p == 0.5
 
 
-@pytest.mark.parametrize("family", ["vit", "clip", "torchvision"])
-def test_dropout_of_attention_is_read_where_the_others_keep_it(family):
-    model = host(family)
-    for module in model.modules():
-        for name in ("attention_dropout", "dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.25)
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: hugging_face("ViTModel", "ViTConfig", attention_probs_dropout_prob=0.25),
+        lambda: hugging_face("CLIPVisionModel", "CLIPVisionConfig", attention_dropout=0.25),
+        lambda: torchvision_vit(attention_dropout=0.25),
+        lambda: own(attention_probs_dropout_prob=0.25),
+    ],
+)
+def test_dropout_of_attention_is_read_where_the_others_keep_it(build):
+    model = build().train()
     swap_attention(model, "fused")
-    assert {attention.train().dropout_p for attention in attentions(model).values()} == {0.25}
+    assert {attention.dropout_p for attention in attentions(model).values()} == {0.25}
 
 
 @pytest.mark.parametrize("name", available_attention())
@@ -258,7 +289,8 @@ def test_gradient_checkpointing_changes_no_gradient(family):
         for name, block in model.encoder.layers.named_children():
             model.encoder.layers.add_module(name, Checkpointed(block))
     else:
-        getattr(model, "gradient_checkpointing_enable" if family != "timm vit" else "set_grad_checkpointing")()
+        names = ("set_grad_checkpointing", "activation_checkpointing_enable", "gradient_checkpointing_enable")
+        next(getattr(model, name) for name in names if hasattr(model, name))()
     gradients = []
     for each in (plain, model):
         outputs(each.train(), images()).square().sum().backward()
@@ -275,8 +307,10 @@ class Checkpointed(nn.Module):
         return torch.utils.checkpoint.checkpoint(self.block, x, use_reentrant=False)
 
 
-@pytest.mark.parametrize("family", ["timm qk_norm", "vit", "clip", "torchvision"])
-@pytest.mark.parametrize("name", ["fused", "linformer"])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("timm qk_norm", "hybrid"), ("vit", "linformer"), ("clip", "performer"), ("torchvision", "nystromformer")],
+)
 def test_it_compiles_without_a_graph_break(family, name):
     model, _ = swapped(family, name)
     torch._dynamo.reset()
