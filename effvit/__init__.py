@@ -7,9 +7,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from effvit.adapters.report import SwapReport
+    from effvit.adapters.swap import swap_attention
+    from effvit.adapters.timm import timm_layer
     from effvit.attention import available_attention, build_attention
     from effvit.measure.models import compare
     from effvit.model.checkpoint import load_model, save_model
+    from effvit.model.resize import resize
     from effvit.model.vit import ViT, ViTConfig
     from effvit.notebook.data import open_data, prepare_data
     from effvit.notebook.pictures import visualize_attention, visualize_images
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
     from effvit.notebook.trainer import Trainer
 
 __all__ = [
+    "SwapReport",
     "Trainer",
     "ViT",
     "ViTConfig",
@@ -28,7 +33,10 @@ __all__ = [
     "open_data",
     "predict",
     "prepare_data",
+    "resize",
     "save_model",
+    "swap_attention",
+    "timm_layer",
     "visualize_attention",
     "visualize_images",
 ]
@@ -36,6 +44,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Trainer": "effvit.notebook.trainer",
+    "SwapReport": "effvit.adapters.report",
     "ViT": "effvit.model.vit",
     "ViTConfig": "effvit.model.vit",
     "available_attention": "effvit.attention",
@@ -49,6 +58,9 @@ _HOME = {
     "save_model": "effvit.model.checkpoint",
     "visualize_attention": "effvit.notebook.pictures",
     "visualize_images": "effvit.notebook.pictures",
+    "resize": "effvit.model.resize",
+    "swap_attention": "effvit.adapters.swap",
+    "timm_layer": "effvit.adapters.timm",
 }
 
 

@@ -10,6 +10,7 @@ import effvit
 def test_public_names_are_these_and_no_others():
     assert set(effvit.__all__) == {
         "Trainer",
+        "SwapReport",
         "ViT",
         "ViTConfig",
         "available_attention",
@@ -23,6 +24,9 @@ def test_public_names_are_these_and_no_others():
         "save_model",
         "visualize_attention",
         "visualize_images",
+        "resize",
+        "swap_attention",
+        "timm_layer",
     }
     for name in effvit.__all__:
         assert callable(getattr(effvit, name))
@@ -37,6 +41,20 @@ def test_importing_effvit_imports_nothing_slow():
     code = "import effvit, sys; print({'torch', 'numpy', 'pandas', 'pydantic'} & sys.modules.keys())"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "set()\n"
+
+
+def test_attention_is_swapped_without_any_library_but_torch_and_pydantic():
+    code = """
+import sys
+import effvit
+model = effvit.ViT(effvit.ViTConfig(image_size=16, num_hidden_layers=1))
+effvit.swap_attention(model, "linformer", k=4)
+effvit.timm_layer("fused")
+effvit.resize(model, 32)
+print({"timm", "transformers", "torchvision", "safetensors", "pandas", "dvc", "typer", "yaml"} & set(sys.modules))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout in ("set()\n", "{'safetensors'}\n")
 
 
 def test_the_documented_example_works_as_written():

@@ -66,7 +66,7 @@ class Attention(nn.Module):
         super().__init__()
         options.check_grid(grid_size, prefix_tokens)
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
-        self.grid_size, self.prefix_tokens = grid_size, prefix_tokens
+        self.grid_size, self.prefix_tokens, self.options = grid_size, prefix_tokens, options
         self.num_patches = grid_size[0] * grid_size[1]
         self.num_tokens = prefix_tokens + self.num_patches
         self.layer, self.depth = layer, depth
