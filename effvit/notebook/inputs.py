@@ -12,13 +12,14 @@ from torch.utils.data import DataLoader
 
 from effvit.data.loading.loaders import checked_batches
 from effvit.data.loading.prepared import PreparedDataset
+from effvit.data.loading.stored import Images as Stored
 from effvit.data.loading.transforms import to_float
 from effvit.errors import UserError
 from effvit.memory import is_out_of_memory
 from effvit.model.logits import logits_of
 
-Images: TypeAlias = np.ndarray | Tensor | Sequence[str | Path]
-"""uint8 ``(n, H, W, 3)``, or normalised floats ``(n, channels, H, W)``, or image files."""
+Images: TypeAlias = np.ndarray | Stored | Tensor | Sequence[str | Path]
+"""uint8 ``(n, H, W, 3)``, an array or a data set's own; normalised floats ``(n, channels, H, W)``; or image files."""
 _EXPECTED = "expected uint8 (n, height, width, 3), or normalised floats (n, channels, height, width)"
 
 
@@ -46,6 +47,8 @@ def read_images(images: Images, data: PreparedDataset | None) -> Tensor:
         if data is None:
             raise UserError("images: files are read at the size of a data set's images; give data=")
         images = np.stack([load_image(Path(path), data.image_size, data.storage) for path in images])
+    if isinstance(images, Stored):
+        images = images[:]
     if isinstance(images, np.ndarray) and images.dtype in (np.uint8, np.float32, np.float64):
         images = torch.from_numpy(np.ascontiguousarray(images))
     if not isinstance(images, Tensor):
