@@ -202,8 +202,6 @@ def _unwrapped(model: nn.Module) -> ViT:
 
 def _require_as_configured(model: ViT) -> None:
     """Raise ``UserError`` where the weights are not those of a model that is built from its configuration."""
-    if is_mixed(model):
-        raise UserError("save_model: blocks differ in attention, which a configuration cannot say; keep the state dict")
     with torch.device("meta"):
         built = ViT(model.config)
     wanted, there = ({n: t.shape for n, t in each.state_dict().items()} for each in (built, model))
@@ -212,3 +210,5 @@ def _require_as_configured(model: ViT) -> None:
             f"save_model: {together(sorted(differ))}: not as in a ViT of this configuration "
             f"(attention={model.config.attention}); save its state dict instead"
         )
+    if is_mixed(model):
+        raise UserError("save_model: blocks differ in attention, which a configuration cannot say; keep the state dict")
