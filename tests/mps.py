@@ -1,6 +1,7 @@
 """What of Apple's MPS can be tested elsewhere: tensors that say they are there, and have no float64."""
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 
 class OnMps(torch.Tensor):
@@ -22,3 +23,15 @@ class OnMps(torch.Tensor):
 
 def on_mps(tensor):
     return tensor.as_subclass(OnMps)
+
+
+class NoFloat64(TorchFunctionMode):
+    """While it is entered, the device ``meta`` has no float64 either."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.is_meta and result.dtype == torch.float64:
+            raise TypeError(
+                "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64."
+            )
+        return result

@@ -75,9 +75,9 @@ def as_inputs(images: Tensor, model: nn.Module, data: PreparedDataset | None) ->
     Raises:
         UserError: uint8 images, and neither model nor data set says how they are normalised.
     """
-    images = images.to(device_of(model))
     if images.is_floating_point():
-        return images.float()
+        return images.float().to(device_of(model))  # in this order, as MPS has no float64
+    images = images.to(device_of(model))
     mean, std = known("mean", model, data), known("std", model, data)
     if mean is None or std is None:
         raise UserError("images: uint8, which the model takes normalised; give data= or normalised floats")
