@@ -43,8 +43,8 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOME = {
-    "Trainer": "effvit.notebook.trainer",
     "SwapReport": "effvit.adapters.report",
+    "Trainer": "effvit.notebook.trainer",
     "ViT": "effvit.model.vit",
     "ViTConfig": "effvit.model.vit",
     "available_attention": "effvit.attention",
@@ -55,12 +55,12 @@ _HOME = {
     "open_data": "effvit.notebook.data",
     "predict": "effvit.notebook.scores",
     "prepare_data": "effvit.notebook.data",
-    "save_model": "effvit.model.checkpoint",
-    "visualize_attention": "effvit.notebook.pictures",
-    "visualize_images": "effvit.notebook.pictures",
     "resize": "effvit.model.resize",
+    "save_model": "effvit.model.checkpoint",
     "swap_attention": "effvit.adapters.swap",
     "timm_layer": "effvit.adapters.timm",
+    "visualize_attention": "effvit.notebook.pictures",
+    "visualize_images": "effvit.notebook.pictures",
 }
 
 

@@ -31,7 +31,7 @@ def hugging_face(model, config, implementation="sdpa", **changes):
 
 
 def torchvision_vit(**changes):
-    from torchvision.models.vision_transformer import VisionTransformer
+    VisionTransformer = pytest.importorskip("torchvision.models.vision_transformer").VisionTransformer
 
     sizes = {"image_size": 16, "patch_size": 4, "num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 48}
     return VisionTransformer(**(sizes | {"num_classes": 5} | changes))

@@ -9,8 +9,8 @@ import effvit
 
 def test_public_names_are_these_and_no_others():
     assert set(effvit.__all__) == {
-        "Trainer",
         "SwapReport",
+        "Trainer",
         "ViT",
         "ViTConfig",
         "available_attention",
@@ -21,12 +21,12 @@ def test_public_names_are_these_and_no_others():
         "open_data",
         "predict",
         "prepare_data",
-        "save_model",
-        "visualize_attention",
-        "visualize_images",
         "resize",
+        "save_model",
         "swap_attention",
         "timm_layer",
+        "visualize_attention",
+        "visualize_images",
     }
     for name in effvit.__all__:
         assert callable(getattr(effvit, name))

@@ -30,3 +30,9 @@ def _host(name: str, module: Attention, block: int) -> Host:
         attention.proj_drop = proj_drop
 
     return Host(name, module, block, module.num_heads, rows_of(module), ("proj.", proj), module.attn_drop, finish)
+
+
+def is_mixed(vit: ViT) -> bool:
+    """Whether blocks differ in attention, or in its options, which a configuration cannot say."""
+    first, *others = vit.attentions()
+    return any(type(each) is not type(first) or each.options != first.options for each in others)

@@ -14,7 +14,6 @@ from effvit.adapters.report import SwappedLayer, SwapReport, pattern
 from effvit.adapters.signature import mechanism_of
 from effvit.attention import Attention, attention_class, build_attention, check_options
 from effvit.errors import UserError
-from effvit.model.checkpoint import is_mixed
 from effvit.model.resize import carry_own_weights
 from effvit.model.vit import ViT
 
@@ -190,7 +189,7 @@ def _notes(tower: Tower, name: str) -> Iterator[str]:
     if tower.any_size and tower.grid_size and (mechanism.needs_grid or mechanism.fixed_length):
         yield "the model takes images of any size, {} those of {} x {} patches alone".format(name, *tower.grid_size)
     if isinstance(tower.module, ViT):
-        if is_mixed(tower.module):
+        if own.is_mixed(tower.module):
             yield "blocks differ in attention, which a model directory cannot say: save_model refuses"
     elif mechanism.after_step is not Attention.after_step:
         yield "what changes while training does so where the training loop calls after_step of each block's attention"
@@ -198,5 +197,5 @@ def _notes(tower: Tower, name: str) -> Iterator[str]:
 
 def _describe(vit: ViT, name: str, options: dict[str, Any]) -> None:
     """Have effvit's configuration say which mechanism the model has, where there is one for all blocks."""
-    if not is_mixed(vit):
+    if not own.is_mixed(vit):
         vit.config = vit.config.model_copy(update={"attention": name, "attention_options": options})

@@ -21,12 +21,6 @@ from effvit.model.vit import ViT, ViTConfig
 from effvit.model.weights import SUFFIXES, read_safetensors
 
 
-def is_mixed(model: ViT) -> bool:
-    """Whether blocks differ in attention, or in its options, which a configuration cannot say."""
-    first, *others = model.attentions()
-    return any(type(each) is not type(first) or each.options != first.options for each in others)
-
-
 def save_model(
     model: nn.Module,
     directory: Path | str,
@@ -210,5 +204,9 @@ def _require_as_configured(model: ViT) -> None:
             f"save_model: {together(sorted(differ))}: not as in a ViT of this configuration "
             f"(attention={model.config.attention}); save its state dict instead"
         )
-    if is_mixed(model):
-        raise UserError("save_model: blocks differ in attention, which a configuration cannot say; keep the state dict")
+    kinds = [[(type(attention), attention.options) for attention in each.attentions()] for each in (built, model)]
+    if kinds[0] != kinds[1]:
+        raise UserError(
+            f"save_model: not all blocks have {model.config.attention} attention with these options, as its "
+            "configuration says; save its state dict instead"
+        )
