@@ -198,6 +198,12 @@ def _require_as_configured(model: ViT) -> None:
     """Raise ``UserError`` where the weights are not those of a model that is built from its configuration."""
     with torch.device("meta"):
         built = ViT(model.config)
+    for block, (here, configured) in enumerate(zip(model.attentions(), built.attentions(), strict=False)):
+        if not isinstance(here, type(configured)):
+            raise UserError(
+                f"save_model: block {block} has {type(here).__name__}, the configuration says "
+                f"{model.config.attention}; save its state dict instead"
+            )
     wanted, there = ({n: t.shape for n, t in each.state_dict().items()} for each in (built, model))
     if differ := [name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name)]:
         raise UserError(
