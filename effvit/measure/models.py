@@ -26,8 +26,7 @@ def compare(
     it runs, so under ``torch.autocast`` where this is called there.
 
     Args:
-        models: any modules by name; each maps ``images`` to logits: a tensor, an object with ``logits``, or a tuple
-            that begins with them.
+        models: any modules by name; each maps ``images`` to logits: a tensor, or an object or mapping with ``logits``.
         images: a batch ``(B, channels, height, width)`` where all models are: on the CPU or a CUDA device.
         baseline: name of the model to which ratios are; the first one if not given.
         train: also measure a training step (forward, backward, AdamW), on copies of the models.

@@ -5,7 +5,6 @@ import io
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
-from typing import Any
 
 import pandas as pd
 import torch
@@ -18,6 +17,7 @@ from effvit.measure.latency import Call, interleaved, paired_interval, paired_ra
 from effvit.measure.macs import count_macs
 from effvit.measure.memory import MIB
 from effvit.memory import is_out_of_memory
+from effvit.model.logits import logits_of
 
 Make = Callable[[nn.Module, Tensor], Call]
 
@@ -82,7 +82,7 @@ def _require_alike(models: Mapping[str, nn.Module], images: Tensor, baseline: st
     for name, model in models.items():
         try:
             with torch.no_grad():
-                shapes[name] = tuple(_logits(model.eval()(images)).shape)
+                shapes[name] = tuple(logits_of(model.eval()(images)).shape)
         except Exception as error:  # whatever a module of anyone's raises
             if not is_out_of_memory(error):
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -92,15 +92,6 @@ def _require_alike(models: Mapping[str, nn.Module], images: Tensor, baseline: st
     for name, given in shapes.items():
         if wanted is not None and given != wanted:
             raise UserError(f"{name}: gives logits {given}, {baseline} {wanted}; expected models of the same task")
-
-
-def _logits(output: Any) -> Tensor:
-    found = getattr(output, "logits", output)
-    if isinstance(found, tuple | list) and found:
-        found = found[0]
-    if not isinstance(found, Tensor):
-        raise TypeError(f"its output is {type(output).__name__}, expected logits")
-    return found
 
 
 def _forward(model: nn.Module, images: Tensor) -> Call:
@@ -122,7 +113,7 @@ def _training_step(model: nn.Module, images: Tensor) -> Call:
 
     def call() -> None:
         with torch.enable_grad():
-            _logits(trained(images)).float().square().mean().backward()
+            logits_of(trained(images)).float().square().mean().backward()
         optimiser.step()
         optimiser.zero_grad()
 

@@ -20,6 +20,8 @@ from effvit.model.trained_on import TrainedOn
 from effvit.model.vit import ViT, ViTConfig
 from effvit.model.weights import SUFFIXES, read_safetensors
 
+_USUAL_EPSILON = {"timm": 1e-6, "transformers": 1e-12, "torchvision": 1e-6}  # of norms, where nothing tells it
+
 
 def save_model(
     model: nn.Module,
@@ -159,15 +161,14 @@ def _load_other(source: Source, num_attention_heads: int | None) -> ViT:
     if shape.num_classes is None:
         raise UserError(f"{path}: no head.weight, hence no classes; expected the weights of a classifier")
     height, width = shape.image_shape
-    epsilon: dict[str, Any] = {} if told.layer_norm_eps is None else {"layer_norm_eps": told.layer_norm_eps}
     try:
         config = ViTConfig(
             image_size=height if height == width else (height, width),
             num_classes=shape.num_classes,
             num_attention_heads=heads,
             qkv_bias=shape.qkv_bias,
+            layer_norm_eps=told.layer_norm_eps or _USUAL_EPSILON[source.named.library],
             **{name: getattr(shape, name) for name in COMPARED},
-            **epsilon,
         )
     except ValidationError as error:
         raise UserError(f"{path}: {explain(error)}") from error
@@ -198,6 +199,12 @@ def _require_as_configured(model: ViT) -> None:
     """Raise ``UserError`` where the weights are not those of a model that is built from its configuration."""
     with torch.device("meta"):
         built = ViT(model.config)
+    for block, (here, configured) in enumerate(zip(model.attentions(), built.attentions(), strict=False)):
+        if not isinstance(here, type(configured)):
+            raise UserError(
+                f"save_model: block {block} has {type(here).__name__}, the configuration says "
+                f"{model.config.attention}; save its state dict instead"
+            )
     wanted, there = ({n: t.shape for n, t in each.state_dict().items()} for each in (built, model))
     if differ := [name for name in wanted.keys() | there.keys() if wanted.get(name) != there.get(name)]:
         raise UserError(

@@ -206,7 +206,7 @@ def test_an_output_without_logits_is_one_line():
         def forward(self, images):
             return {"features": images}
 
-    with pytest.raises(UserError, match=r"a: does not run on .*: its output is dict, expected logits"):
+    with pytest.raises(UserError, match=r"a: does not run on .*: the model returns dict: expected logits"):
         compare({"a": Nothing()}, IMAGES, **QUICK)
 
 

@@ -234,7 +234,11 @@ def test_what_is_no_vit_or_not_as_configured_is_refused(tiny_config, tmp_path):
         save_model(torch.nn.Linear(2, 2), tmp_path / "model")
     model = ViT(tiny_config())
     model.blocks[1].attn = ViT(tiny_config(attention="performer")).blocks[1].attn
-    with pytest.raises(UserError, match=r"blocks\.\*\.attn\.omega: not as in a ViT of this configuration"):
+    with pytest.raises(UserError, match=r"block 1 has PerformerAttention, the configuration says fused;"):
+        save_model(model, tmp_path / "model")
+    model = ViT(tiny_config())
+    model.blocks[0].mlp.register_parameter("scale", torch.nn.Parameter(torch.ones(1)))
+    with pytest.raises(UserError, match=r"blocks\.\*\.mlp\.scale: not as in a ViT of this configuration"):
         save_model(model, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
