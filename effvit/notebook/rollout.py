@@ -53,7 +53,8 @@ def _blocks(model: nn.Module) -> list[Attention]:
     found = [module for module in model.modules() if isinstance(module, Attention)]
     if not found:
         raise UserError(
-            f"{type(model).__name__}: no attention map to draw; its attention is none of the mechanisms here"
+            f"{type(model).__name__}: no attention map to draw; swap_attention(model, 'fused') gives it one "
+            "and leaves the function as it is"
         )
     if without := [block for block in found if not block.has_map]:
         raise UserError(f"{type(without[0]).__name__}: implies no attention map to draw")

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from effvit import ViT, available_attention, build_attention, visualize_attention, visualize_images
+from effvit import ViT, available_attention, build_attention, swap_attention, visualize_attention, visualize_images
 from effvit.errors import UserError
 from effvit.evaluation.predict import rollout_maps
 from effvit.evaluation.score import attention_rollout
@@ -84,10 +84,7 @@ def test_rollout_of_all_patches_is_their_mean():
 
 @pytest.mark.parametrize("library", ["timm", "transformers", "torchvision"])
 def test_attention_of_a_swapped_model_is_drawn(library):
-    pytest.importorskip("effvit.adapters", reason="no adapters")
     module = pytest.importorskip(library)
-    from effvit.adapters.swap import swap_attention
-
     if library == "timm":
         size = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 4}
         model = module.models.vision_transformer.VisionTransformer(**size)

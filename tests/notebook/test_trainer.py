@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from effvit import Trainer, ViT, evaluate
+from effvit import Trainer, ViT, evaluate, swap_attention
 from effvit.data.loading.prepared import PreparedDataset
 from effvit.errors import UserError
 from effvit.training.loop import DivergedError, Epoch, Training
@@ -118,6 +118,19 @@ def test_steps_are_those_of_a_plain_loop(build):
         losses.append(loss.item() * len(labels) / 20)
     assert history["train_loss"].tolist() == pytest.approx([sum(losses[i : i + 3]) for i in (0, 3, 6)], rel=1e-4)
     assert losses[0] != pytest.approx(losses[3], rel=1e-3), "steps matter"
+
+
+@pytest.mark.parametrize("build", [of_timm, of_transformers])
+def test_a_swapped_model_is_trained_as_before(build, loaders):
+    """By Muon as well, which finds the same matrices of heads in both: with `fused` it is the same function."""
+    histories = []
+    for swapped in (False, True):
+        torch.manual_seed(0)
+        model = build()
+        if swapped:
+            swap_attention(model, "fused")
+        histories.append(trained(model, *loaders, optimizer="muon", epochs=3).fit()["train_loss"].tolist())
+    assert histories[1] == pytest.approx(histories[0], rel=1e-3)
 
 
 def test_loaders_of_ones_own_are_learnt_from(vit, loaders):
