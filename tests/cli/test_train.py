@@ -3,9 +3,11 @@ import resource
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 import torch
 from conftest import TINY_FLAGS
+from safetensors.torch import save_file
 
 from effvit.model.checkpoint import load_model
 
@@ -179,3 +181,20 @@ def test_weights_that_cannot_be_a_start_are_one_line_and_leave_nothing(train, tr
 def test_weights_that_the_output_would_replace_are_refused(train, trained):
     outcome = train("--init-from", trained / "run", "--output-dir", trained / "run", "--device", "cpu")
     assert outcome.code == 1 and "is replaced as a whole" in outcome.err
+
+
+def test_a_model_of_timms_is_fine_tuned_with_another_mechanism_and_says_both_accuracies(effvit, digits_dir, tmp_path):
+    timm = pytest.importorskip("timm", reason="needs timm, of the extra peers", exc_type=ImportError)
+    torch.manual_seed(0)
+    theirs = timm.create_model("vit_tiny_patch16_224", img_size=16, num_classes=10)
+    save_file(theirs.state_dict(), tmp_path / "theirs.safetensors")
+    flags = ("--dataset-dir", digits_dir, "--epochs", 1, "--batch-size", 256, "--lr", 1e-4, "--device", "cpu")
+    flags += ("--timm", "vit_tiny_patch16_224", "--init-from", tmp_path / "theirs.safetensors")
+    outcome = effvit("train", *flags, "--attention", "performer", "--output-dir", "run", "--log-dir", "log")
+    assert outcome.code == 0, outcome.err
+    start = json.loads((tmp_path / "log/start.json").read_text())
+    assert all("omega" in name for name in start["fresh"]) and 0 <= start["val_accuracy_before"] <= 1
+    assert f"validation accuracy before training: {start['val_accuracy_before']:.1%}" in outcome.err
+    history = pd.read_csv(tmp_path / "log/history.csv")
+    assert len(history) == 1 and history["val_accuracy"][0] > start["val_accuracy_before"]
+    assert load_model(tmp_path / "run").config.hidden_size == 192

@@ -6,6 +6,7 @@ from dvc.utils.hydra import compose_and_dump
 
 from effvit.attention import attention_class, available_attention
 from effvit.data.sources import available_datasets
+from effvit.errors import UserError
 from effvit.study.config import Study
 
 ROOT = Path(__file__).parents[2]
@@ -23,16 +24,27 @@ def test_committed_params_are_what_dvc_composes(tmp_path):
     assert compose(tmp_path).read_text() == (ROOT / "params.yaml").read_text(), "run `make params`"
 
 
-@pytest.mark.parametrize(("group", "option"), OPTIONS, ids="=".join)
+@pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair != ("model", "timm")], ids="=".join)
 def test_every_option_of_every_group_is_a_valid_study(tmp_path, group, option):
     Study.load(compose(tmp_path, f"{group}={option}"))
 
 
-@pytest.mark.parametrize("model", sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
+@pytest.mark.parametrize("model", sorted({path.stem for path in (CONF / "model").glob("*.yaml")} - {"timm"}))
 def test_every_model_fits_every_mechanism_and_data_set(tmp_path, model):
     datasets = ",".join(path.stem for path in (CONF / "dataset").glob("*.yaml"))
     study = Study.load(compose(tmp_path, f"model={model}", f"dataset=[{datasets}]", "attention=all"))
     assert list(study.attention) == list(available_attention())
+
+
+def test_a_model_of_timms_has_its_sizes_and_needs_its_patches(tmp_path):
+    pytest.importorskip("timm", reason="needs timm, of the extra peers", exc_type=ImportError)
+    images = ("dataset.digits.image_size=224", "dataset.digits.patch_size=16")
+    study = Study.load(compose(tmp_path, "model=timm", "model.name=vit_small_patch16_224", *images))
+    assert study.vit("digits", "hybrid").hidden_size == 384 and study.vit("digits", "hybrid").num_tokens == 197
+    with pytest.raises(UserError, match=r"dataset.digits.patch_size=4: vit_tiny_patch16_224 has patches of 16"):
+        Study.load(compose(tmp_path, "model=timm"))
+    with pytest.raises(UserError, match="cannot build it"):
+        Study.load(compose(tmp_path, "model=timm", "model.name=vit_none", *images))
 
 
 def test_one_mechanism_or_two_can_be_chosen(tmp_path):
