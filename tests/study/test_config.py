@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -25,6 +27,14 @@ def load(tmp_path, **changes):
             group[last] = value
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     return Study.load(tmp_path / "params.yaml")
+
+
+def test_reading_the_study_imports_nothing_that_takes_seconds():
+    """Every stage does so first."""
+    slow = ["torchvision", "torch._dynamo", "lightning_fabric", "pandas", "scipy"]
+    code = f"import sys, effvit.study.config; print([name for name in {slow} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
 
 
 def test_the_committed_params_are_valid(tmp_path):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import TINY, TINY_FLAGS
 from lightning_fabric import Fabric
+from processes import finished, read_until
 
 from effvit.attention import available_attention
 from effvit.data.loading.batches import Place
@@ -34,10 +35,20 @@ RECIPE = {"epochs": 2, "batch_size": 68, "lr": 3e-3, "clip_norm": 1.0, "crop_pad
 MIXED = {"mixup": 0.8, "cutmix": 1.0, "random_erasing": 0.3, "ema_decay": 0.9, "label_smoothing": 0.1}
 MUON = {"optimizer": "muon"}
 JOBS = [(name, {}) for name in available_attention()] + [("fused", MIXED), ("fused", MUON)]
+RUNS = [
+    ({"image_size": 16, "attention": name, "attention_options": OPTIONS.get(name, {}), **TINY}, RECIPE | more)
+    for name, more in JOBS
+]
 
 WORKER = """
-import json, sys
+import atexit, json, os, sys
 from pathlib import Path
+
+def note_threads():
+    names = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
+    Path(f"threads{os.environ['RANK']}").write_text(" ".join(names))
+
+atexit.register(note_threads)  # before all others, so that it runs after them
 from effvit.training.recipe import TrainConfig
 from effvit.data.loading.prepared import PreparedDataset
 from effvit.training.run import train_to
@@ -52,40 +63,39 @@ for number, (model, recipe) in enumerate(job["runs"]):
 
 
 @pytest.fixture(scope="module")
-def histories(tmp_path_factory, digits, digits_dir):
-    """History of each of JOBS by one process, and by two under torchrun on two nodes, which are both this one."""
+def two_nodes(tmp_path_factory, digits_dir):
+    """Directory in which two processes trained each of JOBS, under torchrun on two nodes, which are both this one."""
     directory = tmp_path_factory.mktemp("parallel")
-    runs = []
-    for name, more in JOBS:
-        model = {"image_size": 16, "attention": name, "attention_options": OPTIONS.get(name, {}), **TINY}
-        runs.append((model, RECIPE | more))
     (directory / "worker.py").write_text(WORKER)
     place = {"--rdzv-backend": "c10d", "--rdzv-conf": "store_type=file", "--rdzv-id": "test"}  # no port to run for
     place |= {"--rdzv-endpoint": str(directory / "meeting")}
     options = itertools.chain(*({"--nnodes": "2", "--nproc-per-node": "1"} | place).items())
     command = [sys.executable, "-m", "torch.distributed.run", *options, "worker.py"]
-    job = json.dumps({"dataset": str(digits_dir), "runs": runs})
+    job = json.dumps({"dataset": str(digits_dir), "runs": RUNS})
     logs = [directory / f"node{number}.txt" for number in range(2)]
     with ExitStack() as stack:
         files = [stack.enter_context(log.open("w")) for log in logs]
         nodes = [subprocess.Popen([*command, job], cwd=directory, stdout=file, stderr=file) for file in files]
         codes = [node.wait(timeout=1200) for node in nodes]
     said = "".join(log.read_text() for log in logs)
-    assert codes == [0, 0], said
-    pairs = []
-    for number, (model, recipe) in enumerate(runs):
-        outputs = directory / f"alone{number}", directory / f"alone{number}-log"
-        train_to(*outputs, ViTConfig(**model), digits, TrainConfig(**recipe), seed=0, horizontal_flip=True)
-        tables = [outputs[1] / "history.csv", directory / f"log{number}" / "history.csv"]
-        pairs.append([pd.read_csv(table) for table in tables])
-    assert said.count("epoch   1/2") == len(runs), "only the first process speaks"
-    return pairs
+    assert codes == [0, 0], f"the nodes ended with {codes}\n{said}"
+    assert said.count("epoch   1/2") == len(RUNS), "only the first process speaks"
+    return directory
 
 
 @pytest.mark.parametrize("number", range(len(JOBS)), ids=[f"{name}-{'-'.join(more)}" for name, more in JOBS])
-def test_two_processes_have_the_losses_of_one(histories, number):
-    one, two = histories[number]
+def test_two_processes_have_the_losses_of_one(two_nodes, digits, tmp_path, number):
+    model, recipe = RUNS[number]
+    outputs = tmp_path / "alone", tmp_path / "alone-log"
+    train_to(*outputs, ViTConfig(**model), digits, TrainConfig(**recipe), seed=0, horizontal_flip=True)
+    one, two = (pd.read_csv(log / "history.csv") for log in (outputs[1], two_nodes / f"log{number}"))
     pd.testing.assert_frame_equal(two, one, rtol=1e-5, atol=0)
+
+
+def test_no_thread_of_gloo_is_there_when_python_ends(two_nodes):
+    """One that still held a tensor would abort the process: a run that is done would end with an error."""
+    threads = [(two_nodes / f"threads{rank}").read_text() for rank in range(2)]
+    assert [names for names in threads if "gloo" in names] == []
 
 
 def test_the_sizes_are_those_that_two_does_not_divide(digits):
@@ -110,7 +120,7 @@ def command(tmp_path, digits_dir):
 
     def command(name):
         arguments = ["train", "--dataset-dir", digits_dir, "--output-dir", tmp_path / name, *TINY_FLAGS]
-        arguments += ["--epochs", 12, "--batch-size", 68, "--device", "cpu", "--devices", 2]
+        arguments += ["--epochs", 8, "--batch-size", 68, "--device", "cpu", "--devices", 2]
         return [sys.executable, str(script), *map(str, arguments)]
 
     return command
@@ -119,15 +129,13 @@ def command(tmp_path, digits_dir):
 def test_devices_starts_as_many_processes_and_a_stopped_run_goes_on(tmp_path, command):
     environment = os.environ | {"EFFVIT_STATE": str(tmp_path / "state")}
     with subprocess.Popen(command("run"), stderr=subprocess.PIPE, text=True, env=environment) as process:
-        next(line for line in process.stderr if line.startswith("epoch   1/"))
+        read_until(process, "epoch   1/")
         process.terminate()
-        error = process.stderr.read()
+        _, error = process.communicate()
     assert process.returncode == 143, error
     assert "stopped at epoch" in error and "Traceback" not in error
-    result = subprocess.run(command("run"), capture_output=True, text=True, env=environment, check=False)
-    assert result.returncode == 0, result.stderr
-    assert "going on at epoch" in result.stderr
-    subprocess.run(command("whole"), capture_output=True, env=environment, check=True)
+    assert "going on at epoch" in finished(*command("run"), env=environment).stderr
+    finished(*command("whole"), env=environment)
     for path in ("{}/model.safetensors", "{}-log/history.csv"):
         assert len({(tmp_path / path.format(name)).read_bytes() for name in ("run", "whole")}) == 1
     settings = json.loads((tmp_path / "run-log" / "provenance.json").read_text())["config"]
@@ -137,7 +145,7 @@ def test_devices_starts_as_many_processes_and_a_stopped_run_goes_on(tmp_path, co
 def test_no_process_outlives_the_first_not_even_one_that_waits_for_it(command, tmp_path):
     environment = os.environ | {"EFFVIT_STATE": str(tmp_path / "state")}
     with subprocess.Popen(command("run"), stderr=subprocess.PIPE, text=True, env=environment) as process:
-        next(line for line in process.stderr if "MEMBER: 1/2" in line)  # the other still imports
+        read_until(process, "MEMBER: 1/2")  # the other still imports
         process.kill()
         process.communicate(timeout=300)  # until nobody has stderr open
     assert process.returncode == -signal.SIGKILL
@@ -160,7 +168,7 @@ def test_what_ends_one_process_is_told_in_one_line_by_each(command, tmp_path):
     (tmp_path / "state").touch()  # where a directory should be
     environment = os.environ | {"EFFVIT_STATE": str(tmp_path / "state")}
     result = subprocess.run(command("run"), capture_output=True, text=True, env=environment, check=False)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     assert f"error: {tmp_path / 'state'}" in result.stderr
     assert "error: another process of this training has ended; its own message says why" in result.stderr
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from effvit.data.loading.randaugment import VARIANTS, randaugment
 from effvit.data.loading.transforms import Box, crop, cutmix, erase, flip, mixup, to_float
 
 if TYPE_CHECKING:
@@ -64,10 +63,16 @@ def draw(rng: np.random.Generator, count: int, size: int, augmentation: Augmenta
     return Draws(
         offsets=integers(2 * augmentation.crop_padding + 1, 2, count) if augmentation.crop_padding else None,
         flipped=integers(2, count).bool() if augmentation.horizontal_flip else None,
-        choices=integers(len(VARIANTS), _ROUNDS, count) if augmentation.randaugment else None,
+        choices=_draw_choices(rng, count) if augmentation.randaugment else None,
         boxes=_draw_boxes(rng, count, size, augmentation.random_erasing) if augmentation.random_erasing else None,
         mixing=_draw_mixing(rng, size, augmentation) if augmentation.mixup or augmentation.cutmix else None,
     )
+
+
+def _draw_choices(rng: np.random.Generator, count: int) -> Tensor:
+    from effvit.data.loading.randaugment import VARIANTS  # not above: torchvision takes seconds to import
+
+    return torch.from_numpy(rng.integers(len(VARIANTS), size=(_ROUNDS, count)))
 
 
 def _draw_boxes(rng: np.random.Generator, count: int, size: int, probability: float) -> Tensor:
@@ -114,6 +119,8 @@ def augment(
     if draws.flipped is not None:
         images = flip(images, draws.flipped)
     if draws.choices is not None:
+        from effvit.data.loading.randaugment import randaugment
+
         images = randaugment(images.permute(0, 3, 1, 2), draws.choices, augmentation.randaugment).permute(0, 2, 3, 1)
     inputs = to_float(images, meta.mean, meta.std)
     if draws.boxes is not None:
