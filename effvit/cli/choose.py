@@ -2,15 +2,21 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from effvit.cli import options
 
+if TYPE_CHECKING:
+    from effvit.measure.choose import Build
+
 
 def choose(
     model: Annotated[str, typer.Option(help="tiny, small, deit_tiny, deit_small or vit_base.")] = "deit_tiny",
+    timm: Annotated[
+        str | None, typer.Option(help="In place of --model, timm's own model of that name, its attention swapped.")
+    ] = None,
     image_sizes: Annotated[str, typer.Option(help="Image sizes in pixels, e.g. 224,384,512.")] = "224,384,512",
     attention: Annotated[
         list[str] | None, typer.Option(help="Mechanism to compare with fused; repeatable. All if not given.")
@@ -48,6 +54,7 @@ def choose(
     from effvit.measure.display import print_choice
     from effvit.model.presets import preset
 
+    subject = timm or model
     require_positive(batch_size=batch_size, budget_s=budget_s, threads=threads)
     sizes = _numbers(image_sizes)
     where = measuring_device(device)
@@ -66,11 +73,11 @@ def choose(
     machine = this_machine(where)
     rows = []
     with measuring_alone():
-        build = builder(preset(model), settings)
+        build = _timm_builder(timm, settings) if timm else builder(preset(model), settings)
         points = measure_choice(
             build, names, sizes, batch_size=batch_size, precision=precision, budget_s=budget_s, device=where
         )
-        for of_size in track(points, f"measuring {model}", len(sizes), transient=True):
+        for of_size in track(points, f"measuring {subject}", len(sizes), transient=True):
             rows += of_size
     place: dict[str, Any] = {
         "machine": machine.name,
@@ -78,8 +85,8 @@ def choose(
         "threads": machine.threads,
         "precision": precision,
     }
-    table = pd.DataFrame(rows).assign(model=model, **place, torch=machine.torch)
-    print_choice(f"{model} on {machine.name}, {machine.threads} threads, {precision}, batch {batch_size}", rows)
+    table = pd.DataFrame(rows).assign(model=subject, **place, torch=machine.torch)
+    print_choice(f"{subject} on {machine.name}, {machine.threads} threads, {precision}, batch {batch_size}", rows)
     for size in sizes:
         typer.echo(verdict([row for row in rows if row["image_size"] == size]))
     if output is not None:
@@ -97,3 +104,34 @@ def _numbers(text: str) -> list[int]:
         return sorted({int(part) for part in text.split(",")})
     except ValueError as error:
         raise UserError(f"--image-sizes {text}: expected numbers of pixels, e.g. 224,384,512") from error
+
+
+def _timm_builder(name: str, settings: dict[str, dict[str, object]]) -> "Build":
+    """Build timm's model of that name with each mechanism in its blocks."""
+    import torch
+
+    from effvit.adapters.swap import swap_attention
+    from effvit.attention import Attention
+    from effvit.errors import UserError
+    from effvit.measure.choose import Candidate
+    from effvit.measure.macs import count_macs
+
+    try:
+        from timm import create_model
+    except ModuleNotFoundError as error:
+        raise UserError(f"--timm {name}: needs the package timm: pip install 'effvit[peers]'") from error
+
+    def build(attention: str, image_size: int) -> Candidate:
+        try:
+            model = create_model(name, pretrained=False, img_size=image_size)
+        except (RuntimeError, TypeError, AssertionError) as error:
+            raise UserError(f"--timm {name}: timm cannot build it for {image_size} pixels: {error}") from error
+        swap_attention(model, attention, **settings.get(attention, {}))
+        block = next(module for module in model.modules() if isinstance(module, Attention))
+        image_shape = (3, image_size, image_size)
+        macs = {"model": 0, "block": block.macs()}
+        if not next(model.parameters()).is_meta:  # as where only sizes are looked at
+            macs["model"] = count_macs(model, torch.empty(1, *image_shape))
+        return Candidate(model, block, image_shape, (block.num_tokens, block.dim), macs)
+
+    return build

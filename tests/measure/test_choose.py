@@ -7,6 +7,7 @@ from effvit import ViT, ViTConfig, available_attention
 from effvit.errors import UserError
 from effvit.measure import choose
 from effvit.measure.choose import builder, measure_choice, verdict
+from effvit.model.presets import preset
 
 CPU = torch.device("cpu")
 TINY = {"patch_size": 4, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -134,3 +135,17 @@ def test_the_command_writes_one_file_named_after_the_machine(effvit, tmp_path):
 def test_wrong_flags_are_told_in_one_line(effvit, flags, says):
     outcome = effvit("choose", *flags)
     assert outcome.code == 1 and outcome.err.startswith(f"error: {says}") and outcome.err.count("\n") == 1
+
+
+def test_timms_own_model_is_compared_with_its_attention_swapped(effvit, tmp_path):
+    pytest.importorskip("timm", reason="needs timm, of the extra peers", exc_type=ImportError)
+    flags = ("--timm", "vit_tiny_patch16_224", "--image-sizes", "64", "--budget-s", "0.3", "--threads", "1")
+    outcome = effvit("choose", *flags, "--attention", "performer", "--output", "table.csv")
+    assert outcome.code == 0, outcome.err
+    table = pd.read_csv(tmp_path / "table.csv").set_index(["scope", "attention"])
+    ours = ViT(ViTConfig(image_size=64, num_classes=1000, **preset("deit_tiny")))
+    fused = table.loc[("model", "fused")]
+    assert (fused["macs"], fused["parameters"]) == (ours.macs(), sum(p.numel() for p in ours.parameters()))
+    assert table.loc[("block", "performer"), "tokens"] == 17
+    outcome = effvit("choose", "--timm", "vit_none", "--image-sizes", "64")
+    assert outcome.code == 1 and "--timm vit_none: timm cannot build it" in outcome.err
