@@ -61,7 +61,7 @@ def choose(
     names = attention or list(available_attention())
     for name in names:
         attention_class(name)
-    settings: dict[str, dict[str, object]] = {}
+    settings: dict[str, dict[str, Any]] = {}
     for key, value in parse_options(option).items():
         name, dot, field = key.partition(".")
         if not dot or name not in names:
@@ -106,7 +106,7 @@ def _numbers(text: str) -> list[int]:
         raise UserError(f"--image-sizes {text}: expected numbers of pixels, e.g. 224,384,512") from error
 
 
-def _timm_builder(name: str, settings: dict[str, dict[str, object]]) -> "Build":
+def _timm_builder(name: str, settings: dict[str, dict[str, Any]]) -> "Build":
     """Build timm's model of that name with each mechanism in its blocks."""
     import torch
 
