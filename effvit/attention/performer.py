@@ -42,7 +42,7 @@ class PerformerAttention(Attention):
         super().__init__(dim, num_heads, grid_size, options, **kwargs)
         self.num_features, self.kernel = options.num_features, options.kernel
         self.redraw_every = options.redraw_every
-        self.register_buffer("omega", draw_features(self.num_features, self.head_dim))
+        self.register_buffer("omega", draw_features(self.num_features, self.head_dim).to(torch.empty(0).device))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
         return feature_attention(q, k, v, self.features(*context), self.dropout_p)
@@ -96,11 +96,12 @@ class PerformerAttention(Attention):
 
 def draw_features(num_features: int, head_dim: int, generator: torch.Generator | None = None) -> Tensor:
     """Ω of shape ``(m, d)``: rows of random rotations, stacked block by block, with the norms of Gaussian vectors."""
-    blocks = []
-    for _ in range(-(-num_features // head_dim)):
-        gaussian = torch.randn(head_dim, head_dim, generator=generator, dtype=torch.float64)
-        rotation, r = torch.linalg.qr(gaussian)
-        # QR is unique, and Q Haar-distributed, only with a positive diagonal of R (Mezzadri 2007).
-        blocks.append((rotation * r.diagonal().sign()).T)
-    norms = torch.randn(num_features, head_dim, generator=generator, dtype=torch.float64).norm(dim=1, keepdim=True)
-    return (torch.cat(blocks)[:num_features] * norms).float()
+    with torch.device("cpu"):  # where generators and float64 are, whatever the default device
+        blocks = []
+        for _ in range(-(-num_features // head_dim)):
+            gaussian = torch.randn(head_dim, head_dim, generator=generator, dtype=torch.float64)
+            rotation, r = torch.linalg.qr(gaussian)
+            # QR is unique, and Q Haar-distributed, only with a positive diagonal of R (Mezzadri 2007).
+            blocks.append((rotation * r.diagonal().sign()).T)
+        norms = torch.randn(num_features, head_dim, generator=generator, dtype=torch.float64).norm(dim=1, keepdim=True)
+        return (torch.cat(blocks)[:num_features] * norms).float()

@@ -1,7 +1,7 @@
 """Whether a form of a primitive may run: by the device, and by who is watching. `effvit.policy` knows processors."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
@@ -50,20 +50,37 @@ def primitive(function: F_) -> F_:
     return cast(F_, call)
 
 
-def is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether calling a linear layer is x Wᵀ + b and nothing else, so that W may be read in place of the call.
+def is_plain(layer: nn.Module, kind: type[nn.Linear] = nn.Linear) -> TypeGuard[nn.Linear]:
+    """Whether calling a linear layer of this class is what the class says and nothing else.
 
-    Not so with hooks, pruning, parametrisations, adapters, quantised weights, or a ``forward`` of its own.
+    Then its weights may be read in place of the call. Not so with hooks, pruning, parametrisations, adapters, quantised
+    weights, or a ``forward`` of its own.
     """
     return (
-        type(layer) is nn.Linear
+        type(layer) is kind
         and "forward" not in layer.__dict__
         and "weight" in layer._parameters
-        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
-        and not (global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks)
-        and not (global_hooks._global_backward_hooks or global_hooks._global_backward_pre_hooks)
+        and not any(map(_acts, (layer._forward_hooks, layer._forward_pre_hooks)))
+        and not any(map(_acts, (layer._backward_hooks, layer._backward_pre_hooks)))
+        and not any(map(_acts, _GLOBAL_HOOKS))
         and type(layer.weight) in (Tensor, nn.Parameter, *_WITHOUT_DATA)
     )
 
 
 _WITHOUT_DATA = (torch._subclasses.FakeTensor,)
+
+_GLOBAL_HOOKS = (
+    global_hooks._global_forward_hooks,
+    global_hooks._global_forward_pre_hooks,
+    global_hooks._global_backward_hooks,
+    global_hooks._global_backward_pre_hooks,
+)
+_COUNTERS = (
+    "ptflops.aten_engine",
+    "torch.utils.module_tracker",
+    "torch.utils.flop_counter",
+)  # whose hooks change nothing
+
+
+def _acts(hooks: Mapping[int, Callable[..., Any]]) -> bool:
+    return any(not str(getattr(hook, "__module__", "")).startswith(_COUNTERS) for hook in hooks.values())

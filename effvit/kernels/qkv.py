@@ -52,10 +52,10 @@ class QKVLinear(nn.Linear):
 
 def apply_qkv_apart(layer: nn.Module, x: Tensor, of_k: Tensor, of_v: Tensor) -> Thirds:
     """Call a merged layer on other rows for each map, ``(B, rows, C)``: q, k, v ``(B, rows, C)``."""
-    if type(layer) is QKVLinear:
+    if choice.is_plain(layer, QKVLinear):
         q, k, v = layer(x, of_k, of_v)
         return q, k, v
-    # Whatever took its place, such as an adapter, knows rows of all three maps alone.
+    # Whatever took its place, such as an adapter, and hooks know rows of all three maps alone.
     keys = layer(of_k).chunk(3, dim=-1)
     values = keys if of_v is of_k else layer(of_v).chunk(3, dim=-1)
     return layer(x).chunk(3, dim=-1)[0], keys[1], values[2]

@@ -47,26 +47,27 @@ def _number(value: object, in_bytes: bool) -> str:
 
 def print_choice(title: str, rows: Sequence[dict[str, Any]]) -> None:
     """Print the rows of `effvit.measure.choose.measure_choice`: time, ratio with interval, memory and cost of each."""
-    table = Table(title=title, caption="ratio: time / fused's, with its 95 % interval; * other processes were running")
-    for heading in ("px", "tokens", "mechanism", "ms", "ratio", "MiB", "block", "GMACs", "M params"):
-        table.add_column(heading, justify="left" if heading == "mechanism" else "right")
+    busy = "; * other processes were running" if any(row["contended"] for row in rows) else ""
+    table = Table(title=title, caption=f"ratio: time / fused's, with its 95 % interval; block: attention alone{busy}")
+    table.add_column("px", justify="right")
+    table.add_column("mechanism", no_wrap=True)
+    for heading in ("ms", "ratio", "MiB", "block", "GMACs"):
+        table.add_column(heading, justify="right", no_wrap=True)
     blocks = {(row["image_size"], row["attention"]): row for row in rows if row["scope"] == "block"}
     last = None
     for row in (row for row in rows if row["scope"] == "model"):
         if last not in (None, row["image_size"]):
             table.add_section()
         last = row["image_size"]
-        status, memory = row["status"], row["memory_bytes"]
+        memory = row["memory_bytes"]
         table.add_row(
             str(row["image_size"]),
-            str(row["tokens"]),
             str(row["attention"]),
-            f"{row['median']:.3g}" if status == OK else str(status),
+            f"{row['median']:.3g}" if row["status"] == OK else str(row["status"]),
             _ratio(row),
             "" if memory is None else f"{memory / MIB:.3g}",
             _ratio(blocks[row["image_size"], row["attention"]], interval=False),
             f"{row['macs'] / 1e9:.3g}",
-            f"{row['parameters'] / 1e6:.3g}",
         )
     Console().print(table)
 

@@ -40,7 +40,7 @@ def resize(model: ViT, image_size: int | tuple[int, int]) -> ViT:
     positions = resize_positions(model.pos_embed.detach(), old_grid, config.grid_size, config.prefix_tokens)
     model.pos_embed = nn.Parameter(positions.to(model.pos_embed.dtype), model.pos_embed.requires_grad)
     for old, new in zip(model.attentions(), attentions, strict=True):  # the objects stay, with what hooks they have
-        old.__dict__.update({key: value for key, value in new.__dict__.items() if "hooks" not in key})
+        old.__dict__.update({key: value for key, value in new.__dict__.items() if "hook" not in key})
     model.config = config
     return model
 

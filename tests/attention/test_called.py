@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from mechanisms import FIRST
+from mps import NoFloat64
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -13,6 +14,7 @@ from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from effvit import ViT, ViTConfig, build_attention, policy
+from effvit.attention.performer import draw_features
 
 GRID, TOKENS, WIDTH, HEADS = (3, 5), 16, 12, 3
 BY_NAME = pytest.mark.parametrize("name, options", FIRST)
@@ -46,10 +48,8 @@ def test_a_hook_on_the_merged_map_is_called_and_what_it_returns_counts(name, opt
     assert seen
     handle.remove()
 
-    def zeros(module, inputs, output):
-        return tuple(map(torch.zeros_like, output)) if isinstance(output, tuple) else torch.zeros_like(output)
-
-    layer.register_forward_hook(zeros)
+    assert all(output.shape[-1] == layer.out_features for output in seen)
+    layer.register_forward_hook(lambda module, inputs, output: output * 0)
     with torch.no_grad():
         layer.weight.zero_()
         if layer.bias is not None:
@@ -65,6 +65,27 @@ def test_a_hook_on_the_output_map_is_called_and_what_it_returns_counts(name, opt
     attention, x = attention_of(name, options), torch.randn(2, TOKENS, WIDTH)
     attention.proj.register_forward_hook(lambda module, inputs, output: output + 1)
     torch.testing.assert_close(attention(x), attention_of(name, options)(x) + 1)
+
+
+@BY_NAME
+def test_a_hook_before_the_merged_map_changes_what_is_mapped(name, options):
+    attention, x = attention_of(name, options, qkv_bias=False), torch.randn(2, TOKENS, WIDTH)
+    doubled = copy.deepcopy(attention)
+    with torch.no_grad():
+        merged_layer(doubled).weight.mul_(2)
+    merged_layer(attention).register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
+    torch.testing.assert_close(attention(x), doubled(x), rtol=1e-4, atol=1e-5)
+
+
+def test_random_features_are_drawn_where_the_default_device_has_neither_float64_nor_generators():
+    with torch.device("meta"), NoFloat64():
+        assert build_attention("performer", WIDTH, HEADS, GRID, num_features=11).omega.is_meta
+    attention = build_attention("performer", WIDTH, HEADS, GRID, num_features=11, redraw_every=1).train()
+    before = attention.omega.clone()
+    with torch.device("meta"):
+        attention.after_step(1, torch.Generator("cpu").manual_seed(3))
+    expected = draw_features(11, WIDTH // HEADS, torch.Generator().manual_seed(3))
+    assert torch.equal(attention.omega, expected) and not torch.equal(before, expected)
 
 
 @BY_NAME
