@@ -67,4 +67,13 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'effvit' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    try:
+        return getattr(import_module(_HOME[name]), name)
+    except ModuleNotFoundError as error:
+        from effvit.errors import extra_of
+
+        if (extra := extra_of(error.name or "")) is None:
+            raise
+        raise ModuleNotFoundError(
+            f"effvit.{name} needs the package {error.name}: pip install 'effvit[{extra}]'", name=error.name
+        ) from error

@@ -98,7 +98,11 @@ def extra_of(module: str) -> str | None:
     """Name of the extra of this package that brings ``module``; None where it is of none."""
     top = module.partition(".")[0]
     wanted = _PACKAGES.get(top, top).replace("_", "-")
-    for requirement in metadata.requires("effvit") or []:
+    try:
+        requirements = metadata.requires("effvit") or []
+    except metadata.PackageNotFoundError:  # run from its source
+        return None
+    for requirement in requirements:
         package = re.match(r"[\w-]+", requirement)
         extra = re.search(r"extra == [\"'](\w+)[\"']", requirement)
         if package and extra and package[0].lower().replace("_", "-") == wanted:

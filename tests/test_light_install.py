@@ -105,3 +105,33 @@ def test_a_command_without_its_packages_says_what_to_install(light):
     ran = run(light, "sys.argv = ['effvit', 'mechanisms']; from effvit.cli import main; main()")
     assert ran.returncode == 1
     assert ran.stderr == "error: needs the package typer: pip install 'effvit[study]'\n"
+
+
+def test_a_name_without_its_packages_says_what_to_install(light):
+    ran = run(light, "import effvit; effvit.Trainer")
+    assert ran.returncode == 1
+    assert re.search(
+        r"ModuleNotFoundError: effvit.Trainer needs the package \w+: pip install 'effvit\[study\]'", ran.stderr
+    )
+
+
+def test_attention_is_swapped_in_a_timm_model_without_extras(tmp_path, wheel):
+    pytest.importorskip("timm", reason="needs timm, of the extra peers", exc_type=ImportError)
+    directory = environment(tmp_path, wheel, {*BASE, "timm"})
+    ran = run(
+        directory,
+        """
+import timm, torch
+from effvit import available_attention, swap_attention
+images = torch.randn(2, 3, 64, 64)
+for name in available_attention():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=5).eval()
+    before = model(images)
+    report = swap_attention(model, name, **({"k": 8} if name == "linformer" else {}))
+    after = model(images)
+    assert name not in ("fused", "standard") or torch.allclose(after, before, atol=1e-5)
+    assert after.isfinite().all() and "2 of 2" in str(report)
+print("fine")
+""",
+    )
+    assert (ran.returncode, ran.stdout) == (0, "fine\n"), ran.stderr

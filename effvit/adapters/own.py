@@ -17,9 +17,10 @@ def towers(model: nn.Module) -> Iterator[Tower]:
         if isinstance(module, ViT):
             config = module.config
             tower = Tower(name, "effvit's ViT", module, config.grid_size, config.prefix_tokens)
-            for block, attention in enumerate(module.attentions()):
-                where = join(name, f"blocks.{block}.attn")
-                tower.sites.append(Site(where, block, partial(_host, where, attention, block)))
+            for block, each in enumerate(module.blocks):
+                where, attention = join(name, f"blocks.{block}.attn"), getattr(each, "attn", None)
+                if isinstance(attention, Attention):
+                    tower.sites.append(Site(where, block, partial(_host, where, attention, block)))
             yield tower
 
 

@@ -54,7 +54,7 @@ def swap_attention(model: nn.Module, name: str, *, layers: Iterable[int] | None 
     """
     attention_class(name)
     found = _towers(model)
-    chosen = None if layers is None else list(layers)
+    chosen = None if layers is None else _indices(layers)
     swaps = [(tower, _swapped(tower, name, _blocks(tower, chosen), options)) for tower in found]
     new = {id(host.module): attention for _, swapped in swaps for host, attention, _ in swapped}
     for parent in list(model.modules()):
@@ -79,10 +79,20 @@ def _towers(model: nn.Module) -> list[Tower]:
     for module in model.modules():
         if wrapper := next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in _WRAPPERS), None):
             raise UserError(f"swap_attention: the model is inside {wrapper}; swap attention first, then wrap it")
-    found = [tower for family in _FAMILIES for tower in family.towers(model)]
+    found = [tower for family in _FAMILIES for tower in family.towers(model) if tower.sites]
     if not found:
         raise nothing_known(model)
     return found
+
+
+def _indices(layers: Iterable[int]) -> list[int]:
+    try:
+        chosen = list(layers)
+    except TypeError:
+        chosen = [None]  # type: ignore[list-item]
+    if any(type(layer) is not int for layer in chosen):
+        raise UserError(f"layers={layers!r}: expected indices of blocks, for example [0, 1] or range(6, 12)")
+    return chosen
 
 
 def _blocks(tower: Tower, layers: list[int] | None) -> set[int]:
@@ -121,17 +131,18 @@ def _require_fit(tower: Tower, name: str, options: dict[str, Any]) -> None:
 
 def _in_place_of(host: Host, tower: Tower, name: str, options: dict[str, Any]) -> tuple[Attention, SwappedLayer]:
     _require_own_forward(host)
+    dim, qkv_bias = width(host), has_bias(host)
     like = next(host.module.parameters())
     with torch.device(like.device):
         attention = build_attention(
             name,
-            width(host),
+            dim,
             host.num_heads,
             tower.grid_size or (1, 1),
             prefix_tokens=tower.prefix_tokens,
             layer=host.block,
             depth=tower.depth,
-            qkv_bias=has_bias(host),
+            qkv_bias=qkv_bias,
             attn_drop=host.attn_drop,
             **options,
         )

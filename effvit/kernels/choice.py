@@ -75,11 +75,8 @@ _GLOBAL_HOOKS = (
     global_hooks._global_backward_hooks,
     global_hooks._global_backward_pre_hooks,
 )
-_COUNTERS = (
-    "ptflops.aten_engine",
-    "torch.utils.module_tracker",
-    "torch.utils.flop_counter",
-)  # whose hooks change nothing
+# Whose hooks change nothing.
+_COUNTERS = ("ptflops.aten_engine", "torch.utils.module_tracker", "torch.utils.flop_counter")
 
 
 def _acts(hooks: Mapping[int, Callable[..., Any]]) -> bool:

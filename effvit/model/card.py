@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -21,7 +21,7 @@ class Notes(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     dataset: str | None = None
-    accuracy: dict[str, float] = Field({})
+    accuracy: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field({})
     recipe: dict[str, Any] = Field({})
     license: str = "mit"
 

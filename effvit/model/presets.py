@@ -64,11 +64,14 @@ def of_timm(name: str) -> dict[str, Any]:
     try:
         with torch.device("meta"):  # sizes alone
             theirs: Any = timm.create_model(name, pretrained=False)
-    except (RuntimeError, TypeError) as error:
+    except Exception as error:  # of whatever kind: there are many in so many models
         raise UserError(f"timm model {name}: timm {timm.__version__} cannot build it: {error}") from error
     if not hasattr(theirs, "blocks") or not hasattr(theirs, "patch_embed") or not hasattr(theirs, "num_prefix_tokens"):
         raise UserError(f"timm model {name}: {type(theirs).__name__} is no plain ViT, such as vit_small_patch16_224")
-    block, (patch_size, _) = theirs.blocks[0], theirs.patch_embed.patch_size
+    block = theirs.blocks[0]
+    if not (hasattr(block, "attn") and hasattr(block.attn, "qkv") and isinstance(theirs.patch_embed.patch_size, tuple)):
+        raise UserError(f"timm model {name}: its blocks are {type(block).__name__}; expected a plain ViT")
+    patch_size, _ = theirs.patch_embed.patch_size
     fields = {
         "patch_size": patch_size,
         "hidden_size": theirs.embed_dim,
@@ -90,5 +93,5 @@ def of_timm(name: str) -> dict[str, Any]:
     if differs or not pooled or not isinstance(block.mlp.act, nn.GELU):
         parts = sorted({key.split(".", 2)[-1] if key.startswith("blocks.") else key for key, _ in differs})
         what = ", ".join(parts[:6]) or f"pooling {theirs.global_pool!r}, {type(block.mlp.act).__name__}"
-        raise UserError(f"timm model {name}: differs from this ViT in {what}; effvit.swap_attention takes it as it is")
+        raise UserError(f"timm model {name}: differs from this ViT in {what}; expected a plain ViT")
     return fields

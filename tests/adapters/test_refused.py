@@ -7,7 +7,7 @@ import torch
 from hosts import OPTIONS, TIMM_REASON, host, hugging_face, images, timm_vit, torchvision_vit
 from torch import nn
 
-from effvit import swap_attention
+from effvit import ViT, ViTConfig, swap_attention
 from effvit.errors import UserError
 
 DOCS = (Path(__file__).parents[2] / "docs/own-model.md").read_text(encoding="utf-8")
@@ -239,3 +239,27 @@ def test_another_number_of_tokens_is_told_as_documented():
     with pytest.raises(UserError) as caught:
         model(torch.randn(1, 3, 32, 32))
     assert str(caught.value) in DOCS
+
+
+@pytest.mark.parametrize("layers", [1, ["0"], [0.5], [True]])
+def test_layers_that_are_no_indices_are_refused(layers):
+    model = ViT(ViTConfig())
+    with pytest.raises(UserError, match=r"^layers=.*: expected indices of blocks"):
+        swap_attention(model, "performer", layers=layers)
+    assert all(type(attention).__name__ == "FusedAttention" for attention in model.attentions())
+
+
+def test_a_vit_whose_attention_is_all_somebody_elses_has_none_that_is_known():
+    model = ViT(ViTConfig())
+    for block in model.blocks:
+        block.attn = torch.nn.Identity()
+    with pytest.raises(UserError, match="no attention"):
+        swap_attention(model, "performer")
+
+
+def test_blocks_are_counted_with_those_that_have_somebody_elses_attention():
+    model = ViT(ViTConfig())
+    model.blocks[0].attn = torch.nn.Identity()
+    report = swap_attention(model, "performer", layers=[2])
+    assert type(model.blocks[2].attn).__name__ == "PerformerAttention"
+    assert "blocks.2.attn" in str(report)

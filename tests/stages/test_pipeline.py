@@ -118,7 +118,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
         text = (path / "conf/train/quick.yaml").read_text()
         (path / "conf/train/quick.yaml").write_text(re.sub(rf"^{key}:.*", f"{key}: {value}", text, flags=re.MULTILINE))
     (path / "conf/model/tiny.yaml").write_text(
-        "hidden_size: 16\nnum_hidden_layers: 2\nnum_attention_heads: 2\nintermediate_size: 32\n"
+        "name: null\nhidden_size: 16\nnum_hidden_layers: 2\nnum_attention_heads: 2\nintermediate_size: 32\n"
         "hidden_dropout_prob: 0.0\nattention_probs_dropout_prob: 0.0\ninit_from: null\n"
     )
     (path / "conf/attention/all.yaml").write_text("defaults: [fused, linformer]\n")
