@@ -189,7 +189,7 @@ def test_a_run_that_is_asked_to_stop_while_it_validates_takes_one_more_step_or_i
             os.kill(os.getpid(), signal.SIGTERM)
         return validate(self)
 
-    monkeypatch.setattr(Training, "_validate", asked)
+    monkeypatch.setattr(Training, "validate", asked)
     at = 1
     with pytest.raises(SystemExit) as caught:
         run("stopped")
