@@ -3,7 +3,7 @@
 # Columns of `dvc exp show` that `make show` leaves out. State stays: a run that failed shows the numbers of its baseline.
 HIDDEN := Created|Executor|.*/|cost|spread|attention|benchmark|dataset|model|scaling|seeds|train
 BRANCHES := [regional],[dilated],[linear],[regional,dilated],[regional,linear],[dilated,linear],[regional,dilated,linear]
-.PHONY: help env study show ablation params test lint clean
+.PHONY: help env study show ablation params quick test lint clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -37,6 +37,9 @@ lint: env ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+quick: lint ## lint and the fast tests, while you work: a minute on two cores
+	CUDA_VISIBLE_DEVICES= $(BIN)/pytest --numprocesses logical --dist loadfile -m "not slow"
 
 # Without CUDA: otherwise as many processes as there are cores would share the first GPU and its memory.
 test: lint ## lint, then all tests, a file a core at a time

@@ -9,6 +9,8 @@ from effvit.measure.rss import max_rss_bytes
 from effvit.measure.workload import adamw, training_step
 from effvit.memory import is_out_of_memory
 
+pytestmark = pytest.mark.slow
+
 DEVICES = [
     torch.device("cpu"),
     pytest.param(

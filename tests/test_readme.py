@@ -9,6 +9,8 @@ import pandas as pd
 import pytest
 from scipy.stats import gmean
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from hosts import TIMM_REASON
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 OWN_MODEL = (ROOT / "docs/own-model.md").read_text(encoding="utf-8")

@@ -7,6 +7,8 @@ from hosts import HUGGING_FACE, OPTIONS, TIMM_REASON, attention_name, host, hugg
 from effvit import available_attention, swap_attention
 from effvit.attention.base import Attention
 
+pytestmark = pytest.mark.slow
+
 
 def implied_maps(model, run):
     """By definition: the map of each block's attention, of the tokens that it gets when the model runs."""

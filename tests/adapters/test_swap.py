@@ -32,6 +32,8 @@ from effvit.kernels import choice
 from effvit.model.checkpoint import save_model
 from effvit.model.resize import resize_projection
 
+pytestmark = pytest.mark.slow
+
 OWN_WEIGHTS = {"linformer": {"E", "F"}, "performer": {"omega"}, "nystromformer": {"conv.weight"}}
 OWN_WEIGHTS["hybrid"] = {"gate.weight", "gate.bias"}
 

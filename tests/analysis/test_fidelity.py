@@ -26,6 +26,8 @@ from effvit.evaluation.probe import accuracy, normalised, validation_images
 from effvit.measure.macs import count_macs
 from effvit.model.checkpoint import load_model
 
+pytestmark = pytest.mark.slow
+
 GRID = (4, 4)
 QKV = random_qkv(3, 2, 17, 8)
 

@@ -14,6 +14,8 @@ from effvit.evaluation.score import attention_rollout
 from effvit.model.checkpoint import load_model, save_model
 from effvit.model.vit import ViT
 
+pytestmark = pytest.mark.slow
+
 MECHANISMS = {
     "fused": {},
     "standard": {},

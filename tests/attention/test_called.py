@@ -16,6 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from effvit import ViT, ViTConfig, build_attention, policy
 from effvit.attention.performer import draw_features
 
+pytestmark = pytest.mark.slow
+
 GRID, TOKENS, WIDTH, HEADS = (3, 5), 16, 12, 3
 BY_NAME = pytest.mark.parametrize("name, options", FIRST)
 

@@ -17,6 +17,8 @@ from effvit.errors import UserError
 from effvit.measure.memory import peak_bytes
 from effvit.measure.workload import block_training
 
+pytestmark = pytest.mark.slow
+
 GRID, TOKENS, WIDTH, HEADS = (3, 5), 16, 12, 3
 SOFT = ("standard", "fused", "performer", "hybrid")  # whose rows are weighted means of the values
 

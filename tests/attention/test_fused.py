@@ -8,6 +8,8 @@ from effvit.kernels import softmax_attention as module
 from effvit.kernels.qkv import qkv
 from effvit.kernels.softmax_attention import softmax_attention
 
+pytestmark = pytest.mark.slow
+
 
 def test_it_is_softmax_attention_written_out():
     torch.manual_seed(0)

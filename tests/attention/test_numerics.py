@@ -18,6 +18,8 @@ from mechanisms import CASES, heads_of, merged_maps
 
 from effvit import build_attention
 
+pytestmark = pytest.mark.slow
+
 WIDTH, HEADS, SAMPLES = 16, 4, 3
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 MULTIPLE = 16

@@ -8,6 +8,8 @@ from effvit import build_attention
 from effvit.measure.memory import peak_bytes
 from effvit.measure.peers import MODES, PEERS
 
+pytestmark = pytest.mark.slow
+
 REASON = "a peer to compare with: pip install effvit[peers]"
 WIDTH, HEADS, GRID, TOKENS = 12, 3, (3, 5), 16
 

@@ -12,6 +12,8 @@ from PIL import Image
 from effvit.attention import attention_class, available_attention
 from effvit.cli.app import COMMANDS
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(sys.executable).with_name("effvit")
 HEAVY = "{'torch', 'numpy', 'pandas', 'matplotlib', 'dvc', 'PIL'}"
 

@@ -13,6 +13,8 @@ from effvit.figures.peers import peer_ratios
 from effvit.measure import peers
 from effvit.measure.peers import PEERS, Point, compare_with_peer, parse_width, require_peers
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"tokens_per_batch": 65, "budget_s": 0.01, "dtype": torch.float32}
 
 

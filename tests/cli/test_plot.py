@@ -15,6 +15,8 @@ from effvit.cli.prepare import prepare
 from effvit.errors import UserError
 from effvit.study.aggregate import aggregate
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("curves", "tradeoff", "confusion", "hardware", "attention-maps", "samples", "fidelity", "cka", "heads")
 KINDS += ("class-token-maps",)
 STUDIED = {"scaling", "scaling_tokens", "scaling_model", "scaling_model_tokens", "efficiency"}

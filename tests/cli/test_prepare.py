@@ -14,6 +14,8 @@ from effvit.data.preparing import prepare
 from effvit.data.sources import available_datasets
 from effvit.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 RUN = """
 import sys, typer
 from effvit.errors import one_line_errors

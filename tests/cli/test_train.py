@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 
 from effvit.model.checkpoint import load_model
 
+pytestmark = pytest.mark.slow
+
 LIMITED = """
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, 8_000))

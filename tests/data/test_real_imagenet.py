@@ -13,6 +13,8 @@ from effvit.data.preparing import prepare
 from effvit.training.loop import Epoch, Training
 from effvit.training.recipe import TrainConfig
 
+pytestmark = pytest.mark.slow
+
 DATA = Path(os.environ.get("EFFVIT_SHARED", Path(__file__).parents[2] / ".." / "shared")) / "data"
 
 

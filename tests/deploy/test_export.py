@@ -24,6 +24,8 @@ from effvit.errors import UserError
 from effvit.evaluation.score import predict_logits
 from effvit.model.trained_on import TrainedOn
 
+pytestmark = pytest.mark.slow
+
 MECHANISMS = available_attention()
 
 

@@ -18,6 +18,8 @@ from effvit.device import this_machine
 from effvit.errors import UserError
 from effvit.study import cells
 
+pytestmark = pytest.mark.slow
+
 MIB = 2**20
 
 

@@ -15,6 +15,8 @@ from effvit import figures
 from effvit.figures.style import look
 from effvit.study.aggregate import collect
 
+pytestmark = pytest.mark.slow
+
 SVG = "{http://www.w3.org/2000/svg}"
 TEMPLATES = sorted((Path(__file__).parents[2] / ".dvc" / "plots").glob("*.json"))
 

@@ -13,6 +13,8 @@ from effvit import kernels, policy
 from effvit.kernels.feature_attention import Features
 from effvit.kernels.window_attention import Windows
 
+pytestmark = pytest.mark.slow
+
 MODULES = {
     name: module
     for _, name, _ in pkgutil.iter_modules(kernels.__path__)

@@ -14,6 +14,8 @@ from effvit.measure.compare import peak_or_none
 from effvit.measure.memory import resident_bytes
 from effvit.measure.workload import adamw, inference, training_step
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 MIB = 2**20
 NUMBERS = ["median", "q25", "q75", "p90", "n", "fused_median", "ratio_to_fused"]

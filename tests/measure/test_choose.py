@@ -9,6 +9,8 @@ from effvit.measure import choose
 from effvit.measure.choose import builder, measure_choice, verdict
 from effvit.model.presets import preset
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 TINY = {"patch_size": 4, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 SETTINGS = {"batch_size": 2, "precision": "float32", "budget_s": 0.2, "device": CPU}

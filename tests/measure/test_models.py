@@ -13,6 +13,8 @@ from effvit import ViT, ViTConfig, compare
 from effvit.errors import UserError
 from effvit.measure import latency, side_by_side
 
+pytestmark = pytest.mark.slow
+
 IMAGES = torch.zeros(4, 3, 16, 16)
 MIB = 2**20
 QUICK = {"budget_s": 1e-3}

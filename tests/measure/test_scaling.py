@@ -20,6 +20,8 @@ from effvit.measure.subject import Block, Model, square_grid
 from effvit.measure.workload import block_forward
 from effvit.model.vit import ViT, ViTConfig
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 NUMBERS = ["median", "q25", "q75", "n", "fused_median", "ratio_to_fused"]
 

@@ -6,6 +6,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 TEXT = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
 OWN, FOREIGN = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 

@@ -13,6 +13,8 @@ from effvit.errors import UserError
 from effvit.training.loop import DivergedError, Epoch, Training
 from effvit.training.recipe import TrainConfig
 
+pytestmark = pytest.mark.slow
+
 MEASURED = ["seconds", "images_per_second", "peak_memory_mib"]
 
 

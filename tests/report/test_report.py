@@ -22,6 +22,8 @@ from effvit.report.page import _CAPTIONS, markdown, pictures
 from effvit.report.tables import Study, read
 from effvit.study.aggregate import aggregate
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH")
 

@@ -18,6 +18,8 @@ from dvc_render.vega import VegaRenderer
 from effvit.attention import available_attention
 from effvit.data import sources
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
 STAGES = PIPELINE["stages"]

@@ -17,6 +17,8 @@ import pytest
 import yaml
 from pandas import read_csv
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 DETERMINISTIC = (
     "data/prepared/*/*",

@@ -14,6 +14,8 @@ from effvit.cli.aggregate import aggregate as command
 from effvit.errors import UserError
 from effvit.study.aggregate import aggregate, collect, summarise
 
+pytestmark = pytest.mark.slow
+
 TABLES = {"curves.csv", "accuracy.csv", "cost.csv", "tradeoff.csv", "scaling.csv", "confusion.csv", "provenance.csv"}
 TABLES |= {"efficiency.csv", "paired.csv", "hardware.csv"}
 TABLES |= {"fidelity.csv", "replaced.csv", "cka.csv", "heads.csv", "gates.csv"}

@@ -7,6 +7,8 @@ import pytest
 
 from effvit.training.allocator import keep_freed_memory
 
+pytestmark = pytest.mark.slow
+
 # Page faults of allocating and freeing 64 blocks of 1 MiB, again and again.
 PROGRAM = """
 import resource, sys, torch

@@ -21,6 +21,8 @@ from effvit.training.optimizer import schedule
 from effvit.training.recipe import TrainConfig
 from effvit.training.run import Best, train_to
 
+pytestmark = pytest.mark.slow
+
 RECIPE = {"epochs": 2, "batch_size": 128, "lr": 3e-3, "crop_padding": 1, "device": "cpu"}
 
 

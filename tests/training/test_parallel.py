@@ -24,6 +24,8 @@ from effvit.training.parallel import make_fabric
 from effvit.training.recipe import TrainConfig
 from effvit.training.run import train_to
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = {
     "linformer": {"k": 6},
     "performer": {"num_features": 8, "redraw_every": 3},

@@ -26,6 +26,8 @@ from effvit.training.recipe import TrainConfig
 from effvit.training.resume import Store, fingerprint, open_store
 from effvit.training.run import train_to
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 RECIPE = {"epochs": 3, "batch_size": 128, "lr": 3e-3, "crop_padding": 1, "device": "cpu", "checkpoint_s": 0.0}
 

@@ -17,6 +17,8 @@ from effvit.data.loading.prepared import PreparedDataset
 from effvit.data.preparing import prepare, shards
 from effvit.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 PREPARE = "from effvit.cli.app import main; main()"
 PER_CLASS = 60
 
