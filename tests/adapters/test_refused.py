@@ -253,7 +253,7 @@ def test_a_vit_whose_attention_is_all_somebody_elses_has_none_that_is_known():
     model = ViT(ViTConfig())
     for block in model.blocks:
         block.attn = torch.nn.Identity()
-    with pytest.raises(UserError, match="no attention"):
+    with pytest.raises(UserError, match="no Vision Transformer that swap_attention knows in this ViT"):
         swap_attention(model, "performer")
 
 
@@ -262,4 +262,6 @@ def test_blocks_are_counted_with_those_that_have_somebody_elses_attention():
     model.blocks[0].attn = torch.nn.Identity()
     report = swap_attention(model, "performer", layers=[2])
     assert type(model.blocks[2].attn).__name__ == "PerformerAttention"
-    assert "blocks.2.attn" in str(report)
+    assert isinstance(model.blocks[0].attn, torch.nn.Identity)
+    assert {type(block.attn).__name__ for block in (model.blocks[1], model.blocks[3])} == {"FusedAttention"}
+    assert "performer in 1 of " in str(report)
