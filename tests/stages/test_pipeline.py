@@ -230,8 +230,8 @@ def test_only_the_code_that_changed_runs(repository: Repository) -> None:
     assert {stage for stage in of_linformer if stage.startswith("train")} == {"train@digits-linformer-0"}
     assert not [stage for stage in of_linformer if "fused" in stage]
     of_training = after_change("effvit/training/loop.py")
-    assert of_training == {"train@digits-fused-0", "train@digits-linformer-0"}
-    assert after_change("effvit/data/sources/folder.py") == {"prepare@digits"}
+    assert of_training == {"machine", "train@digits-fused-0", "train@digits-linformer-0"}
+    assert after_change("effvit/data/sources/folder.py") == {"machine", "prepare@digits"}
 
 
 def test_a_wrong_option_is_one_line_and_runs_nothing(repository: Repository) -> None:
