@@ -12,8 +12,17 @@ SMALL = {
     "performer": [{"num_features": 11}, {"num_features": 11, "kernel": "relu"}, {"num_features": 4}],
     "nystromformer": [{"num_landmarks": 5}, {"num_landmarks": 5, "conv_kernel_size": 0}, {"num_landmarks": 40}],
     "hybrid": [{"window_size": 2}, {"window_size": 3, "branches": ["linear"]}],
+    "linear": [{"feature_map": feature_map} for feature_map in ("elu", "relu", "softmax")],
+    "focused": [{}, {"power": 1.5}],
+    "agent": [{"agent_size": 2}, {"agent_size": 4}],
+    "pooled": [{"pool_size": 2}, {"pool_size": 4}],
+    "window": [{"window_size": 2}],
 }
-CASES = [(name, options) for name in available_attention() for options in SMALL.get(name, [{}])]
+# Where values of the patches come from differs by mechanism; `build_attention` takes it beside the options.
+WITH_VALUE_CONV = [
+    (name, SMALL.get(name, [{}])[0] | {"value_conv": 3}) for name in ("fused", "linformer", "hybrid", "pooled")
+]
+CASES = [(name, options) for name in available_attention() for options in SMALL.get(name, [{}])] + WITH_VALUE_CONV
 FIRST = [(name, SMALL.get(name, [{}])[0]) for name in available_attention()]
 
 
@@ -39,12 +48,25 @@ def options_for(name, grid, prefix_tokens=1):
                 "branches": st.sampled_from([["regional"], ["linear"], ["regional", "linear"]]),
             }
         ).map(lambda o: o | {"branches": [*o["branches"], *(["dilated"] if len(o["dilations"]) > 1 else [])]}),
+        "linear": st.fixed_dictionaries({"feature_map": st.sampled_from(["elu", "relu", "softmax"])}),
+        "focused": st.fixed_dictionaries({"power": st.floats(0.5, 8)}),
+        "agent": st.fixed_dictionaries({"agent_size": st.integers(1, side + 2)}),
+        "pooled": st.fixed_dictionaries({"pool_size": st.integers(1, side + 2)}),
+        "window": st.fixed_dictionaries(
+            {
+                "window_size": st.integers(1, side + 2),
+                "shift": st.booleans(),
+                "global_every": st.integers(0, 3),
+            }
+        ),
     }.get(name, st.just({}))
 
 
 def merged_maps(attention):
     """Weight (3C, C) and bias (3C) of the query, key and value maps, whatever a mechanism calls them."""
     state = standard_to_fused(attention.state_dict())
+    if "value.weight" in state:  # the control has no queries and keys
+        return torch.cat([state["value.weight"]] * 3), torch.cat([state["value.bias"]] * 3)
     return state["qkv.weight"], state["qkv.bias"]
 
 

@@ -15,7 +15,12 @@ from effvit.errors import UserError, explain
 __all__ = ["Attention", "attention_class", "available_attention", "build_attention", "check_options"]
 
 BASELINE = "fused"
-_ORDER = ("standard", "fused", "linformer", "performer", "nystromformer", "hybrid")  # of tables and legends
+# Of tables and legends.
+_ORDER = (
+    *("standard", "fused", "linformer", "performer", "nystromformer", "hybrid"),
+    *("linear", "focused", "agent", "pooled", "window", "uniform"),
+)
+MOST_VALUE_CONV = 63
 _NOT_MECHANISMS = {"__init__", "base"}
 
 
@@ -54,6 +59,12 @@ def check_options(
     return checked
 
 
+def check_value_conv(side: int) -> None:
+    """Raise ``UserError`` where that is no side of a kernel."""
+    if side < 0 or (side and side % 2 == 0) or side > MOST_VALUE_CONV:
+        raise UserError(f"value_conv={side}: must be odd and at most {MOST_VALUE_CONV}, or 0 for no convolution")
+
+
 def build_attention(
     name: str,
     dim: int,
@@ -66,6 +77,7 @@ def build_attention(
     qkv_bias: bool = True,
     attn_drop: float = 0.0,
     proj_drop: float = 0.0,
+    value_conv: int = 0,
     **options: Any,
 ) -> Attention:
     """Build the attention module of one transformer block.
@@ -81,6 +93,7 @@ def build_attention(
         qkv_bias: whether the query, key and value maps have a bias.
         attn_drop: dropout of attention probabilities.
         proj_drop: dropout after the output projection.
+        value_conv: side of a depthwise convolution of the patches' values that is added to what is mixed; odd, 0 none.
         **options: the mechanism's own options.
 
     Returns:
@@ -97,6 +110,7 @@ def build_attention(
         raise UserError(f"prefix_tokens={prefix_tokens}: must be 0 or more")
     if not 0 <= layer < depth:
         raise UserError(f"layer={layer}: must be from 0 to depth - 1, with depth={depth}")
+    check_value_conv(value_conv)
     checked = check_options(name, options)
     return attention_class(name)(
         dim,
@@ -109,4 +123,5 @@ def build_attention(
         qkv_bias=qkv_bias,
         attn_drop=attn_drop,
         proj_drop=proj_drop,
+        value_conv=value_conv,
     )

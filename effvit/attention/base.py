@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from effvit.errors import UserError
+from effvit.kernels.grid_convolution import grid_convolution
 from effvit.kernels.linear import apply_linear
 from effvit.kernels.qkv import apply_qkv
 
@@ -32,6 +33,9 @@ class Attention(nn.Module):
 
     A mechanism implements ``attend`` and ``mixing_macs``. It must be linear in ``v`` for given ``q``, ``k`` and
     context, so that the N x N matrix it implies is ``attend(q, k, I)``: that is how ``return_map`` works for all.
+
+    With ``value_conv`` w the values of the patches, convolved with a w x w kernel for each channel, are added to what is
+    mixed. In the matrix they count by the mean kernel of a head's channels.
 
     Dropout of attention probabilities acts on the factor that multiplies the values from the left, where a
     mechanism has no N x N matrix to drop from (each says which); it stays unbiased and linear in ``v``.
@@ -62,6 +66,7 @@ class Attention(nn.Module):
         qkv_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        value_conv: int = 0,
     ) -> None:
         super().__init__()
         options.check_grid(grid_size, prefix_tokens)
@@ -72,6 +77,10 @@ class Attention(nn.Module):
         self.layer, self.depth = layer, depth
         self.attn_drop = attn_drop
         self.build_maps(qkv_bias)
+        self.value_conv = (
+            nn.Conv2d(dim, dim, value_conv, padding=value_conv // 2, groups=dim, bias=False) if value_conv else None
+        )
+        self.reset_value_conv()
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -93,11 +102,11 @@ class Attention(nn.Module):
             self.check_shape(x)
         q, k, v, *context = self.project(x)
         if not return_map:
-            return self.merge(self.attend(q, k, v, *context))
+            return self.merge(self.attend(q, k, v, *context), self.patch_values(x, v))
         # One pass over [v, I], so that both parts see the same dropout mask.
         both = self.attend(q, k, torch.cat([v, self.map_values(v)], dim=-1), *context)
         y, attention_map = both.split([self.head_dim, x.shape[1]], dim=-1)
-        return self.merge(y), attention_map
+        return self.merge(y, self.patch_values(x, v)), attention_map + self.value_conv_map(y)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Tokens ``(B, N, C)`` to q, k, v ``(B, H, N, d)``; anything after them is passed on to ``attend``."""
@@ -106,7 +115,8 @@ class Attention(nn.Module):
 
     def check_shape(self, x: Tensor) -> None:
         """Raise ``UserError`` where these are not the tokens that the module is made for."""
-        wanted = self.num_tokens if self.needs_grid or self.fixed_length else x.shape[1] if x.ndim == 3 else None
+        one_length = self.needs_grid or self.fixed_length or self.value_conv is not None
+        wanted = self.num_tokens if one_length else x.shape[1] if x.ndim == 3 else None
         if x.shape[1:] != (wanted, self.dim):
             rows, columns = self.grid_size
             raise UserError(
@@ -127,9 +137,27 @@ class Attention(nn.Module):
         eye = torch.eye(v.shape[-2], dtype=v.dtype, device=v.device)
         return eye.expand(*v.shape[:2], -1, -1)
 
-    def merge(self, y: Tensor) -> Tensor:
-        """Heads ``(B, H, N, d)`` to tokens ``(B, N, C)``, through the output projection."""
-        return self.proj_drop(apply_linear(self.proj, y.transpose(1, 2).flatten(2)))
+    def patch_values(self, x: Tensor, v: Tensor) -> Tensor | None:
+        """Values of the patches ``(B, P, C)`` for ``value_conv``, of tokens or of v; None without it."""
+        return None if self.value_conv is None else v.transpose(1, 2).flatten(2)[:, self.prefix_tokens :]
+
+    def merge(self, y: Tensor, patch_values: Tensor | None = None) -> Tensor:
+        """Heads ``(B, H, N, d)`` to tokens ``(B, N, C)``: plus ``value_conv``, through the output projection."""
+        tokens = y.transpose(1, 2).flatten(2)
+        if patch_values is not None and self.value_conv is not None:
+            tokens = grid_convolution(tokens, patch_values, self.value_conv.weight[:, 0], self.grid_size)
+        return self.proj_drop(apply_linear(self.proj, tokens))
+
+    def value_conv_map(self, y: Tensor) -> Tensor | int:
+        """Matrix ``(H, N, N)`` of ``value_conv``, by the mean kernel of each head's channels; 0 without it."""
+        if self.value_conv is None:
+            return 0
+        n, p = self.num_tokens, self.num_patches
+        kernels = self.value_conv.weight.to(y.dtype).unflatten(0, (self.num_heads, -1)).mean(dim=(1, 2))  # (H, w, w)
+        eye = torch.eye(p, dtype=y.dtype, device=y.device).repeat(1, self.num_heads)[None]  # (1, P, H P)
+        nothing = eye.new_zeros(1, n, eye.shape[-1])
+        columns = grid_convolution(nothing, eye, kernels.repeat_interleave(p, dim=0), self.grid_size)
+        return nn.functional.pad(columns[0].unflatten(-1, (-1, p)).transpose(0, 1), (self.prefix_tokens, 0))
 
     @property
     def dropout_p(self) -> float:
@@ -141,7 +169,7 @@ class Attention(nn.Module):
 
         Bias, softmax, exp, normalisation and pooling are not counted.
         """
-        return self.map_macs() + self.mixing_macs()
+        return self.map_macs() + self.mixing_macs() + self.value_conv_macs()
 
     def map_macs(self) -> int:
         """MACs of the query, key, value and output maps: 4NC²."""
@@ -150,6 +178,15 @@ class Attention(nn.Module):
     def mixing_macs(self) -> int:
         """MACs of everything between the maps."""
         raise NotImplementedError
+
+    def value_conv_macs(self) -> int:
+        """MACs of ``value_conv`` w: w²PC."""
+        return 0 if self.value_conv is None else self.value_conv.kernel_size[0] ** 2 * self.num_patches * self.dim
+
+    def reset_value_conv(self) -> None:
+        """Have ``value_conv`` start as a twentieth of the values' own size, so that mixing leads."""
+        if self.value_conv is not None:
+            nn.init.trunc_normal_(self.value_conv.weight, std=0.05 / self.value_conv.kernel_size[0])
 
     def reset_mechanism(self) -> None:
         """Set what the mechanism starts from, where a model's common initialisation must not touch it."""

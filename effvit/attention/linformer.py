@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from effvit.attention.base import Attention, AttentionOptions, Grid, register
 from effvit.errors import UserError
-from effvit.kernels.qkv import QKVLinear, apply_qkv_apart
+from effvit.kernels.qkv import QKVLinear, apply_qkv_apart, apply_v
 from effvit.kernels.softmax_attention import softmax_attention
 
 
@@ -76,6 +76,9 @@ class LinformerAttention(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
         return softmax_attention(q, k, v, self.dropout_p)
 
+    def patch_values(self, x: Tensor, v: Tensor) -> Tensor | None:
+        return None if self.value_conv is None else apply_v(self.qkv, x[:, self.prefix_tokens :])
+
     def map_values(self, v: Tensor) -> Tensor:
         """F itself: softmax(q k'ᵀ / √d) F is the matrix that is applied to x W_v."""
         return self.F.to(v.dtype).expand(*v.shape[:2], -1, -1)
@@ -84,6 +87,10 @@ class LinformerAttention(Attention):
         """NC² for the queries, NC² for the output, 2kC² for keys and values (2NC² with ``share=none``)."""
         rows = self.num_tokens if self.share == "none" else self.k
         return 2 * (self.num_tokens + rows) * self.dim**2
+
+    def value_conv_macs(self) -> int:
+        """w²PC, and PC² for values of the patches."""
+        return super().value_conv_macs() + (0 if self.value_conv is None else self.num_patches * self.dim**2)
 
     def mixing_macs(self) -> int:
         """2NkC for the softmax's two products, NkC for each of E and F (once where E = F)."""

@@ -21,6 +21,7 @@ def benchmark(
     intermediate_size: options.IntermediateSize = None,
     hidden_dropout_prob: options.HiddenDropout = 0.0,
     attention_probs_dropout_prob: options.AttentionDropout = 0.0,
+    value_conv: options.ValueConv = 0,
     batch_size: Annotated[int, typer.Option(help="Images of the benchmark batch.")] = 64,
     memory_mib: Annotated[float, typer.Option(help="MiB that the largest batch may take.")] = 256,
     budget_s: Annotated[float, typer.Option(help="Seconds of sampling each quantity.")] = 1.0,
@@ -62,6 +63,7 @@ def benchmark(
             "num_classes": num_classes,
             "hidden_dropout_prob": hidden_dropout_prob,
             "attention_probs_dropout_prob": attention_probs_dropout_prob,
+            "value_conv": value_conv,
             "attention": attention,
             "attention_options": options.parse_options(option),
         }

@@ -41,6 +41,9 @@ NumHeads = Annotated[int | None, typer.Option(help="Attention heads of a block."
 IntermediateSize = Annotated[int | None, typer.Option(help="Width of a block's MLP.")]
 HiddenDropout = Annotated[float, typer.Option(help="Dropout of embeddings, projections, MLP.")]
 AttentionDropout = Annotated[float, typer.Option(help="Dropout of attention.")]
+ValueConv = Annotated[
+    int, typer.Option(help="Side of a depthwise convolution of the values in every block, odd; 0 for none.")
+]
 MetricsDir = Annotated[Path, typer.Option(help="Directory that holds cells/, analysis/ and scaling/.")]
 Datasets = Annotated[list[str], typer.Option("--dataset", help="Data set of the comparison; repeatable.")]
 Attentions = Annotated[list[str], typer.Option("--attention", help="Mechanism of the comparison; repeatable.")]

@@ -20,6 +20,7 @@ def scaling(
     intermediate_size: options.IntermediateSize = None,
     hidden_dropout_prob: options.HiddenDropout = 0.0,
     attention_probs_dropout_prob: options.AttentionDropout = 0.0,
+    value_conv: options.ValueConv = 0,
     tokens_per_batch: Annotated[
         int,
         typer.Option(help="Tokens of the batches measured beside a single sample, where these are several samples."),
@@ -70,12 +71,13 @@ def scaling(
             "image_size": sizes["patch_size"] * square_grid(counts[-1])[0],
             "hidden_dropout_prob": hidden_dropout_prob,
             "attention_probs_dropout_prob": attention_probs_dropout_prob,
+            "value_conv": value_conv,
             "attention": attention,
             "attention_options": options.parse_options(option),
         }
     )
     subjects: list[Subject] = [
-        Block(attention, config.attention_options, config.hidden_size, config.num_attention_heads),
+        Block(attention, config.attention_options, config.hidden_size, config.num_attention_heads, value_conv),
         Model(config),
     ]
     for subject in subjects:

@@ -31,6 +31,7 @@ def train(
     ] = None,
     hidden_dropout_prob: Annotated[float, typer.Option(help="Dropout of embeddings, projections, MLP.")] = 0.0,
     attention_probs_dropout_prob: Annotated[float, typer.Option(help="Dropout of attention.")] = 0.0,
+    value_conv: options.ValueConv = 0,
     init_from: Annotated[
         Path | None,
         typer.Option(help="Weights to start from: a model directory, or a ViT of timm, transformers, torchvision."),
@@ -126,6 +127,7 @@ def train(
             "num_classes": len(dataset.classes),
             "hidden_dropout_prob": hidden_dropout_prob,
             "attention_probs_dropout_prob": attention_probs_dropout_prob,
+            "value_conv": value_conv,
             "attention": attention,
             "attention_options": mechanism_options,
         }

@@ -22,9 +22,11 @@ class Features(NamedTuple):
       largest exponent, of each query by itself, of all keys of a head together, so that it cancels.
     - ``relu``: max(h, 0) + ε.
     - ``elu``: elu(h) + 1 + ε.
+    - ``softmax``: softmax over a query's features; for keys, over the tokens of each feature. The normaliser is then 1.
+    - ``identity``: h, which must be positive.
     """
 
-    kernel: Literal["exp", "relu", "elu"]
+    kernel: Literal["exp", "relu", "elu", "softmax", "identity"]
     eps: float
     omega: Tensor | None = None
     scale: Tensor | float = 1.0
@@ -32,11 +34,15 @@ class Features(NamedTuple):
     def of_queries(self, q: Tensor) -> Tensor:
         """φ(q), for ``exp`` up to a factor of each query, which cancels in the quotient."""
         h = q if self.omega is None else q @ self.matrix(q.dtype).mT
+        if self.kernel == "softmax":
+            return h.softmax(dim=-1)
         return self._positive(h, dims=(-1,)) + self.eps
 
     def of_keys(self, k: Tensor) -> Tensor:
         """φ(k), for ``exp`` up to a factor common to all keys of a head."""
         h = k if self.omega is None else k @ self.matrix(k.dtype).mT
+        if self.kernel == "softmax":
+            return h.softmax(dim=-2)
         if self.kernel == "exp":
             h = h - half_norms(k, self.scale)
         return self._positive(h, dims=(-2, -1)) + self.eps
@@ -51,6 +57,8 @@ class Features(NamedTuple):
             return exp_(h - h.detach().amax(dim=dims, keepdim=True))
         if self.kernel == "relu":
             return h.relu()
+        if self.kernel == "identity":
+            return h
         # elu + 1 is exp(x) below 0 and x + 1 above. Adding 1 to elu's -1 + exp(x) would round exp(x) away.
         return h.clamp(max=0).exp() + h.relu()
 
@@ -64,6 +72,8 @@ def reference(q: Tensor, k: Tensor, v: Tensor, features: Features, dropout_p: fl
     with torch.autocast(q.device.type, enabled=False):  # φ, its sums over tokens and 1 / them overflow float16
         phi_q, phi_k = features.of_queries(q.to(dtype)), features.of_keys(k.to(dtype))
         y = F.dropout(phi_q, dropout_p) @ (phi_k.mT @ v.to(dtype))
+        if features.kernel == "softmax":
+            return y.to(v.dtype)
         return (y / (phi_q @ phi_k.sum(dim=-2).unsqueeze(-1))).to(v.dtype)
 
 
@@ -71,8 +81,9 @@ def reference(q: Tensor, k: Tensor, v: Tensor, features: Features, dropout_p: fl
 def feature_attention(q: Tensor, k: Tensor, v: Tensor, features: Features, dropout_p: float = 0.0) -> Tensor:
     """`reference`, by blocks that stay in a CPU's cache where it would not."""
     # The device first, as a batch that is exported has no size yet. Of elu's two parts PyTorch would keep all
-    # intermediate results, and go back through each.
-    if choice.on_cpu(q, k, v) and not dropout_p and (k.numel() > _BLOCK_NUMBERS or features.kernel == "elu"):
+    # intermediate results, and go back through each; softmax's has a sum over tokens that lie far apart.
+    always = features.kernel in ("elu", "softmax")
+    if choice.on_cpu(q, k, v) and not dropout_p and (k.numel() > _BLOCK_NUMBERS or always):
         return by_blocks(q, k, v, features)
     return reference(q, k, v, features, dropout_p)
 
@@ -96,7 +107,8 @@ def exp_(x: Tensor) -> Tensor:
 class Blockwise(torch.autograd.Function):
     """The normaliser D is one more column of the same product: [n, D] = φ(q) S with S = [φ(k)ᵀ v, Σ φ(k)].
 
-    Training keeps q and φ(k), and nothing else of their size; φ(q) is computed again.
+    With ``softmax``, of which φ are the exponentials alone, S = [φ(k)ᵀ v / Σ φ(k), 1]. Training keeps q and φ(k), and
+    nothing else of their size; φ(q) is computed again.
     """
 
     @staticmethod
@@ -107,14 +119,15 @@ class Blockwise(torch.autograd.Function):
         y = v.new_empty(samples, rows, heads, v.shape[-1]).transpose(1, 2)
         normaliser = q.new_empty(samples, heads, rows, 1, dtype=dtype)
         # Heads first: a product writes a block directly where the block is whole in memory.
-        kept = q.new_empty(heads, samples, columns, m, dtype=dtype) if any(ctx.needs_input_grad) else None
+        keeps = any(ctx.needs_input_grad) and features.kernel != "identity"
+        kept = q.new_empty(heads, samples, columns, m, dtype=dtype) if keeps else None
         with torch.autocast(q.device.type, enabled=False):
             for block in _blocks(k):
                 query, key, value = (tokens[block].to(dtype) for tokens in (q, k, v))
                 phi_q = _of_queries(query, features)
                 place = q.new_empty(len(key), columns, m, dtype=dtype) if kept is None else kept[block[::-1]]
                 phi_k = _of_keys(key, features, place)
-                both = torch.bmm(phi_q, _context(phi_k, value))
+                both = torch.bmm(phi_q, _context(phi_k, value, features))
                 normaliser[block] = both[..., -1:]
                 torch.div(both[..., :-1], both[..., -1:], out=y[block])
         scale = features.scale if isinstance(features.scale, Tensor) else None
@@ -134,9 +147,12 @@ class Blockwise(torch.autograd.Function):
         d_q, d_k, d_v = (torch.empty_like(tokens) for tokens in (q, k, v))
         with torch.autocast(k.device.type, enabled=False):
             for block in _blocks(k):
-                query, key, value = (tokens[block].to(kept.dtype) for tokens in (q, k, v))
-                d_y, phi_k = (gradient[block], y[block], normaliser[block]), kept[block[::-1]]
-                d_q[block], d_context = _through_queries(query, _context(phi_k, value), d_y, features)
+                query, key, value = (tokens[block].to(normaliser.dtype) for tokens in (q, k, v))
+                d_y, phi_k = (gradient[block], y[block], normaliser[block]), key if kept is None else kept[block[::-1]]
+                context = _context(phi_k, value, features)
+                d_q[block], d_context = _through_queries(query, context, d_y, features)
+                if features.kernel == "softmax":
+                    d_context = _through_quotient(d_context, context, phi_k)
                 d_k[block], d_v[block] = _through_keys(key, value, phi_k, d_context, features)
         return d_q, d_k, d_v, None
 
@@ -161,7 +177,7 @@ def _of_keys(k: Tensor, features: Features, out: Tensor) -> Tensor:
     h = _products(k, features, out)
     if features.kernel == "exp":
         h = torch.sub(h, half_norms(k, features.scale), out=out)
-    return _positive_(h, out, features, dims=(-2, -1))
+    return _positive_(h, out, features, dims=(-2,) if features.kernel == "softmax" else (-2, -1))
 
 
 def _products(x: Tensor, features: Features, out: Tensor | None = None) -> Tensor:
@@ -172,12 +188,15 @@ def _products(x: Tensor, features: Features, out: Tensor | None = None) -> Tenso
 
 
 def _positive_(h: Tensor, out: Tensor | None, features: Features, dims: tuple[int, ...]) -> Tensor:
+    if features.kernel == "identity":
+        return h
     if features.kernel == "relu":
         return torch.clamp(h, min=0, out=out).add_(features.eps)
     if features.kernel == "elu":
         above = h.relu().add_(features.eps)
         return exp_(torch.clamp(h, max=0, out=out)).add_(above)
-    return exp_(torch.sub(h, h.amax(dim=dims, keepdim=True), out=out)).add_(features.eps)
+    phi = exp_(torch.sub(h, h.amax(dim=dims, keepdim=True), out=out))
+    return phi if features.kernel == "softmax" else phi.add_(features.eps)
 
 
 def _through_queries(
@@ -191,30 +210,45 @@ def _through_queries(
     d_n = torch.div(gradient, normaliser, out=d_both[..., :-1])
     d_both[..., -1] = -(d_n * y).sum(dim=-1)
     d_context = torch.bmm(phi.mT, d_both)
-    d_h = torch.bmm(d_both, context.mT).mul_(_derivative(phi, features, out=phi))
+    d_h = _through_positive(torch.bmm(d_both, context.mT), phi, features, out=phi)
     return d_h if features.omega is None else d_h @ features.matrix(d_h.dtype), d_context
 
 
 def _through_keys(k: Tensor, v: Tensor, phi: Tensor, d_context: Tensor, features: Features) -> tuple[Tensor, Tensor]:
     """Gradients of a block's keys and values."""
     d_context, d_sum = d_context.split([v.shape[-1], 1], dim=-1)
-    d_h = torch.baddbmm(d_sum.mT, v, d_context.mT).mul_(_derivative(phi, features))
+    d_h = _through_positive(torch.baddbmm(d_sum.mT, v, d_context.mT), phi, features)
     d_k = d_h if features.omega is None else d_h @ features.matrix(d_h.dtype)
     if features.kernel == "exp":  # the gradient of -‖s k‖² / 2
         d_k.addcmul_(k * features.scale**2, d_h.sum(dim=-1, keepdim=True), value=-1)
     return d_k, torch.bmm(phi, d_context)
 
 
-def _derivative(phi: Tensor, features: Features, out: Tensor | None = None) -> Tensor:
-    """φ'(h) from φ: exp' = exp, relu' = 1 above zero, elu' = exp but at most 1."""
+def _through_quotient(d_context: Tensor, context: Tensor, phi: Tensor) -> Tensor:
+    """Gradient of [φ(k)ᵀ v, Σ φ(k)] from that of their quotient C, the first columns of S."""
+    sums = phi.sum(dim=-2).unsqueeze(-1)
+    d_products = d_context[..., :-1] / sums
+    d_sums = -(d_products * context[..., :-1]).sum(dim=-1, keepdim=True)
+    return torch.cat([d_products, d_sums], dim=-1)
+
+
+def _through_positive(d_phi: Tensor, phi: Tensor, features: Features, out: Tensor | None = None) -> Tensor:
+    """∂h from ∂φ and φ, in place of ∂φ: exp' = exp, relu' = 1 above zero, elu' = exp but at most 1."""
+    if features.kernel == "identity":
+        return d_phi
     if features.kernel == "relu":
-        return phi > features.eps
+        return d_phi.mul_(phi > features.eps)
+    if features.kernel == "softmax":
+        return d_phi.mul_(phi)
     derivative = torch.sub(phi, features.eps, out=out)
-    return derivative.clamp_(max=1) if features.kernel == "elu" else derivative
+    return d_phi.mul_(derivative.clamp_(max=1) if features.kernel == "elu" else derivative)
 
 
-def _context(phi_k: Tensor, v: Tensor) -> Tensor:
-    return torch.cat([torch.bmm(phi_k.mT, v), phi_k.sum(dim=-2).unsqueeze(-1)], dim=-1)
+def _context(phi_k: Tensor, v: Tensor, features: Features) -> Tensor:
+    products, sums = torch.bmm(phi_k.mT, v), phi_k.sum(dim=-2).unsqueeze(-1)
+    if features.kernel == "softmax":
+        products, sums = products.div_(sums), torch.ones_like(sums)
+    return torch.cat([products, sums], dim=-1)
 
 
 FORMS = {"by blocks": by_blocks}

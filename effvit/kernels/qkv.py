@@ -61,6 +61,14 @@ def apply_qkv_apart(layer: nn.Module, x: Tensor, of_k: Tensor, of_v: Tensor) -> 
     return layer(x).chunk(3, dim=-1)[0], keys[1], values[2]
 
 
+def apply_v(layer: nn.Module, x: Tensor) -> Tensor:
+    """Call the values' part of a merged layer on tokens ``(B, N, C)``: ``(B, N, C)``."""
+    if choice.is_plain(layer) or choice.is_plain(layer, QKVLinear):
+        bias = None if layer.bias is None else layer.bias.chunk(3)[2]
+        return linear(x, layer.weight.chunk(3)[2], bias)
+    return layer(x).chunk(3, dim=-1)[2]
+
+
 class ThreeProducts(torch.autograd.Function):
     """Each result whole in memory: nothing of 3C columns is written, cut or glued.
 

@@ -14,13 +14,15 @@ class Windows(NamedTuple):
     """A grid of ``rows x columns`` patches cut into windows of w x w patches that lie ``dilation`` apart.
 
     The grid is split into dilation² phases (rows and columns modulo the dilation), each phase into windows from its
-    first corner on; at the far borders windows hang over the grid.
+    first corner on; at the far borders windows hang over the grid. With a ``shift``, all windows begin as many patches
+    earlier than w, so that at the near borders they hang over as well.
     """
 
     rows: int
     columns: int
     size: int
     dilation: int = 1
+    shift: int = 0
 
     @property
     def padded(self) -> tuple[int, int]:
@@ -39,13 +41,19 @@ def reference(q: Tensor, k: Tensor, v: Tensor, windows: Windows, dropout_p: floa
 
     The S prefix tokens come first and are seen by every patch. Dropout acts on the probabilities.
     """
-    patch, span = torch.arange(q.shape[-2], device=q.device), windows.size * windows.dilation
+    patch = torch.arange(q.shape[-2], device=q.device)
     row, column = patch // windows.columns, patch % windows.columns
-    place = torch.stack([row % windows.dilation, row // span, column % windows.dilation, column // span])
+    place = torch.stack([*_place(row, windows), *_place(column, windows)])
     sees = (place[:, :, None] == place[:, None]).all(dim=0)  # (P, P): of one phase and one window
     sees = torch.cat([sees.new_ones(len(sees), k.shape[-2] - len(sees)), sees], dim=1)
     scores = ((q * q.shape[-1] ** -0.5) @ k.mT).masked_fill(~sees, float("-inf"))
     return F.dropout(scores.softmax(dim=-1), dropout_p) @ v
+
+
+def _place(position: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+    """Phase of each row or column, and its window there."""
+    r, w = windows.dilation, windows.size
+    return position % r, (position // r + (w - windows.shift if windows.shift else 0)) // w
 
 
 @choice.primitive
@@ -63,17 +71,32 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: Windows, dropout_
 def by_reshape(q: Tensor, k: Tensor, v: Tensor, windows: Windows, dropout_p: float = 0.0) -> Tensor:
     """Windows as parts of the grid's own shape: nothing is gathered, and no gradient is scattered."""
     heads, prefix = q.shape[1], k.shape[-2] - q.shape[-2]
-    mask = None
-    if windows.padded != (windows.rows, windows.columns):
-        patches = torch.ones(1, 1, q.shape[-2], 1, dtype=torch.bool, device=q.device)
-        there = to_windows(patches, windows).squeeze(-1)  # (1, windows, w²)
-        there = there | ~there.any(dim=-1, keepdim=True)  # a window wholly outside sees itself, and nobody sees it
-        mask = F.pad(there, (prefix, 0), value=True).repeat(1, heads, 1)[:, :, None]
+    mask = _mask(windows, heads, prefix, q.device)
     keys, values = (_with_prefix(tokens, prefix, windows) for tokens in (k, v))
     y = F.scaled_dot_product_attention(  # (B, H windows, w², e): windows take the place of heads
         to_windows(q, windows), keys, values, attn_mask=mask, dropout_p=dropout_p
     )
     return from_windows(y, heads, windows)
+
+
+def _mask(windows: Windows, heads: int, prefix: int, device: torch.device) -> Tensor | None:
+    """What a patch sees of its window, ``(1, H windows, w² or 1, S + w²)``; None where that is everything.
+
+    What is outside the grid sees the rest of its window that is outside as well, and nobody sees it.
+    """
+    if not windows.shift and windows.padded == (windows.rows, windows.columns):
+        return None
+    grid = torch.ones(windows.rows, windows.columns, dtype=torch.int32, device=device)
+    if windows.shift:  # of a window that holds both far and near borders, each part sees itself
+        row, column = (torch.arange(side, device=device) >= windows.shift * windows.dilation for side in grid.shape)
+        grid = grid + row[:, None] * 1 + column * 2
+    part = to_windows(grid.view(1, 1, -1, 1), windows).squeeze(-1)  # (1, windows, w²)
+    if windows.shift:
+        sees = part[:, :, :, None] == part[:, :, None]
+    else:
+        there = part > 0
+        sees = (there | ~there.any(dim=-1, keepdim=True))[:, :, None]
+    return F.pad(sees, (prefix, 0), value=True).repeat(1, heads, 1, 1)
 
 
 def to_windows(x: Tensor, windows: Windows) -> Tensor:
@@ -82,6 +105,8 @@ def to_windows(x: Tensor, windows: Windows) -> Tensor:
     x = x.unflatten(2, (windows.rows, windows.columns))
     if (rows, columns) != (windows.rows, windows.columns):
         x = F.pad(x, (0, 0, 0, columns - windows.columns, 0, rows - windows.rows))
+    if windows.shift:
+        x = x.roll((-windows.shift * r, -windows.shift * r), dims=(2, 3))
     x = x.unflatten(3, (columns // (w * r), w, r)).unflatten(2, (rows // (w * r), w, r))
     # (B, H, rows of windows, w, r, columns of windows, w, r, e)
     return x.permute(0, 1, 2, 4, 5, 7, 3, 6, 8).reshape(x.shape[0], x.shape[1] * windows.number, w * w, x.shape[-1])
@@ -92,6 +117,8 @@ def from_windows(y: Tensor, heads: int, windows: Windows) -> Tensor:
     (rows, columns), w, r = windows.padded, windows.size, windows.dilation
     y = y.reshape(y.shape[0], heads, rows // (w * r), r, columns // (w * r), r, w, w, y.shape[-1])
     y = y.permute(0, 2, 6, 3, 4, 7, 5, 1, 8).reshape(y.shape[0], rows, columns, heads, y.shape[-1])
+    if windows.shift:
+        y = y.roll((windows.shift * r, windows.shift * r), dims=(1, 2))
     return y[:, : windows.rows, : windows.columns].flatten(1, 2).transpose(1, 2)
 
 

@@ -48,17 +48,21 @@ class Block:
     options: dict[str, Any]
     dim: int
     num_heads: int
+    value_conv: int = 0
     scope = "block"
 
     def baseline(self) -> "Block":
-        return Block(BASELINE, {}, self.dim, self.num_heads)
+        return Block(BASELINE, {}, self.dim, self.num_heads, self.value_conv)
 
     def check(self, tokens: int) -> None:
         _check(self.attention, self.options, tokens)
 
     def build(self, tokens: int) -> Attention:
         """Build the block for a square grid of ``tokens - 1`` patches."""
-        return build_attention(self.attention, self.dim, self.num_heads, square_grid(tokens), **self.options)
+        grid_size = square_grid(tokens)
+        return build_attention(
+            self.attention, self.dim, self.num_heads, grid_size, value_conv=self.value_conv, **self.options
+        )
 
     def macs(self, tokens: int) -> int:
         return self.build(tokens).macs()

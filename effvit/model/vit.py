@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from effvit.attention import Attention, build_attention, check_options
+from effvit.attention import Attention, build_attention, check_options, check_value_conv
 from effvit.errors import UserError, explain
 from effvit.kernels.linear import apply_linear
 from effvit.model.trained_on import TrainedOn
@@ -26,7 +26,8 @@ class ViTConfig(BaseModel):
     """Shape of a ViT, in Hugging Face's names; raises pydantic's ``ValidationError`` (a ``ValueError``) if invalid.
 
     ``image_size`` in pixels is one number or a pair of height and width. Of ``prefix_tokens`` the first is the class
-    token, further ones are registers; with none the patches are averaged.
+    token, further ones are registers; with none the patches are averaged. ``value_conv`` is the side of a depthwise
+    convolution of the patches' values in every block (see `effvit.attention.build_attention`), 0 for none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -45,6 +46,7 @@ class ViTConfig(BaseModel):
     attention_probs_dropout_prob: float = Field(0.0, ge=0, lt=1)
     initializer_range: float = Field(0.02, gt=0)
     layer_norm_eps: float = Field(1e-6, gt=0)
+    value_conv: int = 0
     attention: str = "fused"
     attention_options: dict[str, Any] = Field({})
 
@@ -56,6 +58,7 @@ class ViTConfig(BaseModel):
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads}: must divide hidden_size={self.hidden_size}"
             )
+        check_value_conv(self.value_conv)
         check_options(self.attention, self.attention_options, self.grid_size, self.prefix_tokens)
         return self
 
@@ -161,6 +164,7 @@ class Block(nn.Module):
             qkv_bias=config.qkv_bias,
             attn_drop=config.attention_probs_dropout_prob,
             proj_drop=config.hidden_dropout_prob,
+            value_conv=config.value_conv,
             **config.attention_options,
         )
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)

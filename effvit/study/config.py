@@ -53,6 +53,7 @@ class ModelConfig(Strict):
     initializer_range: float = Field(0.02, gt=0)
     hidden_dropout_prob: Fraction = 0.0
     attention_probs_dropout_prob: Fraction = 0.0
+    value_conv: int = 0
     init_from: str | None = None
 
     @model_validator(mode="before")

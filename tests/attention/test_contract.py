@@ -20,7 +20,8 @@ from effvit.measure.workload import block_training
 pytestmark = pytest.mark.slow
 
 GRID, TOKENS, WIDTH, HEADS = (3, 5), 16, 12, 3
-SOFT = ("standard", "fused", "performer", "hybrid")  # whose rows are weighted means of the values
+# Whose rows are weighted means of the values.
+SOFT = ("standard", "fused", "performer", "hybrid", "linear", "focused", "agent", "pooled", "window", "uniform")
 
 
 def small(name, options, grid=GRID, width=WIDTH, heads=HEADS, seed=0, **more):
@@ -34,14 +35,32 @@ def small(name, options, grid=GRID, width=WIDTH, heads=HEADS, seed=0, **more):
 
 
 def check_map(attention, x, y, matrix, tolerance=1e-5):
-    """Apply the implied matrix to the values token by token and compare with what attention returned."""
+    """Apply the implied matrix to the values token by token and compare with what attention returned.
+
+    Each channel has its own kernel of ``value_conv``, of which the matrix has the mean: it is told apart.
+    """
     weight, bias = (part.chunk(3)[2] for part in merged_maps(attention))
     values = heads_of(x @ weight.T, attention.num_heads)
     bias = bias.view(attention.num_heads, 1, -1)
     after = type(attention).__module__.endswith("linformer")  # its bias comes after the projection, once a row
+    if attention.value_conv is not None:
+        matrix, convolved = matrix - attention.value_conv_map(x), convolution(attention, values + bias)
     mixed = matrix @ values + bias if after else matrix @ (values + bias)
+    if attention.value_conv is not None:
+        mixed[:, :, attention.prefix_tokens :] += convolved
     expected = attention.proj(mixed.transpose(1, 2).flatten(2))
     torch.testing.assert_close(y, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+
+
+def convolution(attention, values):
+    """Values (B, H, N, d) of the patches convolved, a channel at a time: (B, H, P, d)."""
+    images = values[:, :, attention.prefix_tokens :].transpose(2, 3).flatten(1, 2).unflatten(2, attention.grid_size)
+    side = attention.value_conv.weight.shape[-1]
+    channels = [
+        torch.nn.functional.conv2d(images[:, c : c + 1], kernel[None], padding=side // 2)
+        for c, kernel in enumerate(attention.value_conv.weight)
+    ]
+    return torch.cat(channels, dim=1).unflatten(1, (attention.num_heads, -1)).flatten(3).transpose(2, 3)
 
 
 def test_the_mechanisms_come_in_the_order_of_tables():
@@ -70,7 +89,7 @@ def test_any_grid_batch_and_option_that_fits_gives_the_map_that_reproduces_the_o
         check_map(attention, x, y, matrix, tolerance=1e-4)
 
 
-@pytest.mark.parametrize("name, options", [case for case in CASES if case[0] in SOFT])
+@pytest.mark.parametrize("name, options", [case for case in CASES if case[0] in SOFT and "value_conv" not in case[1]])
 def test_rows_of_the_map_are_weights_that_sum_to_one(name, options):
     with torch.no_grad():
         _, matrix = small(name, options)(torch.randn(2, TOKENS, WIDTH), return_map=True)
@@ -137,7 +156,8 @@ def test_autocast_changes_the_output_by_no_more_than_its_rounding(name, options,
         with torch.autocast("cpu", dtype=dtype):
             rounded = attention(x)
     assert rounded.dtype == dtype
-    assert relative_error(rounded.float(), exact) < tolerance
+    powers = options.get("power", 3.0) if name == "focused" else 1  # of p times what is rounded
+    assert relative_error(rounded.float(), exact) < powers * tolerance
 
 
 @pytest.mark.parametrize("name, options", CASES)
@@ -172,16 +192,18 @@ def test_gradients_equal_finite_differences(name, options):
 
 @pytest.mark.parametrize("name, options", CASES)
 def test_it_compiles_without_a_graph_break_and_gives_the_same_output_and_gradients(name, options):
-    results = compiled_and_eager(name, options, "aot_eager")
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    check_close(*compiled_and_eager(name, options, "aot_eager"))
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no compiler here")
 @pytest.mark.parametrize("name, options", FIRST)
 def test_the_generated_code_gives_the_same_output_and_gradients(name, options):
-    results = compiled_and_eager(name, options, "inductor")
-    for actual, expected in zip(*results, strict=True):  # sums in another order round at the scale of the largest
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * max(1.0, expected.abs().max().item()))
+    check_close(*compiled_and_eager(name, options, "inductor"))
+
+
+def check_close(actual, expected):
+    for a, e in zip(actual, expected, strict=True):  # sums in another order round at the scale of the largest
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5 * max(1.0, e.abs().max().item()))
 
 
 def compiled_and_eager(name, options, backend):
@@ -297,6 +319,15 @@ def test_tokens_of_a_wrong_shape_are_refused_by_both_shapes(name, options, shape
         *(("nystromformer", {"num_landmarks": m}, r"attention\.nystromformer\.num_landmarks=") for m in (0, -3, 1.5)),
         ("nystromformer", {"pinv_iterations": 0}, r"attention\.nystromformer\.pinv_iterations=0"),
         ("nystromformer", {"conv_kernel_size": 4}, r"attention\.nystromformer\.conv_kernel_size=4.*odd"),
+        ("linear", {"feature_map": "exp"}, r"attention\.linear\.feature_map='exp'.*relu"),
+        *(("pooled", {"pool_size": size}, r"attention\.pooled\.pool_size=") for size in (0, -1, 2.5)),
+        *(("agent", {"agent_size": size}, r"attention\.agent\.agent_size=") for size in (0, -1, 2.5)),
+        *(("focused", {"power": power}, r"attention\.focused\.power=") for power in (0, -1.0, 1e6, "3")),
+        *(("window", {"window_size": size}, r"attention\.window\.window_size=") for size in (0, -1, 2.5)),
+        ("window", {"shift": 1}, r"attention\.window\.shift=1"),
+        ("window", {"global_every": -1}, r"attention\.window\.global_every=-1"),
+        ("uniform", {"k": 1}, r"attention\.uniform\.k: unknown"),
+        *(("fused", {"value_conv": side}, rf"value_conv={side}: must be odd") for side in (-1, 2, 1001)),
         ("hybrid", {"window_size": 6}, r"attention\.hybrid\.window_size=6.*at most 5"),
         *(("hybrid", {"window_size": w}, r"attention\.hybrid\.window_size=") for w in (0, -1, 2.5)),
         ("hybrid", {"window_size": 2, "dilations": [1, 6]}, r"attention\.hybrid\.dilations=\[1, 6\].*at most 5"),

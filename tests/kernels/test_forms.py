@@ -47,9 +47,25 @@ CASES = {
     ],
     "feature_attention": [
         (shapes, lambda dtype, kernel=kernel, m=m: (features(kernel, m, dtype),))
-        for kernel in ("exp", "relu", "elu")
+        for kernel in ("exp", "relu", "elu", "softmax")
         for m in (None, 4, 11)
         for shapes in (heads(13, 13), heads(12, 13, e=6), heads(1, 1, b=1))
+    ],
+    "focus": [
+        ([(2, 3, 7, 5), (3, 1, 5)], lambda dtype: (3.0,)),
+        ([(1, 1, 300, 4), (1, 1, 4)], lambda dtype: (1.5,)),
+    ],
+    "grid_convolution": [
+        (
+            [(2, prefix + rows * columns, 4), (2, rows * columns, 4), (4, w, w)],
+            lambda dtype, grid=(rows, columns): (grid,),
+        )
+        for rows, columns, w in [(4, 6, 3), (5, 3, 5), (1, 2, 7), (3, 3, 1)]
+        for prefix in (0, 1, 5)
+    ],
+    "grid_pooling": [
+        ([(2, rows * columns, 4)], lambda dtype, grid=(rows, columns), cells=cells: (grid, cells))
+        for rows, columns, cells in [(4, 6, (2, 3)), (5, 7, (3, 3)), (5, 3, (5, 2)), (3, 3, (3, 3)), (4, 4, (1, 1))]
     ],
     "pseudo_inverse": [([(2, 3, 7, 7)], lambda dtype: (6,)), ([(1, 1, 1, 1)], lambda dtype: (3,))],
     "token_convolution": [
@@ -59,9 +75,12 @@ CASES = {
     ],
     "window_attention": [
         (heads(rows * columns, prefix + rows * columns, e=5), lambda dtype, w=w: (w,))
-        for rows, columns, size, dilation in [(4, 6, 2, 1), (5, 7, 2, 2), (3, 4, 4, 1), (6, 6, 3, 2), (5, 1, 2, 3)]
+        for w in (
+            *(Windows(4, 6, 2), Windows(5, 7, 2, 2), Windows(3, 4, 4), Windows(6, 6, 3, 2), Windows(5, 1, 2, 3)),
+            *(Windows(4, 6, 2, shift=1), Windows(5, 7, 3, shift=1), Windows(7, 6, 2, 2, shift=1)),
+        )
+        for rows, columns in [(w.rows, w.columns)]
         for prefix in (0, 1, 5)
-        for w in [Windows(rows, columns, size, dilation)]
     ],
 }
 
@@ -78,6 +97,8 @@ def drawn(name, shapes, dtype):
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in filter(None, shapes)]
     if name == "pseudo_inverse":
         tensors = [tensor.softmax(dim=-1) for tensor in tensors]
+    if name == "focus":  # scales are positive
+        tensors[1] = tensors[1].exp()
     return [tensor.to(dtype) for tensor in tensors] + [None] * shapes.count(None)
 
 
@@ -132,8 +153,9 @@ def test_output_and_gradients_are_those_of_the_reference_in_float64(name, form, 
     exact = [None if tensor is None else tensor.double() for tensor in tensors]
     expected = output_and_gradients(module.reference, exact, more(torch.float64))
     eps = torch.finfo(dtype).eps
-    for a, e in zip(actual, expected, strict=True):
-        assert a.dtype == dtype
+    for number, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        rounded = not (name == "focus" and number == 0)  # whose features are float32 or more
+        assert a.dtype == (dtype if rounded else torch.promote_types(dtype, torch.float32))
         # Inputs and gradients are of unit scale, and what is 0 in truth is what rounding leaves of such numbers.
         assert (a.double() - e).norm().item() < 20 * eps * max(e.norm().item(), e.numel() ** 0.5)
 
@@ -192,6 +214,15 @@ def test_attention_by_features_is_the_same_in_blocks_of_any_size(kernel, numbers
     torch.testing.assert_close(
         output_and_gradients(module.by_blocks, tensors, more), output_and_gradients(module.reference, tensors, more)
     )
+
+
+def test_features_that_are_given_are_those_of_relu_where_they_are_positive():
+    module = MODULES["feature_attention"]
+    q, k, v = drawn("feature_attention", heads(13, 13, b=7), torch.float64)
+    tensors = [q.exp(), k.exp(), v]
+    expected = output_and_gradients(module.reference, tensors, (Features("relu", 0.0),))
+    for form in (module.reference, module.by_blocks):
+        torch.testing.assert_close(output_and_gradients(form, tensors, (Features("identity", 0.0),)), expected)
 
 
 def test_blocks_cover_each_sample_and_head_once(monkeypatch):

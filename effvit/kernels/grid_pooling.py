@@ -1,0 +1,43 @@
+"""Means of the patches in cells of the grid."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from effvit import policy
+from effvit.kernels import choice
+
+Grid = tuple[int, int]
+
+
+def reference(x: Tensor, grid_size: Grid, cells: Grid) -> Tensor:
+    """Patches ``(B, gh*gw, C)`` to the means of ``rows x columns`` cells, ``(B, rows*columns, C)``, both row-major.
+
+    Cell i of n along a side of g patches has the patches from ⌊i g / n⌋ to ⌈(i + 1) g / n⌉: where n does not divide g,
+    neighbours share one.
+    """
+    grid = x.unflatten(1, grid_size)
+    (top_bottom, left_right) = (_bounds(side, number) for side, number in zip(grid_size, cells, strict=True))
+    means = [grid[:, t:b, l:r].flatten(1, 2).mean(dim=1) for t, b in top_bottom for l, r in left_right]
+    return torch.stack(means, dim=1)
+
+
+@choice.primitive
+def grid_pooling(x: Tensor, grid_size: Grid, cells: Grid) -> Tensor:
+    """`reference` by PyTorch's pooling of images."""
+    if cells == grid_size:
+        return x
+    return reference(x, grid_size, cells) if policy.ONLY_REFERENCE else as_images(x, grid_size, cells)
+
+
+def as_images(x: Tensor, grid_size: Grid, cells: Grid) -> Tensor:
+    """Channels last in memory, so nothing is copied but the result for a single sample, which PyTorch turns around."""
+    images = x.transpose(1, 2).unflatten(2, grid_size)
+    return F.adaptive_avg_pool2d(images, cells).flatten(2).transpose(1, 2).contiguous()
+
+
+def _bounds(side: int, number: int) -> list[tuple[int, int]]:
+    return [(i * side // number, -(-(i + 1) * side // number)) for i in range(number)]
+
+
+FORMS = {"as images": as_images}
