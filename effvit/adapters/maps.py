@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from effvit.adapters.host import Host, join, refuse
 from effvit.attention import Attention
 from effvit.attention.standard import StandardAttention, fused_to_standard
+from effvit.attention.uniform import UniformAttention
 from effvit.kernels.choice import is_plain
 from effvit.kernels.qkv import QKVLinear
 
@@ -26,6 +27,8 @@ def width(host: Host) -> int:
     """
     sizes = [_shape(host, label, layer) for label, layer in host.rows.items()]
     dim, rows = sizes[0][1], sum(size[0] for size in sizes)
+    if isinstance(host.module, UniformAttention):
+        raise refuse(host.name, host.module, "it has values alone, and no queries and keys to keep")
     if rows != 3 * dim:
         raise refuse(host.name, host.module, f"its heads have {rows // 3} columns in all, at a width of {dim}")
     if host.proj is not None and _shape(host, *host.proj) != (dim, dim):
@@ -47,7 +50,12 @@ def take_maps(attention: Attention, host: Host) -> Origins:
     Raises:
         UserError: they would have to be merged or split and are more than weights.
     """
-    origins = _split(attention, host) if isinstance(attention, StandardAttention) else _moved(attention, host)
+    if isinstance(attention, StandardAttention):
+        origins = _split(attention, host)
+    elif isinstance(attention, UniformAttention):
+        origins = _values(attention, host)
+    else:
+        origins = _moved(attention, host)
     if host.proj is None:  # outside, where it stays
         del attention.proj, attention.proj_drop
         return origins
@@ -58,6 +66,8 @@ def take_maps(attention: Attention, host: Host) -> Origins:
 
 def rows_of(attention: Attention) -> dict[str, nn.Module]:
     """The layers of a mechanism whose weights, one below the other, are W_qkv."""
+    if isinstance(attention, UniformAttention):
+        return {"value.": _as_linear(attention.value)}
     if not isinstance(attention, StandardAttention):
         return {"qkv.": _as_linear(attention.qkv)}
     names = [(head, kind) for kind in ("query", "key", "value") for head in range(attention.num_heads)]
@@ -86,6 +96,14 @@ def _split(attention: StandardAttention, host: Host) -> Origins:
         attention.get_submodule(layer).register_parameter(kind, nn.Parameter(part.detach(), trained))
         origins[name] = _origin(host, kind)
     return origins
+
+
+def _values(attention: UniformAttention, host: Host) -> Origins:
+    """The last third of W_qkv: queries and keys are not used."""
+    parts = [part if part is None else part.chunk(3)[2] for part in _merged(host)]
+    weight, bias = (part if part is None else nn.Parameter(part.detach().clone(), part.requires_grad) for part in parts)
+    _filled(attention.value, weight, bias)  # type: ignore[arg-type]
+    return {f"value.{kind}": _origin(host, kind) for kind, _ in attention.value.named_parameters()}
 
 
 def _merged(host: Host) -> tuple[nn.Parameter, nn.Parameter | None]:

@@ -36,4 +36,9 @@ def _host(name: str, module: Attention, block: int) -> Host:
 def is_mixed(vit: ViT) -> bool:
     """Whether blocks differ in attention, or in its options, which a configuration cannot say."""
     first, *others = vit.attentions()
-    return any(type(each) is not type(first) or each.options != first.options for each in others)
+    return any(_kind(each) != _kind(first) for each in others)
+
+
+def _kind(attention: Attention) -> tuple[object, ...]:
+    conv = attention.value_conv
+    return type(attention), attention.options, None if conv is None else conv.kernel_size

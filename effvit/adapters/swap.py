@@ -12,7 +12,7 @@ from effvit.adapters.maps import has_bias, take_maps, width
 from effvit.adapters.refused import nothing_known
 from effvit.adapters.report import SwappedLayer, SwapReport, pattern
 from effvit.adapters.signature import mechanism_of
-from effvit.attention import Attention, attention_class, build_attention, check_options
+from effvit.attention import Attention, attention_class, build_attention, check_options, check_value_conv
 from effvit.errors import UserError
 from effvit.model.resize import carry_own_weights
 from effvit.model.vit import ViT
@@ -31,7 +31,9 @@ _HOOKS = (
 )
 
 
-def swap_attention(model: nn.Module, name: str, *, layers: Iterable[int] | None = None, **options: Any) -> SwapReport:
+def swap_attention(
+    model: nn.Module, name: str, *, layers: Iterable[int] | None = None, value_conv: int = 0, **options: Any
+) -> SwapReport:
     """Put a mechanism into the blocks of a Vision Transformer, in place.
 
     The model is, or has in it, one of timm's, transformers' (ViT, DeiT, DINOv2, and the vision towers of CLIP and
@@ -43,6 +45,7 @@ def swap_attention(model: nn.Module, name: str, *, layers: Iterable[int] | None 
         model: the model.
         name: one of ``available_attention()``.
         layers: indices of the blocks, from 0, negative ones from the end; all by default.
+        value_conv: side of a depthwise convolution of the patches' values that is added to what is mixed; odd, 0 none.
         **options: the mechanism's own options.
 
     Returns:
@@ -53,9 +56,10 @@ def swap_attention(model: nn.Module, name: str, *, layers: Iterable[int] | None 
             known; or something about it that the mechanism cannot honour. The model is then as it was.
     """
     attention_class(name)
+    check_value_conv(value_conv)
     found = _towers(model)
     chosen = None if layers is None else _indices(layers)
-    swaps = [(tower, _swapped(tower, name, _blocks(tower, chosen), options)) for tower in found]
+    swaps = [(tower, _swapped(tower, name, _blocks(tower, chosen), options, value_conv)) for tower in found]
     new = {id(host.module): attention for _, swapped in swaps for host, attention, _ in swapped}
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
@@ -63,8 +67,8 @@ def swap_attention(model: nn.Module, name: str, *, layers: Iterable[int] | None 
                 parent._modules[key] = new[id(child)]
     for tower in found:
         if isinstance(tower.module, ViT):
-            _describe(tower.module, name, options)
-    notes = [note for tower in found for note in _notes(tower, name)]
+            _describe(tower.module, name, options, value_conv)
+    notes = [note for tower in found for note in _notes(tower, name, value_conv)]
     return SwapReport(
         name,
         [_place(tower, [host for host, _, _ in swapped]) for tower, swapped in swaps],
@@ -104,32 +108,39 @@ def _blocks(tower: Tower, layers: list[int] | None) -> set[int]:
 
 
 def _swapped(
-    tower: Tower, name: str, blocks: set[int], options: dict[str, Any]
+    tower: Tower, name: str, blocks: set[int], options: dict[str, Any], value_conv: int
 ) -> list[tuple[Host, Attention, SwappedLayer]]:
     """Mechanisms for the chosen blocks, complete and not yet in the model."""
-    _require_fit(tower, name, options)
+    _require_fit(tower, name, options, value_conv)
     swapped = []
     for site in tower.sites:
         if site.block in blocks:
             host = site.read()
-            swapped.append((host, *_in_place_of(host, tower, name, options)))
+            swapped.append((host, *_in_place_of(host, tower, name, options, value_conv)))
             swapped[-1][1].share_with(swapped[0][1])
     return swapped
 
 
-def _require_fit(tower: Tower, name: str, options: dict[str, Any]) -> None:
+def _require_fit(tower: Tower, name: str, options: dict[str, Any], value_conv: int) -> None:
     """Raise ``UserError`` where the options do not fit the grid, or the mechanism not the model's tokens."""
     check_options(name, options, tower.grid_size, tower.prefix_tokens)
-    mechanism = attention_class(name)
-    if not (mechanism.needs_grid or mechanism.fixed_length):
+    if not _needs_all_patches(name, value_conv):
         return
+    what = "value_conv" if value_conv else name
     if tower.grid_size is None:
-        raise refuse(tower.name, tower.module, f"has no fixed grid of patches, which {name} needs")
+        raise refuse(tower.name, tower.module, f"has no fixed grid of patches, which {what} needs")
     if tower.drops_patches:
-        raise refuse(tower.name, tower.module, f"{tower.drops_patches} leaves out patches; {name} needs all of them")
+        raise refuse(tower.name, tower.module, f"{tower.drops_patches} leaves out patches; {what} needs all of them")
 
 
-def _in_place_of(host: Host, tower: Tower, name: str, options: dict[str, Any]) -> tuple[Attention, SwappedLayer]:
+def _needs_all_patches(name: str, value_conv: int) -> bool:
+    mechanism = attention_class(name)
+    return mechanism.needs_grid or mechanism.fixed_length or value_conv > 0
+
+
+def _in_place_of(
+    host: Host, tower: Tower, name: str, options: dict[str, Any], value_conv: int
+) -> tuple[Attention, SwappedLayer]:
     _require_own_forward(host)
     dim, qkv_bias = width(host), has_bias(host)
     like = next(host.module.parameters())
@@ -144,6 +155,7 @@ def _in_place_of(host: Host, tower: Tower, name: str, options: dict[str, Any]) -
             depth=tower.depth,
             qkv_bias=qkv_bias,
             attn_drop=host.attn_drop,
+            value_conv=value_conv,
             **options,
         )
     _to_place_of(like, attention)
@@ -195,9 +207,9 @@ def _place(tower: Tower, hosts: list[Host]) -> str:
     return f"{place}: {tower.prefix_tokens} prefix token{plural}, {rows} x {columns} patches"
 
 
-def _notes(tower: Tower, name: str) -> Iterator[str]:
+def _notes(tower: Tower, name: str, value_conv: int) -> Iterator[str]:
     mechanism = attention_class(name)
-    if tower.any_size and tower.grid_size and (mechanism.needs_grid or mechanism.fixed_length):
+    if tower.any_size and tower.grid_size and _needs_all_patches(name, value_conv):
         yield "the model takes images of any size, {} those of {} x {} patches alone".format(name, *tower.grid_size)
     if isinstance(tower.module, ViT):
         if own.is_mixed(tower.module):
@@ -206,7 +218,8 @@ def _notes(tower: Tower, name: str) -> Iterator[str]:
         yield "what changes while training does so where the training loop calls after_step of each block's attention"
 
 
-def _describe(vit: ViT, name: str, options: dict[str, Any]) -> None:
+def _describe(vit: ViT, name: str, options: dict[str, Any], value_conv: int) -> None:
     """Have effvit's configuration say which mechanism the model has, where there is one for all blocks."""
     if not own.is_mixed(vit):
-        vit.config = vit.config.model_copy(update={"attention": name, "attention_options": options})
+        changes = {"attention": name, "attention_options": options, "value_conv": value_conv}
+        vit.config = vit.config.model_copy(update=changes)

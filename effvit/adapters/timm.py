@@ -11,7 +11,7 @@ from torch.fx import Proxy
 from effvit.adapters.host import Host, Site, Tower, comes_from, join, refuse, require_scale
 from effvit.adapters.maps import rows_of
 from effvit.adapters.signature import Adapted, adapt
-from effvit.attention import Attention, attention_class, build_attention, check_options
+from effvit.attention import Attention, attention_class, build_attention, check_options, check_value_conv
 from effvit.attention.base import Grid
 from effvit.errors import UserError
 from effvit.kernels.linear import apply_linear
@@ -141,7 +141,13 @@ def _under_timms_signature(attention: Attention, probe: MapProbe, norms: dict[st
 
 
 def timm_layer(
-    name: str, *, grid_size: Grid | None = None, prefix_tokens: int = 1, depth: int = 1, **options: Any
+    name: str,
+    *,
+    grid_size: Grid | None = None,
+    prefix_tokens: int = 1,
+    depth: int = 1,
+    value_conv: int = 0,
+    **options: Any,
 ) -> type:
     """Return a class for timm's ``attn_layer=``, of a mechanism with these options.
 
@@ -151,6 +157,7 @@ def timm_layer(
             any number of tokens.
         prefix_tokens: tokens before the patches.
         depth: blocks of the model, for mechanisms that differ from block to block or share weights between blocks.
+        value_conv: side of a depthwise convolution of the patches' values that is added to what is mixed; odd, 0 none.
         **options: the mechanism's own options.
 
     Raises:
@@ -158,11 +165,13 @@ def timm_layer(
     """
     mechanism = attention_class(name)
     if grid_size is None:
-        if mechanism.needs_grid or mechanism.fixed_length:
-            raise UserError(f"timm_layer: {name} needs grid_size=(rows, columns), the model's grid of patches")
+        if mechanism.needs_grid or mechanism.fixed_length or value_conv:
+            what = "value_conv" if value_conv else name
+            raise UserError(f"timm_layer: {what} needs grid_size=(rows, columns), the model's grid of patches")
         grid_size = (1, 1)
+    check_value_conv(value_conv)
     check_options(name, options, grid_size, prefix_tokens)
-    place = {"grid_size": grid_size, "prefix_tokens": prefix_tokens, "depth": depth}
+    place = {"grid_size": grid_size, "prefix_tokens": prefix_tokens, "depth": depth, "value_conv": value_conv}
     made = count()
     first: list[Attention] = []
 

@@ -119,6 +119,8 @@ def mix(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if isinstance(attention, LinformerAttention):
         # E (x W + b) = (E x) W + b for rows of E that sum to one, so projecting keys is projecting tokens.
         k, v = attention.E @ k, attention.F @ v
+    elif isinstance(attention, PooledAttention):
+        k, v = (attention.split_heads(attention.pool(rows.transpose(1, 2).flatten(2))) for rows in (k, v))
     elif isinstance(attention, HybridAttention) and attention.gate is not None:
         context = [attention.gate_shares(q.new_zeros(len(q), attention.num_tokens, attention.dim))]
     return attention.attend(q, k, v, *context)

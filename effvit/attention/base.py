@@ -34,8 +34,8 @@ class Attention(nn.Module):
     A mechanism implements ``attend`` and ``mixing_macs``. It must be linear in ``v`` for given ``q``, ``k`` and
     context, so that the N x N matrix it implies is ``attend(q, k, I)``: that is how ``return_map`` works for all.
 
-    With ``value_conv`` w the values of the patches, convolved with a w x w kernel for each channel, are added to what is
-    mixed. In the matrix they count by the mean kernel of a head's channels.
+    With ``value_conv`` w the values of the patches, convolved with a w x w kernel for each channel, are added to what
+    is mixed. In the matrix they count by the mean kernel of a head's channels.
 
     Dropout of attention probabilities acts on the factor that multiplies the values from the left, where a
     mechanism has no N x N matrix to drop from (each says which); it stays unbiased and linear in ``v``.
@@ -102,11 +102,11 @@ class Attention(nn.Module):
             self.check_shape(x)
         q, k, v, *context = self.project(x)
         if not return_map:
-            return self.merge(self.attend(q, k, v, *context), self.patch_values(x, v))
+            return self.merge(self.add_value_conv(self.attend(q, k, v, *context), x, v))
         # One pass over [v, I], so that both parts see the same dropout mask.
         both = self.attend(q, k, torch.cat([v, self.map_values(v)], dim=-1), *context)
         y, attention_map = both.split([self.head_dim, x.shape[1]], dim=-1)
-        return self.merge(y, self.patch_values(x, v)), attention_map + self.value_conv_map(y)
+        return self.merge(self.add_value_conv(y, x, v)), attention_map + self.value_conv_map(y)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Tokens ``(B, N, C)`` to q, k, v ``(B, H, N, d)``; anything after them is passed on to ``attend``."""
@@ -137,16 +137,20 @@ class Attention(nn.Module):
         eye = torch.eye(v.shape[-2], dtype=v.dtype, device=v.device)
         return eye.expand(*v.shape[:2], -1, -1)
 
-    def patch_values(self, x: Tensor, v: Tensor) -> Tensor | None:
-        """Values of the patches ``(B, P, C)`` for ``value_conv``, of tokens or of v; None without it."""
-        return None if self.value_conv is None else v.transpose(1, 2).flatten(2)[:, self.prefix_tokens :]
+    def merge(self, y: Tensor) -> Tensor:
+        """Heads ``(B, H, N, d)`` to tokens ``(B, N, C)``, through the output projection."""
+        return self.proj_drop(apply_linear(self.proj, y.transpose(1, 2).flatten(2)))
 
-    def merge(self, y: Tensor, patch_values: Tensor | None = None) -> Tensor:
-        """Heads ``(B, H, N, d)`` to tokens ``(B, N, C)``: plus ``value_conv``, through the output projection."""
-        tokens = y.transpose(1, 2).flatten(2)
-        if patch_values is not None and self.value_conv is not None:
-            tokens = grid_convolution(tokens, patch_values, self.value_conv.weight[:, 0], self.grid_size)
-        return self.proj_drop(apply_linear(self.proj, tokens))
+    def add_value_conv(self, y: Tensor, x: Tensor, v: Tensor) -> Tensor:
+        """Mixed values ``(B, H, N, d)`` plus ``value_conv`` of the patches' own, where there is one."""
+        if self.value_conv is None:
+            return y
+        tokens, kernels = y.transpose(1, 2).flatten(2), self.value_conv.weight[:, 0]
+        return self.split_heads(grid_convolution(tokens, self.patch_values(x, v), kernels, self.grid_size))
+
+    def patch_values(self, x: Tensor, v: Tensor) -> Tensor:
+        """Values of the patches ``(B, P, C)``, from the tokens ``(B, N, C)`` or what `project` made of them."""
+        return v.transpose(1, 2).flatten(2)[:, self.prefix_tokens :]
 
     def value_conv_map(self, y: Tensor) -> Tensor | int:
         """Matrix ``(H, N, N)`` of ``value_conv``, by the mean kernel of each head's channels; 0 without it."""

@@ -1,7 +1,7 @@
 """Focused linear attention: features as powers, which turn queries and keys to their nearest axes.
 
-Han et al. 2023, FLatten Transformer (arXiv 2308.00442, eq. 5 and 6). The published code takes norms over the channels of
-all heads; here they are of each head's d, as the equations are. Its convolution is the model's option ``value_conv: 5``.
+Han et al. 2023, FLatten Transformer (arXiv 2308.00442, eq. 5 and 6). The published code takes norms over the channels
+of all heads; here they are of each head's d, as in the equations. Its convolution is the model's ``value_conv: 5``.
 """
 
 from typing import Any

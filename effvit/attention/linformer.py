@@ -76,8 +76,8 @@ class LinformerAttention(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
         return softmax_attention(q, k, v, self.dropout_p)
 
-    def patch_values(self, x: Tensor, v: Tensor) -> Tensor | None:
-        return None if self.value_conv is None else apply_v(self.qkv, x[:, self.prefix_tokens :])
+    def patch_values(self, x: Tensor, v: Tensor) -> Tensor:
+        return apply_v(self.qkv, x[:, self.prefix_tokens :])
 
     def map_values(self, v: Tensor) -> Tensor:
         """F itself: softmax(q k'ᵀ / √d) F is the matrix that is applied to x W_v."""

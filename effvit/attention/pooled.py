@@ -1,7 +1,7 @@
 """Pooled keys and values: all queries attend to the means of cells of the grid.
 
-Wang et al. 2021 and 2022, PVT and PVTv2 (arXiv 2102.12122, 2106.13797, section 3.3), with average pooling alone: PVTv2's
-convolution, norm and GELU between pooling and maps are left out.
+Wang et al. 2021 and 2022, PVT and PVTv2 (arXiv 2102.12122, 2106.13797, section 3.3), with average pooling alone:
+PVTv2's convolution, norm and GELU between pooling and maps are left out.
 """
 
 from typing import Any
@@ -57,8 +57,8 @@ class PooledAttention(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
         return softmax_attention(q, k, v, self.dropout_p)
 
-    def patch_values(self, x: Tensor, v: Tensor) -> Tensor | None:
-        return None if self.value_conv is None else apply_v(self.qkv, x[:, self.prefix_tokens :])
+    def patch_values(self, x: Tensor, v: Tensor) -> Tensor:
+        return apply_v(self.qkv, x[:, self.prefix_tokens :])
 
     def map_values(self, v: Tensor) -> Tensor:
         """Pool itself ``(M, N)``: softmax(q k'ᵀ / √d) Pool is the matrix that is applied to x W_v."""

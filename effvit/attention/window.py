@@ -1,7 +1,7 @@
 """Window attention: each patch attends to the patches of its window.
 
-Liu et al. 2021, Swin (arXiv 2103.14030, section 3.2), without relative positions; windows that shift by block. Li et al.
-2022, ViTDet (arXiv 2203.16527, section 3): global attention in every g-th block.
+Liu et al. 2021, Swin (arXiv 2103.14030, section 3.2), without relative positions; windows that shift by block. Li et
+al. 2022, ViTDet (arXiv 2203.16527, section 3): global attention in every g-th block.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from effvit.kernels.window_attention import Windows, window_attention
 
 
 class WindowOptions(AttentionOptions):
-    """w patches a side; whether windows move by w // 2 in every second block; exact attention in every g-th (0 none)."""
+    """w patches a side; whether windows move by w // 2 in every second block; every g-th block exact (0 none)."""
 
     window_size: int = Field(7, ge=1)
     shift: bool = False

@@ -17,8 +17,8 @@ def reference(x: Tensor, grid_size: Grid, cells: Grid) -> Tensor:
     neighbours share one.
     """
     grid = x.unflatten(1, grid_size)
-    (top_bottom, left_right) = (_bounds(side, number) for side, number in zip(grid_size, cells, strict=True))
-    means = [grid[:, t:b, l:r].flatten(1, 2).mean(dim=1) for t, b in top_bottom for l, r in left_right]
+    rows, columns = (_ranges(side, number) for side, number in zip(grid_size, cells, strict=True))
+    means = [grid[:, row, column].flatten(1, 2).mean(dim=1) for row in rows for column in columns]
     return torch.stack(means, dim=1)
 
 
@@ -36,8 +36,8 @@ def as_images(x: Tensor, grid_size: Grid, cells: Grid) -> Tensor:
     return F.adaptive_avg_pool2d(images, cells).flatten(2).transpose(1, 2).contiguous()
 
 
-def _bounds(side: int, number: int) -> list[tuple[int, int]]:
-    return [(i * side // number, -(-(i + 1) * side // number)) for i in range(number)]
+def _ranges(side: int, number: int) -> list[slice]:
+    return [slice(i * side // number, -(-(i + 1) * side // number)) for i in range(number)]
 
 
 FORMS = {"as images": as_images}

@@ -23,7 +23,9 @@ from effvit.model.shape import Shape, positions_of_all_tokens, read_shape, refus
 from effvit.model.vit import ViT, ViTConfig
 from effvit.model.weights import Weights, read_weights
 
-_OWN = re.compile(r"blocks\.\d+\.attn\.(?!(qkv|proj|heads)\.).*")  # what a mechanism adds to the maps that all share
+_OWN = re.compile(
+    r"blocks\.\d+\.attn\.(?!(qkv|proj|heads|value)\.).*"
+)  # what a mechanism adds to the maps that all share
 COMPARED = ("hidden_size", "num_hidden_layers", "intermediate_size", "patch_size", "num_channels", "prefix_tokens")
 
 
@@ -126,12 +128,19 @@ def stored_once(model: ViT) -> StateDict:
 
 def maps_as_in(config: ViTConfig, tensors: StateDict) -> StateDict:
     """The maps to queries, keys and values under the names that a model of ``config`` has for them."""
-    if config.attention != "standard" and not any(".attn.heads." in name for name in tensors):
+    if config.attention not in ("standard", "uniform") and not any(".attn.heads." in name for name in tensors):
         return tensors
     from effvit.attention.standard import fused_to_standard, standard_to_fused
 
     merged = standard_to_fused(tensors)
+    if config.attention == "uniform":
+        return {name.replace(".qkv.", ".value."): _values(name, tensor) for name, tensor in merged.items()}
     return fused_to_standard(merged, config.num_attention_heads) if config.attention == "standard" else merged
+
+
+def _values(name: str, tensor: Tensor) -> Tensor:
+    """Of a merged map the part that makes values; anything else as it is."""
+    return tensor.chunk(3)[2] if ".attn.qkv." in name else tensor
 
 
 def _fit(source: Source, model: ViT) -> tuple[StateDict, StartReport]:

@@ -32,7 +32,7 @@ def test_every_option_of_every_group_is_a_valid_study(tmp_path, group, option):
 @pytest.mark.parametrize("model", sorted({path.stem for path in (CONF / "model").glob("*.yaml")} - {"timm"}))
 def test_every_model_fits_every_mechanism_and_data_set(tmp_path, model):
     datasets = ",".join(path.stem for path in (CONF / "dataset").glob("*.yaml"))
-    study = Study.load(compose(tmp_path, f"model={model}", f"dataset=[{datasets}]", "attention=all"))
+    study = Study.load(compose(tmp_path, f"model={model}", f"dataset=[{datasets}]", "attention=field"))
     assert list(study.attention) == list(available_attention())
 
 
@@ -59,7 +59,7 @@ def test_one_value_can_be_changed(tmp_path):
 
 
 def test_every_mechanism_has_a_file_and_every_file_a_mechanism():
-    names = {path.stem for path in (CONF / "attention").glob("*.yaml")} - {"all"}
+    names = {path.stem for path in (CONF / "attention").glob("*.yaml")} - {"all", "field"}
     assert names == set(available_attention())
     for name in names:
         values = yaml.safe_load((CONF / "attention" / f"{name}.yaml").read_text())
