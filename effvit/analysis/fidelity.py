@@ -20,6 +20,7 @@ from effvit.attention import BASELINE, Attention, build_attention, check_options
 from effvit.attention.base import Grid
 from effvit.attention.hybrid import HybridAttention
 from effvit.attention.linformer import LinformerAttention
+from effvit.attention.pooled import PooledAttention
 from effvit.evaluation.probe import recorded
 from effvit.kernels.landmarks import block_order
 from effvit.model.pretrained import start_from
