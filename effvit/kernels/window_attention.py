@@ -1,6 +1,6 @@
 """Softmax attention of each patch in its window of the grid, and to the prefix tokens."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from effvit import policy
 from effvit.kernels import choice
+
+_FEW = 80  # tokens that a patch sees
 
 
 class Windows(NamedTuple):
@@ -35,6 +37,11 @@ class Windows(NamedTuple):
         """Windows that tile the padded grid."""
         return self.padded[0] * self.padded[1] // self.size**2
 
+    @property
+    def tile(self) -> bool:
+        """Whether all windows are whole."""
+        return not self.shift and self.padded == (self.rows, self.columns)
+
 
 def reference(q: Tensor, k: Tensor, v: Tensor, windows: Windows, dropout_p: float = 0.0) -> Tensor:
     """Queries of the patches ``(B, H, P, d)``, keys and values of S + P tokens to ``(B, H, P, e)``.
@@ -61,6 +68,9 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: Windows, dropout_
     """`reference` window by window."""
     if policy.ONLY_REFERENCE or choice.in_forward_mode():
         return reference(q, k, v, windows, dropout_p)
+    few = windows.size**2 + k.shape[-2] - q.shape[-2] <= _FEW
+    if few and not dropout_p and choice.on_cpu(q, k, v):
+        return written_out(q, k, v, windows)
     if q.device.type == "cpu" and v.dtype in (torch.bfloat16, torch.float16):
         # In half precision a CPU takes four times as long backward on sequences this short.
         with torch.autocast("cpu", enabled=False):
@@ -84,7 +94,7 @@ def _mask(windows: Windows, heads: int, prefix: int, device: torch.device) -> Te
 
     What is outside the grid sees the rest of its window that is outside as well, and nobody sees it.
     """
-    if not windows.shift and windows.padded == (windows.rows, windows.columns):
+    if windows.tile:
         return None
     grid = torch.ones(windows.rows, windows.columns, dtype=torch.int32, device=device)
     if windows.shift:  # of a window that holds both far and near borders, each part sees itself
@@ -101,15 +111,33 @@ def _mask(windows: Windows, heads: int, prefix: int, device: torch.device) -> Te
 
 def to_windows(x: Tensor, windows: Windows) -> Tensor:
     """Patches ``(B, H, P, e)`` to ``(B, H windows, w², e)``, zeros where a window hangs over the grid."""
-    (rows, columns), w, r = windows.padded, windows.size, windows.dilation
-    x = x.unflatten(2, (windows.rows, windows.columns))
+    parts = _as_windows(_on_grid(x, windows), windows)
+    return parts.reshape(x.shape[0], x.shape[1] * windows.number, windows.size**2, x.shape[-1])
+
+
+def _parts(windows: Windows) -> tuple[int, int, int, int]:
+    """Rows of windows, row phases, columns of windows, column phases."""
+    (rows, columns), span = windows.padded, windows.size * windows.dilation
+    return rows // span, windows.dilation, columns // span, windows.dilation
+
+
+def _on_grid(x: Tensor, windows: Windows) -> Tensor:
+    """Patches ``(..., P, e)`` to the padded grid ``(..., rows, columns, e)``, moved where windows are."""
+    (rows, columns), r = windows.padded, windows.dilation
+    x = x.unflatten(-2, (windows.rows, windows.columns))
     if (rows, columns) != (windows.rows, windows.columns):
         x = F.pad(x, (0, 0, 0, columns - windows.columns, 0, rows - windows.rows))
     if windows.shift:
-        x = x.roll((-windows.shift * r, -windows.shift * r), dims=(2, 3))
-    x = x.unflatten(3, (columns // (w * r), w, r)).unflatten(2, (rows // (w * r), w, r))
-    # (B, H, rows of windows, w, r, columns of windows, w, r, e)
-    return x.permute(0, 1, 2, 4, 5, 7, 3, 6, 8).reshape(x.shape[0], x.shape[1] * windows.number, w * w, x.shape[-1])
+        x = x.roll((-windows.shift * r, -windows.shift * r), dims=(-3, -2))
+    return x
+
+
+def _as_windows(x: Tensor, windows: Windows) -> Tensor:
+    """View of a grid ``(..., rows, columns, e)`` as ``(..., *parts, w, w, e)``, see `_parts`."""
+    rows, row_phases, columns, column_phases = _parts(windows)
+    x = x.unflatten(-2, (columns, windows.size, column_phases)).unflatten(-5, (rows, windows.size, row_phases))
+    first = x.ndim - 7  # of rows of windows, w, r, columns of windows, w, r, e
+    return x.permute(*range(first), *(first + place for place in (0, 2, 3, 5, 1, 4, 6)))
 
 
 def from_windows(y: Tensor, heads: int, windows: Windows) -> Tensor:
@@ -131,4 +159,77 @@ def _with_prefix(tokens: Tensor, prefix: int, windows: Windows) -> Tensor:
     return torch.cat([of_prefix, patches], dim=2)
 
 
-FORMS = {"by reshape": by_reshape}
+def written_out(q: Tensor, k: Tensor, v: Tensor, windows: Windows, dropout_p: float = 0.0) -> Tensor:
+    """Each window's probabilities in memory, as products over so few tokens are faster than PyTorch's kernel."""
+    if dropout_p:
+        return by_reshape(q, k, v, windows, dropout_p)
+    return WrittenOut.apply(q, k, v, windows)
+
+
+class WrittenOut(torch.autograd.Function):
+    """y = P v with P = softmax(s q kᵀ): ∂S = P (∂y vᵀ - Σ P ∂y vᵀ), ∂q = s ∂S k, ∂k = s ∂Sᵀ q, ∂v = Pᵀ ∂y."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, windows: Windows) -> Tensor:
+        prefix = k.shape[-2] - q.shape[-2]
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        with torch.autocast(q.device.type, enabled=False):
+            queries = gather(q, 0, windows, dtype).mul_(q.shape[-1] ** -0.5)
+            keys, values = (gather(tokens, prefix, windows, dtype) for tokens in (k, v))
+            scores = torch.bmm(queries, keys.mT)
+            if (mask := _mask(windows, 1, prefix, q.device)) is not None:
+                scores.unflatten(0, (-1, windows.number)).masked_fill_(~mask, float("-inf"))
+            probabilities = scores.softmax(dim=-1)
+            y = scatter(torch.bmm(probabilities, values), q.shape[1], 0, windows, v.dtype)
+        ctx.save_for_backward(q, k, v, queries, keys, values, probabilities)
+        ctx.windows = windows
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        q, k, v, queries, keys, values, probabilities = ctx.saved_tensors
+        windows, heads, prefix = ctx.windows, q.shape[1], k.shape[-2] - q.shape[-2]
+        if torch.is_grad_enabled():  # gradients of gradients: through the equation
+            inputs = [tensor for tensor in (q, k, v) if tensor.requires_grad]
+            y = reference(q, k, v, windows)
+            found = iter(torch.autograd.grad(y, inputs, gradient, create_graph=True))
+            return *(next(found) if tensor.requires_grad else None for tensor in (q, k, v)), None
+        with torch.autocast(q.device.type, enabled=False):
+            d_y = gather(gradient, 0, windows, probabilities.dtype)
+            d_v = scatter(torch.bmm(probabilities.mT, d_y), heads, prefix, windows, v.dtype)
+            d_scores = torch._softmax_backward_data(torch.bmm(d_y, values.mT), probabilities, -1, probabilities.dtype)
+            d_k = scatter(torch.bmm(d_scores.mT, queries), heads, prefix, windows, k.dtype)
+            d_queries = torch.bmm(d_scores, keys).mul_(q.shape[-1] ** -0.5)
+        return scatter(d_queries, heads, 0, windows, q.dtype), d_k, d_v, None
+
+
+def gather(x: Tensor, prefix: int, windows: Windows, dtype: torch.dtype) -> Tensor:
+    """Tokens ``(B, H, S + P, e)`` to a copy for each window, ``(B H windows, S + w², e)``."""
+    samples, heads, _, e = x.shape
+    w = windows.size
+    copies = torch.empty(samples * heads * windows.number, prefix + w * w, e, dtype=dtype, device=x.device)
+    by_window = copies.view(samples, heads, *_parts(windows), prefix + w * w, e)
+    by_window[..., prefix:, :].unflatten(-2, (w, w)).copy_(_as_windows(_on_grid(x[:, :, prefix:], windows), windows))
+    by_window[..., :prefix, :] = x[:, :, None, None, None, None, :prefix]
+    return copies
+
+
+def scatter(y: Tensor, heads: int, prefix: int, windows: Windows, dtype: torch.dtype) -> Tensor:
+    """The transpose of `gather`, with sums over the copies of prefix tokens: ``(B, H, S + P, e)``, heads inside."""
+    w, e, (rows, columns) = windows.size, y.shape[-1], windows.padded
+    by_window = y.view(-1, heads, *_parts(windows), *y.shape[1:])
+    samples, patches = len(by_window), windows.rows * windows.columns
+    x = y.new_empty(samples, prefix + patches, heads, e, dtype=dtype).transpose(1, 2)
+    whole = x[:, :, prefix:] if windows.tile else y.new_empty(samples, rows * columns, heads, e).transpose(1, 2)
+    grid = whole.unflatten(2, (rows, columns))
+    _as_windows(grid, windows).copy_(by_window[..., prefix:, :].unflatten(-2, (w, w)))
+    if not windows.tile:
+        shift = windows.shift * windows.dilation
+        moved = grid.roll((shift, shift), dims=(2, 3)) if shift else grid
+        x[:, :, prefix:] = moved[:, :, : windows.rows, : windows.columns].flatten(2, 3)
+    x[:, :, :prefix] = by_window[..., :prefix, :].sum(dim=(2, 3, 4, 5))
+    return x
+
+
+FORMS = {"by reshape": by_reshape, "written out": written_out}
