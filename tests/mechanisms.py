@@ -11,7 +11,11 @@ SMALL = {
     "linformer": [{"k": 5, "share": share} for share in ("none", "heads", "kv", "layers")],
     "performer": [{"num_features": 11}, {"num_features": 11, "kernel": "relu"}, {"num_features": 4}],
     "nystromformer": [{"num_landmarks": 5}, {"num_landmarks": 5, "conv_kernel_size": 0}, {"num_landmarks": 40}],
-    "hybrid": [{"window_size": 2}, {"window_size": 3, "branches": ["linear"]}],
+    "hybrid": [
+        {"window_size": 2},
+        {"window_size": 2, "fusion": "gate"},
+        {"window_size": 3, "branches": ["linear"]},
+    ],
     "linear": [{"feature_map": feature_map} for feature_map in ("elu", "relu", "softmax")],
     "focused": [{}, {"power": 1.5}],
     "agent": [{"agent_size": 2}, {"agent_size": 4}],
@@ -46,6 +50,7 @@ def options_for(name, grid, prefix_tokens=1):
                 if side > 1
                 else st.just([1]),
                 "branches": st.sampled_from([["regional"], ["linear"], ["regional", "linear"]]),
+                "fusion": st.sampled_from(["heads", "gate"]),
             }
         ).map(lambda o: o | {"branches": [*o["branches"], *(["dilated"] if len(o["dilations"]) > 1 else [])]}),
         "linear": st.fixed_dictionaries({"feature_map": st.sampled_from(["elu", "relu", "softmax"])}),

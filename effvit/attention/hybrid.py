@@ -1,4 +1,4 @@
-"""Hybrid: dilated windows for detail, linear attention for context, a gate per token.
+"""Hybrid: dilated windows for detail and linear attention for context, each in heads of its own.
 
 effvit's own, inspired by ACC-ViT's atrous windows and gated fusion (Ibtehaz et al. 2024, arXiv 2403.04200,
 2406.08859) and by linear attention (Katharopoulos et al. 2020, arXiv 2006.16236).
@@ -27,10 +27,14 @@ def _distinct(values: list[Any]) -> list[Any]:
 
 
 class HybridOptions(AttentionOptions):
-    """w x w windows at each of ``dilations``; ``branches`` picks regional (dilation 1), dilated (the rest), linear."""
+    """w x w windows at each of ``dilations``; ``branches`` picks regional (dilation 1), dilated (the rest), linear.
+
+    ``fusion``: ``heads`` deals the heads to the branches, ``gate`` has all heads in each and a share for every token.
+    """
 
     window_size: int = Field(4, ge=1)
     dilations: Annotated[list[Annotated[int, Field(ge=1)]], AfterValidator(_distinct)] = Field([1, 2])
+    fusion: Literal["heads", "gate"] = "heads"
     branches: Annotated[list[Branch], AfterValidator(_distinct)] = Field(["regional", "dilated", "linear"])
 
     @model_validator(mode="after")
@@ -54,15 +58,16 @@ class HybridOptions(AttentionOptions):
 
 @register
 class HybridAttention(Attention):
-    """Σ_branch g_branch(x) · branch(q, k, v) for patches; exact attention for prefix tokens.
+    """Patches: softmax over windows in some heads, φ(q) (φ(k)ᵀ v) / (φ(q) · Σ φ(k)) in others; prefix tokens: exact.
 
-    One q, k, v serves all branches. In the branch of dilation r a patch attends to the patches of its window (same
-    row and column modulo r, w x w of them) and to the prefix tokens; in the linear branch to all tokens, with
-    φ = elu + 1 + ε. Prefix tokens attend to all tokens by softmax. Dropout acts on the softmaxes and on φ(q).
+    In the branch of dilation r a patch attends to the patches of its window (same row and column modulo r, w x w of
+    them) and to the prefix tokens; in the linear branch to all tokens, with φ = elu + 1 + ε. Heads are dealt to the
+    branches in turns that go on from block to block. With ``fusion: gate`` it is Σ_branch g_branch(x) · branch(q, k, v)
+    in every head. Prefix tokens attend to all tokens by softmax. Dropout acts on the softmaxes and on φ(q).
     """
 
     Options = HybridOptions
-    complexity = "O(N (w² |dilations| + d))"
+    complexity = "O(N (w² + d))"
     paper = "effvit; inspired by arXiv 2403.04200 and 2006.16236"
     needs_grid = True
 
@@ -71,8 +76,16 @@ class HybridAttention(Attention):
         self.windows = [Windows(*grid_size, options.window_size, r) for r in options.used_dilations()]
         self.linear = "linear" in options.branches
         self.branch_names = [f"window r={each.dilation}" for each in self.windows] + ["linear"] * self.linear
-        self.gate = nn.Linear(dim, len(self.branch_names)) if len(self.branch_names) > 1 else None
+        several = len(self.branch_names) > 1
+        self.gate = nn.Linear(dim, len(self.branch_names)) if several and options.fusion == "gate" else None
+        self.heads_of_branches = self.deal() if options.fusion == "heads" else [num_heads] * len(self.branch_names)
         self.reset_mechanism()
+
+    def deal(self) -> list[int]:
+        """How many heads each branch has in this block, the first ones first."""
+        number = len(self.branch_names)
+        dealt = [(self.layer * self.num_heads + head) % number for head in range(self.num_heads)]
+        return [dealt.count(branch) for branch in range(number)]
 
     def reset_mechanism(self) -> None:
         for parameter in self.gate.parameters() if self.gate is not None else ():
@@ -83,37 +96,45 @@ class HybridAttention(Attention):
 
     def gate_shares(self, x: Tensor) -> Tensor:
         """Share of each branch in each patch's output: tokens ``(B, N, C)`` to ``(B, P, branches)``, summing to 1."""
-        assert self.gate is not None, "a single branch has no gate"
+        assert self.gate is not None, "no gate with fusion: heads, or for a single branch"
         return self.gate(x[:, self.prefix_tokens :]).softmax(dim=-1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
         s = self.prefix_tokens
-        branches = [window_attention(q[:, :, s:], k, v, each, self.dropout_p) for each in self.windows]
-        if self.linear:
-            branches.append(feature_attention(q[:, :, s:], k, v, Features("elu", _EPS), self.dropout_p))
-        patches = branches[0]
-        if self.gate is not None:
-            shares = context[0].to(v.dtype)[:, None, ..., None]  # (B, 1, P, branches, 1)
-            patches = shares[:, :, :, 0] * branches[0]
-            for number, branch in enumerate(branches[1:], 1):
-                patches = torch.addcmul(patches, shares[:, :, :, number], branch)
-        if not s:
-            return patches
-        prefix = softmax_attention(q[:, :, :s], k, v, self.dropout_p)
-        return torch.cat([prefix.transpose(1, 2), patches.transpose(1, 2)], dim=1).transpose(1, 2)
+        if self.gate is None:
+            parts = zip(*(tokens.split(self.heads_of_branches, dim=1) for tokens in (q[:, :, s:], k, v)), strict=True)
+            of_heads = [self.branch(number, *part) for number, part in enumerate(parts) if part[0].shape[1]]
+            patches = torch.cat([each.transpose(1, 2) for each in of_heads], dim=2)
+        else:
+            patches = self.gated(q[:, :, s:], k, v, context[0].to(v.dtype)[:, None, ..., None]).transpose(1, 2)
+        if s:
+            prefix = softmax_attention(q[:, :, :s], k, v, self.dropout_p)
+            patches = torch.cat([prefix.transpose(1, 2), patches], dim=1)
+        return patches.transpose(1, 2)
+
+    def branch(self, number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Patches' queries ``(B, h, P, d)`` and all keys and values through one branch."""
+        if number < len(self.windows):
+            return window_attention(q, k, v, self.windows[number], self.dropout_p)
+        return feature_attention(q, k, v, Features("elu", _EPS), self.dropout_p)
+
+    def gated(self, q: Tensor, k: Tensor, v: Tensor, shares: Tensor) -> Tensor:
+        """Sum of all branches by their shares ``(B, 1, P, branches, 1)``."""
+        patches = shares[:, :, :, 0] * self.branch(0, q, k, v)
+        for number in range(1, len(self.branch_names)):
+            patches = torch.addcmul(patches, shares[:, :, :, number], self.branch(number, q, k, v))
+        return patches
 
     def mixing_macs(self) -> int:
-        """2SNC for prefix tokens; per dilation 2P'C(w² + S) with P' patches of the padded grid, P where windows tile.
+        """2SNC for prefix tokens; in each head of a window 2P'd(w² + S) with P' patches of the padded grid.
 
-        Linear branch: NCd + PCd + PC. Gate over R > 1 branches: PCR.
+        In each head of the linear branch Nd² + Pd² + Pd. A gate over R branches: PCR.
         """
-        n, p, c, d = self.num_tokens, self.num_patches, self.dim, self.head_dim
-        total = 2 * self.prefix_tokens * n * c
-        for windows in self.windows:
+        n, p, d, s = self.num_tokens, self.num_patches, self.head_dim, self.prefix_tokens
+        total = 2 * s * n * self.dim
+        for heads, windows in zip(self.heads_of_branches, self.windows, strict=False):
             rows, columns = windows.padded
-            total += 2 * rows * columns * c * (windows.size**2 + self.prefix_tokens)
+            total += heads * 2 * rows * columns * d * (windows.size**2 + s)
         if self.linear:
-            total += n * c * d + p * c * d + p * c
-        if self.gate is not None:
-            total += p * c * len(self.branch_names)
-        return total
+            total += self.heads_of_branches[-1] * (n * d**2 + p * d**2 + p * d)
+        return total if self.gate is None else total + p * self.dim * len(self.branch_names)

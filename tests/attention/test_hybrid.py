@@ -35,11 +35,7 @@ def brute_force_map(attention, x, w, dilations, linear):
     grid, n, d = attention.grid_size, x.shape[1], q.shape[-1]
     matrix = torch.zeros(*q.shape[:2], n, n, dtype=x.dtype)
     matrix[:, :, :s] = (q[:, :, :s] @ k.mT / d**0.5).softmax(dim=-1)
-    branches = len(dilations) + linear
-    if branches > 1:
-        shares = (x @ attention.gate.weight.T + attention.gate.bias).softmax(dim=-1)
-    else:
-        shares = torch.ones(*x.shape[:2], 1, dtype=x.dtype)
+    shares = shares_of(attention, x, len(dilations) + linear)  # (B, H, N, branches)
 
     def phi(t):
         return torch.where(t > 0, t + 1, t.exp())
@@ -48,11 +44,25 @@ def brute_force_map(attention, x, w, dilations, linear):
         for branch, r in enumerate(dilations):
             seen = [*range(s), *(s + other for other in neighbours(token - s, grid, w, r))]
             weights = torch.einsum("bhd,bhjd->bhj", q[:, :, token], k[:, :, seen]) / d**0.5
-            matrix[:, :, token, seen] += shares[:, None, token, branch, None] * weights.softmax(dim=-1)
+            matrix[:, :, token, seen] += shares[:, :, token, branch, None] * weights.softmax(dim=-1)
         if linear:
             weights = torch.einsum("bhd,bhjd->bhj", phi(q[:, :, token]), phi(k))
-            matrix[:, :, token] += shares[:, None, token, -1, None] * weights / weights.sum(dim=-1, keepdim=True)
+            matrix[:, :, token] += shares[:, :, token, -1, None] * weights / weights.sum(dim=-1, keepdim=True)
     return matrix
+
+
+def shares_of(attention, x, branches):
+    """The gate's shares of a token in all heads; without a gate 1 for the branch whose turn a head is."""
+    if attention.gate is not None:
+        shares = (x @ attention.gate.weight.T + attention.gate.bias).softmax(dim=-1)
+        return shares[:, None].expand(-1, attention.num_heads, -1, -1)
+    shares = torch.zeros(len(x), attention.num_heads, x.shape[1], branches, dtype=x.dtype)
+    if attention.options.fusion == "gate":  # and one branch
+        return shares + 1
+    turns = [(attention.layer * attention.num_heads + head) % branches for head in range(attention.num_heads)]
+    for head, branch in enumerate(sorted(turns)):
+        shares[:, head, :, branch] = 1
+    return shares
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -61,7 +71,8 @@ def test_a_loop_over_tokens_with_explicit_neighbour_sets_gives_the_same(data):
     grid = data.draw(st.tuples(st.integers(1, 7), st.integers(1, 7)))
     options = data.draw(options_for("hybrid", grid))
     prefix = data.draw(st.sampled_from([0, 1, 5]))
-    attention = hybrid(grid, prefix_tokens=prefix, **options)
+    place = {"prefix_tokens": prefix, "layer": data.draw(st.integers(0, 3)), "depth": 4}
+    attention = hybrid(grid, **place, **options)
     x = torch.randn(2, prefix + grid[0] * grid[1], 12, dtype=torch.float64)
     used = [r for r in options["dilations"] if ("regional" if r == 1 else "dilated") in options["branches"]]
     expected = brute_force_map(attention, x, options["window_size"], used, "linear" in options["branches"])
@@ -114,7 +125,7 @@ def test_a_patch_sees_its_window_and_the_class_token_only():
     ],
 )
 def test_every_subset_of_branches_is_a_mechanism_and_a_gate_is_there_only_for_several(branches, shares):
-    attention = build_attention("hybrid", 12, 3, (4, 4), branches=branches)
+    attention = build_attention("hybrid", 12, 3, (4, 4), branches=branches, fusion="gate")
     assert len(attention.branch_names) == shares
     assert (attention.gate is None) == (shares == 1)
 
@@ -122,16 +133,17 @@ def test_every_subset_of_branches_is_a_mechanism_and_a_gate_is_there_only_for_se
 @pytest.mark.parametrize("in_model", [False, True])
 def test_the_gate_starts_with_equal_shares(in_model):
     if in_model:
-        model = ViT(ViTConfig(image_size=16, attention="hybrid", initializer_range=0.3))
+        options = {"fusion": "gate"}
+        model = ViT(ViTConfig(image_size=16, attention="hybrid", attention_options=options, initializer_range=0.3))
         attention, width = model.attentions()[1], 48
     else:
-        attention, width = build_attention("hybrid", 12, 3, (4, 4)), 12
+        attention, width = build_attention("hybrid", 12, 3, (4, 4), fusion="gate"), 12
     shares = attention.gate_shares(torch.randn(2, 17, width))
     torch.testing.assert_close(shares, torch.full((2, 16, 3), 1 / 3))
 
 
 def test_shares_sum_to_one_and_follow_the_token():
-    shares = hybrid(window_size=3).gate_shares(torch.randn(2, 37, 12, dtype=torch.float64))
+    shares = hybrid(window_size=3, fusion="gate").gate_shares(torch.randn(2, 37, 12, dtype=torch.float64))
     torch.testing.assert_close(shares.sum(dim=-1), torch.ones(2, 36, dtype=torch.float64))
     assert shares.std(dim=1).min() > 0.01
 
@@ -155,5 +167,15 @@ def test_its_macs_are_the_closed_form():
     n, p, c, d, w = 37, 36, 12, 4, 3
     windows = 2 * 2 * p * c * (w**2 + 1)  # both dilations tile 6 x 6
     linear = n * c * d + p * c * d + p * c
-    expected = 4 * n * c**2 + 2 * n * c + windows + linear + p * c * 3
-    assert hybrid(window_size=3).macs() == expected
+    gated = 4 * n * c**2 + 2 * n * c + windows + linear + p * c * 3
+    assert hybrid(window_size=3, fusion="gate").macs() == gated
+    # Three heads, one for each branch.
+    dealt = 4 * n * c**2 + 2 * n * c + windows // 3 // 2 * 2 + linear // 3
+    assert hybrid(window_size=3).macs() == dealt
+
+
+def test_heads_are_dealt_in_turns_that_go_on_from_block_to_block():
+    blocks = [build_attention("hybrid", 16, 4, (4, 4), layer=layer, depth=3) for layer in range(3)]
+    assert [block.heads_of_branches for block in blocks] == [[2, 1, 1], [1, 2, 1], [1, 1, 2]]
+    few = [build_attention("hybrid", 16, 2, (4, 4), layer=layer, depth=3) for layer in range(3)]
+    assert [block.heads_of_branches for block in few] == [[1, 1, 0], [1, 0, 1], [0, 1, 1]]
