@@ -16,7 +16,7 @@ from torch import Tensor
 from effvit.attention.base import Grid
 from effvit.errors import UserError
 from effvit.model.hub import Told, read_told
-from effvit.model.names import Named, StateDict, read_names, together
+from effvit.model.names import Named, StateDict, fused_to_standard, read_names, standard_to_fused, together
 from effvit.model.resize import resize_positions, resize_projection
 from effvit.model.settings import CONFIG
 from effvit.model.shape import Shape, positions_of_all_tokens, read_shape, refuse_foreign
@@ -128,8 +128,6 @@ def maps_as_in(config: ViTConfig, tensors: StateDict) -> StateDict:
     """The maps to queries, keys and values under the names that a model of ``config`` has for them."""
     if config.attention != "standard" and not any(".attn.heads." in name for name in tensors):
         return tensors
-    from effvit.attention.standard import fused_to_standard, standard_to_fused
-
     merged = standard_to_fused(tensors)
     return fused_to_standard(merged, config.num_attention_heads) if config.attention == "standard" else merged
 

@@ -93,7 +93,7 @@ def test_models_trained_on_another_scale_are_not_compared(trained, digits, tmp_p
     (copy / "config.json").write_text(json.dumps(config | {"attention": "standard", "mean": [0.5] * 3}))
     from safetensors.torch import load_file, save_file
 
-    from effvit.attention.standard import fused_to_standard
+    from effvit.model.names import fused_to_standard
 
     weights = fused_to_standard(load_file(copy / "model.safetensors"), config["num_attention_heads"])
     save_file(weights, copy / "model.safetensors")

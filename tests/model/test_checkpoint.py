@@ -7,11 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from effvit.attention import available_attention
-from effvit.attention.standard import standard_to_fused
 from effvit.errors import UserError
 from effvit.files import check_replaceable
 from effvit.model.checkpoint import is_model_dir, load_model, save_model
-from effvit.model.names import to_transformers
+from effvit.model.names import standard_to_fused, to_transformers
 from effvit.model.trained_on import TrainedOn
 from effvit.model.vit import ViT
 
