@@ -79,10 +79,15 @@ def _towers(model: nn.Module) -> list[Tower]:
     for module in model.modules():
         if wrapper := next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in _WRAPPERS), None):
             raise UserError(f"swap_attention: the model is inside {wrapper}; swap attention first, then wrap it")
-    found = [tower for family in _FAMILIES for tower in family.towers(model) if tower.sites]
+    found = find_towers(model)
     if not found:
         raise nothing_known(model)
     return found
+
+
+def find_towers(model: nn.Module) -> list[Tower]:
+    """Vision Transformers in a model that are known, with attention in them."""
+    return [tower for family in _FAMILIES for tower in family.towers(model) if tower.sites]
 
 
 def _indices(layers: Iterable[int]) -> list[int]:

@@ -15,6 +15,7 @@ from effvit.data.loading.transforms import to_float
 from effvit.errors import UserError
 from effvit.evaluation.score import attention_rollout, confusion, per_class, predict_logits, predictions, summarise
 from effvit.files import write_csv, write_json
+from effvit.model.trained_on import TrainedOn
 from effvit.model.vit import ViT
 
 _FEW = 5  # names of classes in a message
@@ -39,7 +40,15 @@ def check_fits(model: ViT, dataset: PreparedDataset) -> PreparedDataset:
             f"the model is for {classes} classes and images of {pixels} pixels, "
             f"{dataset.name} has {known} classes and images of {side} pixels"
         )
-    about = model.trained_on
+    return as_trained_on(model.trained_on, dataset)
+
+
+def as_trained_on(about: TrainedOn, dataset: PreparedDataset) -> PreparedDataset:
+    """Return the data set with the mean and deviation that a model was trained with, as `check_fits` does.
+
+    Raises:
+        UserError: the model was trained for other classes, or for the same in another order.
+    """
     if about.classes is not None and about.classes != dataset.classes:
         raise UserError(_which_classes_differ(about.classes, dataset))
     if about.mean is None or about.std is None or (about.mean, about.std) == (dataset.mean, dataset.std):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from effvit.attention.base import Grid
 from effvit.errors import UserError
@@ -118,7 +118,7 @@ def naming(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: {error}") from error
 
 
-def stored_once(model: ViT) -> StateDict:
+def stored_once(model: nn.Module) -> StateDict:
     """The model's weights, a shared one under its first name only, so that none overwrites another."""
     stored = model.state_dict()
     return {name: t for name, t in (*model.named_parameters(), *model.named_buffers()) if name in stored}

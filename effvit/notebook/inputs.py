@@ -17,6 +17,7 @@ from effvit.data.loading.transforms import to_float
 from effvit.errors import UserError
 from effvit.memory import is_out_of_memory
 from effvit.model.logits import logits_of
+from effvit.model.trained_on import TrainedOn
 
 Images: TypeAlias = np.ndarray | Stored | Tensor | Sequence[str | Path]
 """uint8 ``(n, H, W, 3)``, an array or a data set's own; normalised floats ``(n, channels, H, W)``; or image files."""
@@ -29,9 +30,15 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if parameter is None else parameter.device
 
 
+def trained_on(model: nn.Module | None) -> TrainedOn:
+    """What a model knows of what it was trained on."""
+    about = getattr(model, "trained_on", None)
+    return about if isinstance(about, TrainedOn) else TrainedOn()
+
+
 def known(name: str, model: nn.Module | None, data: PreparedDataset | None) -> Any:
     """``classes``, ``mean`` or ``std`` of what a model was trained on, else of the data set; None where unknown."""
-    own = getattr(getattr(model, "trained_on", None), name, None)
+    own = getattr(trained_on(model), name)
     return getattr(data, name, None) if own is None else own
 
 

@@ -14,7 +14,6 @@ from effvit.data.loading.loaders import Loaders, length_of
 from effvit.data.loading.prepared import PreparedDataset
 from effvit.errors import UserError, explain
 from effvit.model.trained_on import TrainedOn
-from effvit.model.vit import ViT
 from effvit.notebook.inputs import check_classes, count_classes, first_batch
 from effvit.notebook.scores import evaluate
 from effvit.training.loop import Epoch, Step, Training
@@ -115,7 +114,8 @@ class Trainer:
 
         Afterwards the model has the weights of the epoch with the highest validation accuracy, or without validation
         the last ones, and is in eval mode. That is also so when training is interrupted, by Ctrl-C or by an error:
-        `history` then has the epochs until there. A `ViT` also keeps the data set's class names and normalisation.
+        `history` then has the epochs until there. The model keeps the data set's class names and normalisation as its
+        ``trained_on``, for `save_model`, `evaluate` and `predict`.
         Called again, it trains the model on, from the top of the schedule.
 
         Raises:
@@ -147,8 +147,7 @@ class Trainer:
             finally:
                 self.model.load_state_dict(best.weights or training.weights.state_dict())
                 self.model.eval()
-                if isinstance(self.model, ViT):
-                    self.model.trained_on = self._trained_on()
+                self.model.trained_on = self._trained_on()  # type: ignore[assignment]
         return self.history
 
     def evaluate(self, data: PreparedDataset | DataLoader[Any]) -> dict[str, float]:

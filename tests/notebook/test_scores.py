@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -68,6 +70,24 @@ def test_predictions_have_names_where_they_are_known():
     assert table["class"].tolist() == [1, 0, 2] and np.allclose(table["probability"], expected)
     model.trained_on = TrainedOn(classes=("cat", "dog", "owl"))
     assert predict(model, images)["class"].tolist() == ["dog", "cat", "owl"]
+
+
+def test_names_of_another_number_of_classes_are_told_in_one_line():
+    model = Known(3)
+    model.trained_on = TrainedOn(classes=("cat", "dog"))
+    with pytest.raises(UserError, match="tells 3 classes apart, and has names of 2"):
+        predict(model, torch.zeros(1, 1, 4, 4))
+
+
+def test_any_model_that_knows_its_classes_and_normalisation_is_scored_by_them(digits, capsys):
+    model, reference = Known(10), Known(10)
+    model.trained_on = TrainedOn(classes=digits.classes, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    expected = evaluate(reference, replace(digits, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7)))
+    assert evaluate(model, digits) == expected != evaluate(reference, digits)
+    assert "normalised by the model's own mean and deviation" in capsys.readouterr().err
+    model.trained_on = TrainedOn(classes=digits.classes[::-1])
+    with pytest.raises(UserError, match="in another order"):
+        evaluate(model, digits)
 
 
 def test_uint8_images_and_files_are_normalised_as_the_data_set_says(digits, tmp_path):

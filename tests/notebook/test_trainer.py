@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from effvit import Trainer, ViT, evaluate, swap_attention
+from effvit import Trainer, ViT, evaluate, load_model, predict, save_model, swap_attention
 from effvit.data.loading.prepared import PreparedDataset
 from effvit.errors import UserError
 from effvit.training.loop import DivergedError, Epoch, Training
@@ -133,6 +133,31 @@ def test_a_swapped_model_is_trained_as_before(build, loaders):
             swap_attention(model, "fused")
         histories.append(trained(model, *loaders, optimizer="muon", epochs=3).fit()["train_loss"].tolist())
     assert histories[1] == pytest.approx(histories[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("build", [of_timm, of_transformers])
+def test_a_swapped_model_keeps_its_classes_and_normalisation_and_travels(build, digits, tmp_path):
+    def untrained():
+        model = build()
+        head = nn.Linear(24, len(digits.classes))
+        setattr(model, "head" if hasattr(model, "head") else "classifier", head)
+        return model
+
+    model = untrained()
+    swap_attention(model, "performer")
+    trainer = trained(model, digits, epochs=1)
+    trainer.fit()
+    assert model.trained_on.known() == {
+        "classes": list(digits.classes),
+        "mean": list(digits.mean),
+        "std": list(digits.std),
+    }
+    save_model(model, tmp_path / "model")
+    back = load_model(tmp_path / "model", into=untrained())
+    assert evaluate(back, digits) == trainer.evaluate(digits)
+    images, _ = digits.split("test")
+    assert predict(back, images[:9])["class"].tolist() == predict(model, images[:9], digits)["class"].tolist()
+    assert set(predict(back, images[:9])["class"]) <= set(digits.classes)
 
 
 def test_loaders_of_ones_own_are_learnt_from(vit, loaders):
