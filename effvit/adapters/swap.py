@@ -161,9 +161,9 @@ def _in_place_of(host: Host, tower: Tower, name: str, options: dict[str, Any]) -
     kept = origins | {each: each for each in attention.state_dict() if each not in unfinished}
     used = {name for origin in kept.values() for name in origin.split(", ")}
     new = [each for each in attention.state_dict() if each not in kept]
-    return attention, SwappedLayer(
-        host.name, kept, new, [each for each in host.module.state_dict() if each not in used]
-    )
+    unused = [each for each in host.module.state_dict() if each not in used]
+    trained = dict(attention.named_parameters())
+    return attention, SwappedLayer(host.name, kept, new, unused, [each for each in new if each not in trained])
 
 
 def _keep_hooks_and_mode(attention: Attention, host: Host) -> None:

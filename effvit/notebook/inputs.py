@@ -68,6 +68,12 @@ def read_images(images: Images, data: PreparedDataset | None) -> Tensor:
     return images
 
 
+def require_batch_size(batch_size: int) -> None:
+    """Raise ``UserError`` where that is no number of images."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise UserError(f"batch_size={batch_size!r}: expected a whole number from 1")
+
+
 def first_batch(loader: DataLoader[Any], name: str = "data") -> tuple[Tensor, Tensor]:
     """Images and labels of a loader's first batch; raises ``UserError`` where it gives something else or nothing."""
     batch = next(checked_batches(loader, name), None)

@@ -21,6 +21,7 @@ from effvit.notebook.inputs import (
     evaluating,
     known,
     read_images,
+    require_batch_size,
     trained_on,
 )
 
@@ -42,6 +43,7 @@ def evaluate(model: nn.Module, data: PreparedDataset | DataLoader[Any], *, batch
     Raises:
         UserError: data that is something else or does not fit the model, or outputs that are not finite.
     """
+    require_batch_size(batch_size)
     with evaluating(model):
         if isinstance(data, PreparedDataset):
             if isinstance(model, ViT):
@@ -78,6 +80,7 @@ def predict(
     """
     import pandas as pd
 
+    require_batch_size(batch_size)
     read = read_images(images, data)
     with evaluating(model):
         logits = torch.cat([logits_of(model(as_inputs(part, model, data))).cpu() for part in read.split(batch_size)])

@@ -38,6 +38,7 @@ _OF_PREPARED = (
     "workers",
 )
 _BATCH_SIZE = 128
+_LARGEST_SEED = 2**32 - 1
 _VALIDATION = ["val_loss", "val_accuracy"]
 
 
@@ -79,8 +80,8 @@ class Trainer:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise UserError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise UserError(f"seed={seed!r}: expected a whole number from 0")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= _LARGEST_SEED:
+            raise UserError(f"seed={seed!r}: expected a whole number from 0 to {_LARGEST_SEED}")
         self.model, self.seed, self.progress = model, seed, progress
         self._epochs: list[Epoch] = []
         fields = {"epochs": epochs, "lr": lr, "optimizer": optimizer, "device": device, **recipe}
@@ -98,6 +99,8 @@ class Trainer:
             self._flip = False
             self._data, batch_size = _checked_loaders(model, train, validation)
             self.recipe = _recipe({"batch_size": batch_size, **fields})
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise UserError("model: all of its parameters are frozen; set requires_grad of those to be trained")
         build_optimizer(model, self.recipe)  # told before the first batch where it cannot be
 
     @property

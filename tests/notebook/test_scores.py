@@ -72,6 +72,14 @@ def test_predictions_have_names_where_they_are_known():
     assert predict(model, images)["class"].tolist() == ["dog", "cat", "owl"]
 
 
+@pytest.mark.parametrize("batch_size", [0, -1, 1.5, True])
+def test_a_batch_size_that_is_none_is_told_in_one_line(digits, batch_size):
+    for call in (lambda: evaluate(Known(10), digits, batch_size=batch_size),
+                 lambda: predict(Known(10), torch.zeros(1, 1, 10, 10), batch_size=batch_size)):  # fmt: skip
+        with pytest.raises(UserError, match=f"^batch_size={batch_size}: expected a whole number from 1$"):
+            call()
+
+
 def test_names_of_another_number_of_classes_are_told_in_one_line():
     model = Known(3)
     model.trained_on = TrainedOn(classes=("cat", "dog"))

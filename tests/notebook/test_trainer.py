@@ -160,6 +160,22 @@ def test_a_swapped_model_keeps_its_classes_and_normalisation_and_travels(build, 
     assert set(predict(back, images[:9])["class"]) <= set(digits.classes)
 
 
+def test_a_model_that_is_frozen_is_told_in_one_line(loaders):
+    with pytest.raises(UserError, match="^model: all of its parameters are frozen"):
+        trained(Linear().requires_grad_(False), *loaders)
+
+
+def test_what_is_frozen_stays_while_the_rest_learns(loaders):
+    model = of_timm()
+    swap_attention(model, "linformer", k=4)
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trained(model, *loaders, epochs=1).fit()
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == {"head.weight", "head.bias"}
+
+
 def test_loaders_of_ones_own_are_learnt_from(vit, loaders):
     trainer = trained(vit, *loaders, epochs=8, lr=1e-2)
     history = trainer.fit()
@@ -347,6 +363,7 @@ def test_a_model_that_is_no_image_classifier_is_told_in_one_line(model, line, lo
         ({"learning_rate": 1.0}, "learning_rate: unknown option"),
         ({"mixup": 0.2, "batch_size": 8}, "batch_size, mixup: of prepared data sets"),
         ({"devices": 2}, "devices: of `effvit train`"),
+        ({"seed": 2**70}, "seed=1180591620717411303424: expected a whole number from 0 to 4294967295"),
         ({"seed": -1}, "seed=-1: expected a whole number from 0"),
         ({"optimizer": "muon"}, "optimizer=muon: no blocks with attention are known in Linear"),
     ],
