@@ -12,12 +12,18 @@ from torch import Tensor, nn
 
 from effvit.attention.base import Attention, AttentionOptions, Grid, register
 from effvit.errors import UserError
+from effvit.kernels.choice import primitive
 from effvit.kernels.feature_attention import Features, feature_attention
 from effvit.kernels.softmax_attention import softmax_attention
 from effvit.kernels.window_attention import Windows, window_attention
 
 _EPS = 1e-6  # exp underflows far below 0, and the normaliser with it
 Branch = Literal["regional", "dilated", "linear"]
+
+
+@primitive  # or who looks for attention in a graph (timm's AttentionExtract) takes its softmax for it
+def _shares(logits: Tensor) -> Tensor:
+    return logits.softmax(dim=-1)
 
 
 def _distinct(values: list[Any]) -> list[Any]:
@@ -84,7 +90,7 @@ class HybridAttention(Attention):
     def gate_shares(self, x: Tensor) -> Tensor:
         """Share of each branch in each patch's output: tokens ``(B, N, C)`` to ``(B, P, branches)``, summing to 1."""
         assert self.gate is not None, "a single branch has no gate"
-        return self.gate(x[:, self.prefix_tokens :]).softmax(dim=-1)
+        return _shares(self.gate(x[:, self.prefix_tokens :]))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
         s = self.prefix_tokens

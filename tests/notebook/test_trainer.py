@@ -161,7 +161,7 @@ def test_a_swapped_model_keeps_its_classes_and_normalisation_and_travels(build, 
 
 
 def test_a_model_that_is_frozen_is_told_in_one_line(loaders):
-    with pytest.raises(UserError, match="^model: all of its parameters are frozen"):
+    with pytest.raises(UserError, match=r"^model: all of its parameters are frozen"):
         trained(Linear().requires_grad_(False), *loaders)
 
 
