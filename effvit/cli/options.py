@@ -14,6 +14,12 @@ AttentionOptions = Annotated[
     typer.Option("--option", "-o", metavar="KEY=VALUE", help="Option of the mechanism, e.g. -o k=64; repeatable."),
 ]
 DatasetDir = Annotated[Path, typer.Option(help="Directory that `effvit prepare` wrote.")]
+DatasetDirIfNeeded = Annotated[
+    Path | None,
+    typer.Option(
+        "--dataset-dir", help="Directory that `effvit prepare` wrote, for a model that knows no normalisation."
+    ),
+]
 ModelDir = Annotated[Path, typer.Option(help="Directory that `effvit train` wrote.")]
 OutputDir = Annotated[Path, typer.Option(help="Directory to write; replaced as a whole when all of it is there.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]

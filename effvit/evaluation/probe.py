@@ -37,7 +37,7 @@ def load_models(
     seen: list[PreparedDataset] = []
     for directory in directories:
         model = load_model(directory, device)
-        seen.append(check_fits(model, dataset))
+        seen.append(check_fits(model, dataset, quiet=bool(seen)))
         if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
             raise UserError(f"{directory}: weights that are not finite numbers, expected those of a whole training")
         attention = model.config.attention

@@ -81,7 +81,7 @@ def predict(
     import pandas as pd
 
     require_batch_size(batch_size)
-    read = read_images(images, data)
+    read = read_images(images, data, model)
     with evaluating(model):
         logits = torch.cat([logits_of(model(as_inputs(part, model, data))).cpu() for part in read.split(batch_size)])
     best = logits.float().softmax(dim=1).max(dim=1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from effvit import load_model
+from effvit import ViT, load_model, save_model
 from effvit.data.loading.prepared import PreparedDataset
 from effvit.errors import UserError
 from effvit.evaluation.predict import check_fits, score_test_split
@@ -85,6 +85,16 @@ def test_images_are_normalised_as_the_model_was_trained(trained, digits, tmp_pat
     assert capsys.readouterr().err == said
     scores = [score_test_split(model, data, tmp_path, 128) for data in (digits, taken, brighter)]
     assert scores[0] == scores[1] != scores[2]
+
+
+def test_of_several_models_one_line_says_how_images_are_normalised(trained, digits, tmp_path, tiny_config, capsys):
+    other = load_model(trained / "run")
+    performer = ViT(tiny_config(attention="performer"))
+    performer.trained_on = other.trained_on
+    save_model(performer, tmp_path / "performer")
+    brighter = replace(digits, name="brighter", mean=(0.9, 0.9, 0.9), std=(0.1, 0.2, 0.3))
+    _, _, data = load_models([trained / "run", tmp_path / "performer"], brighter, CPU)
+    assert data.mean == digits.mean and capsys.readouterr().err.count("normalised by the model's own") == 1
 
 
 def test_models_trained_on_another_scale_are_not_compared(trained, digits, tmp_path):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from effvit import ViT, evaluate, open_data, predict, prepare_data
+from effvit import ViT, ViTConfig, evaluate, open_data, predict, prepare_data
 from effvit.data.loading.prepared import PreparedDataset
 from effvit.errors import UserError
 from effvit.model.trained_on import TrainedOn
@@ -109,6 +109,27 @@ def test_uint8_images_and_files_are_normalised_as_the_data_set_says(digits, tmp_
         Image.fromarray(image).save(path)
     for given in (images[:4], torch.from_numpy(images[:4]), paths, [str(path) for path in paths]):
         assert predict(Known(10), given, digits)["class"].tolist() == expected
+
+
+def test_a_vit_reads_files_as_it_was_trained(digits, trained, tmp_path):
+    from PIL import Image
+
+    from effvit import load_model, visualize_attention
+
+    images, _ = digits.split("test")
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for path, image in zip(paths, images[:3], strict=True):
+        Image.fromarray(image).save(path)
+    model = load_model(trained / "run")
+    assert predict(model, paths).equals(predict(model, images[:3], digits))
+    assert len(visualize_attention(model, paths).axes) == len(visualize_attention(model, images[:3]).axes)
+    model.trained_on = TrainedOn()
+    with pytest.raises(UserError, match="does not know how its images were normalised"):
+        predict(model, paths)
+    odd = ViT(ViTConfig(image_size=(8, 16)))
+    odd.trained_on = TrainedOn(mean=(0.5,) * 3, std=(0.5,) * 3)
+    with pytest.raises(UserError, match="takes images of 8 x 16 pixels and 3 channels; files are read as squares"):
+        predict(odd, paths)
 
 
 @pytest.mark.parametrize(
