@@ -45,6 +45,9 @@ HiddenSize = Annotated[int | None, typer.Option(help="Width of the model.")]
 NumLayers = Annotated[int | None, typer.Option(help="Number of transformer blocks.")]
 NumHeads = Annotated[int | None, typer.Option(help="Attention heads of a block.")]
 IntermediateSize = Annotated[int | None, typer.Option(help="Width of a block's MLP.")]
+PrefixTokens = Annotated[
+    int | None, typer.Option(help="Tokens before the patches: class token and registers; 0 averages the patches.")
+]
 HiddenDropout = Annotated[float, typer.Option(help="Dropout of embeddings, projections, MLP.")]
 AttentionDropout = Annotated[float, typer.Option(help="Dropout of attention.")]
 MetricsDir = Annotated[Path, typer.Option(help="Directory that holds cells/, analysis/ and scaling/.")]
