@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from effvit.data.loading.loaders import Loaders, length_of
 from effvit.data.loading.prepared import PreparedDataset
 from effvit.errors import UserError, explain
+from effvit.model.checkpoint import unwrapped
 from effvit.model.trained_on import TrainedOn
 from effvit.notebook.inputs import check_classes, count_classes, first_batch
 from effvit.notebook.scores import evaluate
@@ -91,7 +92,8 @@ class Trainer:
                 raise UserError("validation: leave it out with a prepared data set, which has its own")
             self._flip = bool(fields.pop("horizontal_flip", False))
             self.recipe = _recipe({"batch_size": _BATCH_SIZE, **fields})
-            self.recipe.check_image_size(train.image_size)
+            if (padding := self.recipe.crop_padding) >= train.image_size:
+                raise UserError(f"crop_padding={padding}: must be less than {train.image_size}, the images' size")
             check_classes(model, train)
             self._data: PreparedDataset | Loaders = train
         else:
@@ -150,7 +152,8 @@ class Trainer:
             finally:
                 self.model.load_state_dict(best.weights or training.weights.state_dict())
                 self.model.eval()
-                self.model.trained_on = self._trained_on()  # type: ignore[assignment]
+                for each in (self.model, unwrapped(self.model)):
+                    each.trained_on = self._trained_on()  # type: ignore[assignment]
         return self.history
 
     def evaluate(self, data: PreparedDataset | DataLoader[Any]) -> dict[str, float]:

@@ -9,8 +9,9 @@ from hosts import FAMILIES, OPTIONS, host, images, outputs, timm_vit, torchvisio
 from safetensors.torch import load_file
 from torch import nn
 
-from effvit import available_attention, load_model, save_model, swap_attention
+from effvit import ViT, ViTConfig, available_attention, load_model, save_model, swap_attention
 from effvit.errors import UserError
+from effvit.model.pretrained import start_from
 
 OTHERS = [family for family in FAMILIES if family != "effvit"]
 NORMALISED = {"classes": list("abcde"), "mean": [0.4] * 3, "std": [0.2, 0.3, 0.4]}
@@ -164,6 +165,19 @@ def test_a_directory_without_into_says_what_to_build_in_one_line(effvit, tmp_pat
     for command in (["evaluate", "--output-dir", "scores"], ["predict", "image.png"]):
         outcome = effvit(*command, "--model-dir", "model", "--dataset-dir", digits_dir)
         assert outcome.code == 1 and re.search(says, outcome.err) and outcome.err.count("\n") == 1
+
+
+def test_a_vit_of_effvit_starts_from_it_where_heads_agree(tmp_path):
+    """Which the weights do not tell, and the configuration does."""
+    save_model(swapped("timm vit", "fused"), tmp_path)
+    fields = {"image_size": 16, "num_classes": 5, "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2}
+    ours = ViT(ViTConfig(**fields, num_attention_heads=2)).eval()
+    report = start_from(tmp_path, ours)
+    assert not report.fresh and "the number of heads" not in report.on_trust
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images()), host("timm vit")(images()), rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match="num_attention_heads=2, here 4"):
+        start_from(tmp_path, ViT(ViTConfig(**fields, num_attention_heads=4)))
 
 
 def test_into_is_refused_for_a_vit_of_effvit(tmp_path):

@@ -147,6 +147,9 @@ def test_a_swapped_model_keeps_its_classes_and_normalisation_and_travels(build, 
     swap_attention(model, "performer")
     trainer = trained(model, digits, epochs=1)
     trainer.fit()
+    again = nn.DataParallel(untrained())
+    trained(again, digits, epochs=1).fit()
+    assert model.trained_on == again.trained_on == again.module.trained_on
     assert model.trained_on.known() == {
         "classes": list(digits.classes),
         "mean": list(digits.mean),
@@ -158,6 +161,11 @@ def test_a_swapped_model_keeps_its_classes_and_normalisation_and_travels(build, 
     images, _ = digits.split("test")
     assert predict(back, images[:9])["class"].tolist() == predict(model, images[:9], digits)["class"].tolist()
     assert set(predict(back, images[:9])["class"]) <= set(digits.classes)
+
+
+def test_a_crop_as_wide_as_the_images_is_told_by_its_name(digits, tiny_config):
+    with pytest.raises(UserError, match=r"^crop_padding=16: must be less than 16, the images' size$"):
+        trained(seeded(tiny_config()), digits, crop_padding=16)
 
 
 def test_a_model_that_is_frozen_is_told_in_one_line(loaders):
