@@ -97,6 +97,17 @@ def test_of_several_models_one_line_says_how_images_are_normalised(trained, digi
     assert data.mean == digits.mean and capsys.readouterr().err.count("normalised by the model's own") == 1
 
 
+@pytest.mark.parametrize("command", ["fidelity", "representations"])
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_a_model_without_a_class_token_alone_is_refused_where_that_is_looked_at(
+    effvit, digits_dir, tmp_path, tiny_config, command, tokens
+):
+    save_model(ViT(tiny_config(prefix_tokens=tokens)), tmp_path / "model")
+    outcome = effvit(command, "--model-dir", "model", "--dataset-dir", digits_dir, "--output-dir", "out")
+    assert outcome.code == 1 and not (tmp_path / "out").exists()
+    assert outcome.err.startswith(f"error: model: a model with prefix_tokens={tokens}; expected 1, the class token")
+
+
 def test_models_trained_on_another_scale_are_not_compared(trained, digits, tmp_path):
     copy = shutil.copytree(trained / "run", tmp_path / "other")
     config = json.loads((copy / "config.json").read_text())
