@@ -5,20 +5,24 @@ and what was put into it, and whoever loads it builds that model first. Nothing 
 """
 
 import copy
-import json
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, overload
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from torch import nn
 
-from effvit.adapters.host import Tower, comes_from
-from effvit.adapters.signature import mechanism_of
+from effvit.adapters.description import (
+    SavedTower,
+    Settings,
+    class_of,
+    describe_tower,
+    function_of,
+    how_to_build,
+    library_config,
+)
 from effvit.adapters.swap import find_towers, swap_attention
-from effvit.attention import Attention
 from effvit.errors import UserError, explain
 from effvit.model import checkpoint
 from effvit.model.card import write_card_of_other
@@ -30,39 +34,6 @@ from effvit.model.vit import ViT
 from effvit.model.weights import read_safetensors
 
 _COMPILED = "_orig_mod."
-_SIZES = ("image_size", "patch_size", "hidden_dim", "mlp_dim", "num_classes", "representation_size")  # torchvision's
-
-
-class Swap(BaseModel):
-    """A mechanism with all of its options, and the blocks that have it and share what it shares between blocks."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    attention: str
-    options: dict[str, Any]
-    layers: list[int]
-
-
-class SavedTower(BaseModel):
-    """A Vision Transformer in a model: what its weights do not tell, and the mechanisms in its blocks."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str
-    depth: int
-    num_heads: int | None
-    prefix_tokens: int
-    grid_size: tuple[int, int] | None
-    swaps: list[Swap]
-
-
-class Settings(TrainedOn):
-    """``config.json`` of another library's model; ``build`` says how to build one, ``config`` is its library's own."""
-
-    cls: str
-    build: str
-    config: dict[str, Any]
-    towers: list[SavedTower]
 
 
 def save_model(
@@ -113,12 +84,13 @@ def save_model(
         return
     about = checkpoint.known_of(inner, classes, mean, std)
     notes = checkpoint.notes_of(dataset, accuracy, recipe, license)
-    towers = [_saved(tower) for tower in find_towers(inner)]
-    build = _how_to_build(inner)
+    towers = [describe_tower(tower) for tower in find_towers(inner)]
+    build = how_to_build(inner)
     settings = {
-        "class": _class_of(inner),
+        "class": class_of(inner),
         "build": build,
-        "config": _told(inner),
+        "config": library_config(inner),
+        "function": function_of(inner),
         "towers": [tower.model_dump(mode="json") for tower in towers],
     }
     card = write_card_of_other(inner, _mechanisms(towers), build, about, notes)
@@ -162,8 +134,8 @@ def load_model(
         device: where to put it; by default the CPU, with ``into`` where that model is.
         num_attention_heads: for weights of other libraries without a ``config.json`` that tells it.
         into: for a directory that `save_model` wrote of another library's model: such a model, built as that one was.
-            Its attention is swapped where the saved one's was, all weights are loaded, and it is what is returned. Not
-            compared is what neither weights nor the arrangement of heads and tokens tell, such as the activation.
+            Its attention is swapped where the saved one's was, all weights are loaded, and it is what is returned.
+            Names and shapes of weights, heads, tokens, activations, the norms' epsilon and pooling are compared.
 
     Raises:
         UserError: a file is missing or damaged, the weights are not those of the configuration, or they are of a model
@@ -202,15 +174,19 @@ def _load_into(model: nn.Module, settings: Settings, tensors: StateDict) -> None
 def _check(model: nn.Module, settings: Settings, tensors: StateDict) -> None:
     """Try it on a copy that has no numbers; raise ``UserError`` where that does not become the saved model."""
     trial = copy.deepcopy(model, {id(t): _on_meta(t) for t in (*model.parameters(), *model.buffers())})
-    there = {tower.name: _saved(tower) for tower in find_towers(trial)}
+    there = {tower.name: describe_tower(tower) for tower in find_towers(trial)}
     for tower in settings.towers:
         if tower.name not in there:
             raise UserError(f"it has no Vision Transformer {tower.name!r}" if tower.name else "no Vision Transformer")
         _compare(tower, there[tower.name])
     _swap(trial, settings.towers)
-    if [_saved(tower) for tower in find_towers(trial)] != settings.towers:
+    if [describe_tower(tower) for tower in find_towers(trial)] != settings.towers:
         raise UserError("it has mechanisms where the saved one has not; build it anew")
     checkpoint.require_all(_tensors(trial), tensors)
+    here = function_of(trial)
+    for what, theirs in settings.function.items():
+        if theirs != here.get(what):
+            raise UserError(f"its {what}: {_listed(here.get(what, []))}, saved {_listed(theirs)}")
 
 
 def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
@@ -238,42 +214,6 @@ def _parse(file: Path, values: dict[str, Any]) -> Settings:
         raise UserError(f"{file}: {explain(error)}") from error
 
 
-def _saved(tower: Tower) -> SavedTower:
-    modules = {site.block: tower.module.get_submodule(_inside(tower, site.name)) for site in tower.sites}
-    heads = {_num_heads(module) for module in modules.values()}
-    return SavedTower(
-        name=tower.name,
-        depth=tower.depth,
-        num_heads=heads.pop() if len(heads) == 1 else None,
-        prefix_tokens=tower.prefix_tokens,
-        grid_size=tower.grid_size,
-        swaps=_swaps(modules),
-    )
-
-
-def _inside(tower: Tower, name: str) -> str:
-    return name.removeprefix(f"{tower.name}.") if tower.name else name
-
-
-def _num_heads(module: nn.Module) -> int | None:
-    names = ("num_heads", "num_attention_heads")
-    return next((getattr(module, name) for name in names if isinstance(getattr(module, name, None), int)), None)
-
-
-def _swaps(modules: dict[int, nn.Module]) -> list[Swap]:
-    """Mechanisms by block, those together that share weights or have nothing to share."""
-    mechanisms = {block: module for block, module in modules.items() if isinstance(module, Attention)}
-    seen = [id(tensor) for module in mechanisms.values() for tensor in {*module.parameters(), *module.buffers()}]
-    groups: dict[Any, Swap] = {}
-    for block, module in mechanisms.items():
-        shared = frozenset(id(t) for t in (*module.parameters(), *module.buffers()) if seen.count(id(t)) > 1)
-        name = mechanism_of(module).__module__.rpartition(".")[-1]
-        options = module.options.model_dump(mode="json")
-        key = name, json.dumps(options, sort_keys=True), shared
-        groups.setdefault(key, Swap(attention=name, options=options, layers=[])).layers.append(block)
-    return list(groups.values())
-
-
 def _mechanisms(towers: list[SavedTower]) -> dict[str, str]:
     """By mechanism, which blocks have it."""
     found: dict[str, list[str]] = {}
@@ -290,43 +230,5 @@ def _tensors(model: nn.Module) -> StateDict:
     return {name.replace(_COMPILED, ""): tensor for name, tensor in stored_once(model).items()}
 
 
-def _class_of(model: nn.Module) -> str:
-    return f"{type(model).__module__}.{type(model).__qualname__}"
-
-
-def _told(model: nn.Module) -> dict[str, Any]:
-    """What a model's library tells of it."""
-    if comes_from(model, "transformers", "PreTrainedModel"):
-        return _plain(model.config.to_dict())  # type: ignore[operator, union-attr]
-    if comes_from(model, "timm", "VisionTransformer"):
-        return _plain(getattr(model, "pretrained_cfg", {})) | _plain({"num_classes": getattr(model, "num_classes", 0)})
-    if comes_from(model, "torchvision", "VisionTransformer"):
-        return _plain({name: getattr(model, name) for name in _SIZES if hasattr(model, name)})
-    return {}
-
-
-def _how_to_build(model: nn.Module) -> str:
-    """Code for a reader, never run by this package."""
-    told, name = _told(model), type(model).__name__
-    if comes_from(model, "transformers", "PreTrainedModel"):
-        return f'transformers.{name}(transformers.{type(model.config).__name__}.from_dict(the "config" in config.json))'
-    if comes_from(model, "timm", "VisionTransformer") and told.get("architecture"):
-        return (
-            f'timm.create_model("{told["architecture"]}", num_classes={told["num_classes"]}), and what else was changed'
-        )
-    return f"{_class_of(model)}, built as it was"
-
-
-def _plain(value: Any) -> Any:
-    """What JSON can say of a value; what it cannot say is left out of dictionaries and lists."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items() if _can_be_told(each)}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value if _can_be_told(each)]
-    return value
-
-
-def _can_be_told(value: Any) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return value is None or isinstance(value, str | int | list | tuple | Mapping)
+def _listed(values: list[Any]) -> str:
+    return ", ".join(map(str, values)) or "none"

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -119,6 +120,10 @@ def refused(directory, into):
         (lambda: timm_vit(num_heads=4), "its ViT: num_heads=4, saved 2"),
         (lambda: timm_vit(reg_tokens=4), "its ViT: prefix_tokens=5, saved 1"),
         (lambda: timm_vit(img_size=32), "its ViT: grid_size=(8, 8), saved (4, 4)"),
+        (lambda: timm_vit(act_layer="relu"), "its activations: ReLU, saved GELU"),
+        (lambda: timm_vit(act_layer="gelu_tanh"), "its activations: GELUTanh, saved GELU"),
+        (lambda: timm_vit(norm_layer=partial(nn.LayerNorm, eps=1e-5)), "its epsilon of norms: 1e-05, saved 1e-06"),
+        (lambda: timm_vit(global_pool="avg", fc_norm=False), "its pooling: avg, saved token"),
         (lambda: timm_vit(num_classes=7), "head.weight is of shape (5, 32), here (7, 32)"),
         (lambda: timm_vit(qkv_bias=False), "blocks.*.attn.qkv.bias left over"),
         (lambda: timm_vit(init_values=0.1), "blocks.*.ls1.gamma, blocks.*.ls2.gamma missing"),
