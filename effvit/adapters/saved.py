@@ -23,6 +23,7 @@ from effvit.adapters.description import (
     library_config,
 )
 from effvit.adapters.swap import find_towers, swap_attention
+from effvit.attention import check_options
 from effvit.errors import UserError, explain
 from effvit.model import checkpoint
 from effvit.model.card import write_card_of_other
@@ -204,6 +205,7 @@ def _compare(saved: SavedTower, here: SavedTower) -> None:
 def _swap(model: nn.Module, towers: list[SavedTower]) -> None:
     for tower in towers:
         for swap in tower.swaps:
+            check_options(swap.attention, swap.options)  # no argument of another kind among them
             swap_attention(model.get_submodule(tower.name), swap.attention, layers=swap.layers, **swap.options)
 
 
