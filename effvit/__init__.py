@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from effvit.adapters.report import SwapReport
+    from effvit.adapters.saved import load_model, save_model
     from effvit.adapters.swap import swap_attention
     from effvit.adapters.timm import timm_layer
     from effvit.attention import available_attention, build_attention
     from effvit.measure.models import compare
-    from effvit.model.checkpoint import load_model, save_model
     from effvit.model.resize import resize
     from effvit.model.vit import ViT, ViTConfig
     from effvit.notebook.data import open_data, prepare_data
@@ -51,12 +51,12 @@ _HOME = {
     "build_attention": "effvit.attention",
     "compare": "effvit.measure.models",
     "evaluate": "effvit.notebook.scores",
-    "load_model": "effvit.model.checkpoint",
+    "load_model": "effvit.adapters.saved",
     "open_data": "effvit.notebook.data",
     "predict": "effvit.notebook.scores",
     "prepare_data": "effvit.notebook.data",
     "resize": "effvit.model.resize",
-    "save_model": "effvit.model.checkpoint",
+    "save_model": "effvit.adapters.saved",
     "swap_attention": "effvit.adapters.swap",
     "timm_layer": "effvit.adapters.timm",
     "visualize_attention": "effvit.notebook.pictures",

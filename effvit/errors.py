@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -22,6 +22,7 @@ _PACKAGES = {
     "sklearn": "scikit-learn",
     "vl_convert": "vl-convert-python",
 }
+_TYPE = re.compile(r"(constrained-\w+|tuple|list|dict|set|function-\w+|lax-or-strict)(\[.*\])?|int|float|str|bool|none")
 _MOST_SHOWN = 80  # characters of a wrong value
 _OUT_OF_MEMORY = "out of memory; a smaller model, image or batch takes less"
 
@@ -33,7 +34,7 @@ class UserError(ValueError):
 def explain(error: "ValidationError", prefix: str = "") -> str:
     """One line for a pydantic error: ``prefix.key=value: what is wrong``, keys as one writes them after ``-S``."""
     parts = []
-    for e in error.errors():
+    for e in _of_one_choice(error.errors()):
         key = ".".join(str(p) for p in (*filter(None, [prefix]), *e["loc"]))
         message = e["msg"].removeprefix("Value error, ")
         if e["type"] == "extra_forbidden":
@@ -45,6 +46,20 @@ def explain(error: "ValidationError", prefix: str = "") -> str:
         else:
             parts.append(f"{key}={_shorten(repr(e['input']))}: {message[:1].lower()}{message[1:]}")
     return "; ".join(parts)
+
+
+def _of_one_choice(errors: list[Any]) -> list[Any]:
+    """Of a field that may be of several types, only the errors of the type that the value is of, without its name."""
+    fields: dict[Any, list[Any]] = {}
+    for e in errors:
+        at = next((index for index, part in enumerate(e["loc"]) if index and _TYPE.fullmatch(str(part))), None)
+        where = e["loc"] if at is None else e["loc"][:at]
+        fields.setdefault((at is None, where), []).append(e if at is None else e | {"loc": where + e["loc"][at + 1 :]})
+    chosen = []
+    for (plain, _), found in fields.items():
+        near = found if plain else [e for e in found if not e["type"].endswith("_type")] or found[:1]
+        chosen += near
+    return chosen
 
 
 def _shorten(text: str) -> str:

@@ -4,7 +4,7 @@ import torch
 from hypothesis import strategies as st
 
 from effvit import available_attention
-from effvit.attention.standard import standard_to_fused
+from effvit.model.names import standard_to_fused
 
 # Options that fit a grid of 3 x 5 patches (16 tokens). A mechanism not named here is tested with its defaults.
 SMALL = {

@@ -3,10 +3,11 @@ import io
 import signal
 import subprocess
 import sys
+from typing import Annotated
 
 import pytest
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from effvit.errors import UserError, explain, one_line_errors
 
@@ -41,6 +42,30 @@ def test_validation_error_is_told_in_one_line_with_the_key_as_one_writes_it(valu
     with pytest.raises(ValidationError) as caught:
         Outer(**values)
     assert explain(caught.value, "study") == told
+
+
+class Several(BaseModel):
+    model_config = ConfigDict(strict=True)
+    size: Annotated[int, Field(ge=1)] | Annotated[tuple[int, Annotated[int, Field(ge=1)]], Field(strict=False)]
+    b: int = 1
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"size": 0}, "size=0: input should be greater than or equal to 1"),
+        ({"size": (4, 0)}, "size.1=0: input should be greater than or equal to 1"),
+        ({"size": "x"}, "size='x': input should be a valid integer"),
+        (
+            {"size": 0, "b": "y"},
+            "size=0: input should be greater than or equal to 1; b='y': input should be a valid int",
+        ),
+    ],
+)
+def test_a_field_of_several_types_is_told_once_and_without_their_names(values, told):
+    with pytest.raises(ValidationError) as caught:
+        Several(**values)
+    assert explain(caught.value).startswith(told) and explain(caught.value).count(";") == told.count(";")
 
 
 def test_every_problem_is_told(capsys):

@@ -73,3 +73,12 @@ def test_nothing_is_imported_from_a_higher_room(file):
 def test_no_circle_of_imports():
     graph = {name_of(file): set(imports_of(file)) - {name_of(file)} for file in FILES}
     assert list(TopologicalSorter(graph).static_order())  # CycleError names the circle
+
+
+def test_what_every_training_runs_imports_no_single_mechanism():
+    """Or a change of that mechanism's file would have a say in the cells of all others."""
+    common = {"effvit.attention", "effvit.attention.base"}
+    for file in FILES:
+        if room_of(name_of(file)) in ("model", "data", "training", "evaluation", "deploy"):
+            mechanisms = {name for name in imports_of(file) if name.startswith("effvit.attention")} - common
+            assert not mechanisms, file

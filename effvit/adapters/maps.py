@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from effvit.adapters.host import Host, join, refuse
 from effvit.attention import Attention
-from effvit.attention.standard import StandardAttention, fused_to_standard
+from effvit.attention.standard import StandardAttention
 from effvit.attention.uniform import UniformAttention
 from effvit.kernels.choice import is_plain
 from effvit.kernels.qkv import QKVLinear
+from effvit.model.names import fused_to_standard
 
 Origins = dict[str, str]
 _NOT_PLAIN = (

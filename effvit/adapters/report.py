@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -11,12 +11,14 @@ class SwappedLayer:
 
     ``kept`` has the parameters, by their names now, that hold what was trained, with the names they had; ``new`` those
     that start fresh; ``unused`` the former names of what has no place in the mechanism. Names are those in the layer.
+    Of ``new``, ``drawn`` are not trained: buffers such as Performer's features.
     """
 
     name: str
     kept: dict[str, str]
     new: list[str]
     unused: list[str]
+    drawn: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,11 @@ class SwapReport:
         return [f"{layer.name}.{name}" for layer in self.layers for name in layer.new]
 
     @property
+    def new_parameters(self) -> list[str]:
+        """Those of ``new`` that can be trained."""
+        return [f"{layer.name}.{name}" for layer in self.layers for name in layer.new if name not in layer.drawn]
+
+    @property
     def unused(self) -> list[str]:
         """Former parameters of the model that have no place in the mechanism."""
         return [f"{layer.name}.{name}" for layer in self.layers for name in layer.unused]
@@ -48,7 +55,8 @@ class SwapReport:
         lines = [f"{self.attention} in {place}" for place in self.places]
         kept = (_with_origin(name, origin) for layer in self.layers for name, origin in layer.kept.items())
         lines += [f"  kept: {_together(kept)}"]
-        lines += [f"  new: {_together(name for layer in self.layers for name in layer.new)}"]
+        new = (f"{name} (not trained)" if name in layer.drawn else name for layer in self.layers for name in layer.new)
+        lines += [f"  new: {_together(new)}"]
         lines += [f"  unused: {_together(name for layer in self.layers for name in layer.unused)}"]
         return lines + [f"  note: {note}" for note in self.notes]
 

@@ -83,10 +83,15 @@ def _towers(model: nn.Module) -> list[Tower]:
     for module in model.modules():
         if wrapper := next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in _WRAPPERS), None):
             raise UserError(f"swap_attention: the model is inside {wrapper}; swap attention first, then wrap it")
-    found = [tower for family in _FAMILIES for tower in family.towers(model) if tower.sites]
+    found = find_towers(model)
     if not found:
         raise nothing_known(model)
     return found
+
+
+def find_towers(model: nn.Module) -> list[Tower]:
+    """Vision Transformers in a model that are known, with attention in them."""
+    return [tower for family in _FAMILIES for tower in family.towers(model) if tower.sites]
 
 
 def _indices(layers: Iterable[int]) -> list[int]:
@@ -168,9 +173,9 @@ def _in_place_of(
     kept = origins | {each: each for each in attention.state_dict() if each not in unfinished}
     used = {name for origin in kept.values() for name in origin.split(", ")}
     new = [each for each in attention.state_dict() if each not in kept]
-    return attention, SwappedLayer(
-        host.name, kept, new, [each for each in host.module.state_dict() if each not in used]
-    )
+    unused = [each for each in host.module.state_dict() if each not in used]
+    trained = dict(attention.named_parameters())
+    return attention, SwappedLayer(host.name, kept, new, unused, [each for each in new if each not in trained])
 
 
 def _keep_hooks_and_mode(attention: Attention, host: Host) -> None:

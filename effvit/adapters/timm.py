@@ -164,6 +164,9 @@ def timm_layer(
         UserError: unknown mechanism or option, one that does not fit, or a grid that is needed and not given.
     """
     mechanism = attention_class(name)
+    _require_place(grid_size, prefix_tokens, depth)
+    if depth == 1 and options.get("share") == "layers":
+        raise UserError("timm_layer: share='layers' needs depth=, the model's number of blocks")
     if grid_size is None:
         if mechanism.needs_grid or mechanism.fixed_length or value_conv:
             what = "value_conv" if value_conv else name
@@ -184,6 +187,21 @@ def timm_layer(
         return attention
 
     return type(f"{mechanism.__name__}Layer", (), {"__new__": new, "__doc__": f"{name} as timm's attention."})
+
+
+def _require_place(grid_size: Any, prefix_tokens: Any, depth: Any) -> None:
+    """Raise ``UserError`` where these are not what they should be."""
+    if not _is_count(depth, 1):
+        raise UserError(f"timm_layer: depth={depth!r}: expected the model's number of blocks")
+    if not _is_count(prefix_tokens, 0):
+        raise UserError(f"timm_layer: prefix_tokens={prefix_tokens!r}: expected a whole number from 0")
+    pair = isinstance(grid_size, tuple | list) and len(grid_size) == 2 and all(_is_count(side, 1) for side in grid_size)
+    if grid_size is not None and not pair:
+        raise UserError(f"timm_layer: grid_size={grid_size!r}: expected (rows, columns), each at least 1")
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _built(arguments: dict[str, Any], **build: Any) -> Attention:

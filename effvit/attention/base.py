@@ -7,7 +7,7 @@ H heads, d = C / H.
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.fx import Proxy
 
@@ -15,8 +15,18 @@ from effvit.errors import UserError
 from effvit.kernels.grid_convolution import grid_convolution
 from effvit.kernels.linear import apply_linear
 from effvit.kernels.qkv import apply_qkv
+from effvit.kernels.softmax_attention import softmax_attention
 
 Grid = tuple[int, int]
+
+
+def _distinct(values: list[Any]) -> list[Any]:
+    if not values or len(set(values)) != len(values):
+        raise ValueError("must name at least one, each once")
+    return values
+
+
+DISTINCT = AfterValidator(_distinct)  # of a list, as an option
 
 
 class AttentionOptions(BaseModel):
@@ -131,6 +141,13 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
         """Mix values ``(B, H, N, e)`` of any width e into ``(B, H, N, e)``, linearly in ``v``."""
         raise NotImplementedError
+
+    def after_exact_prefix(self, q: Tensor, k: Tensor, v: Tensor, patches: Tensor) -> Tensor:
+        """Put prefix tokens, attending to all by softmax, before mixed patches ``(B, H, P, e)``: ``(B, H, N, e)``."""
+        if not self.prefix_tokens:
+            return patches
+        prefix = softmax_attention(q[:, :, : self.prefix_tokens], k, v, self.dropout_p)
+        return torch.cat([prefix.transpose(1, 2), patches.transpose(1, 2)], dim=1).transpose(1, 2)
 
     def map_values(self, v: Tensor) -> Tensor:
         """Values for which ``attend`` returns the implied matrix: the identity over tokens, ``(B, H, N, N)``."""

@@ -7,23 +7,17 @@ effvit's own, inspired by ACC-ViT's atrous windows and gated fusion (Ibtehaz et 
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from effvit.attention.base import Attention, AttentionOptions, Grid, register
+from effvit.attention.base import DISTINCT, Attention, AttentionOptions, Grid, register
 from effvit.errors import UserError
 from effvit.kernels.feature_attention import Features, feature_attention
-from effvit.kernels.softmax_attention import softmax_attention
+from effvit.kernels.shares import shares
 from effvit.kernels.window_attention import Windows, window_attention
 
-_EPS = 1e-6  # exp underflows far below 0, and the normaliser with it
+_LINEAR = Features("elu", eps=1e-6)  # exp underflows far below 0, and the normaliser with it
 Branch = Literal["regional", "dilated", "linear"]
-
-
-def _distinct(values: list[Any]) -> list[Any]:
-    if not values or len(set(values)) != len(values):
-        raise ValueError("must name at least one, each once")
-    return values
 
 
 class HybridOptions(AttentionOptions):
@@ -33,9 +27,9 @@ class HybridOptions(AttentionOptions):
     """
 
     window_size: int = Field(4, ge=1)
-    dilations: Annotated[list[Annotated[int, Field(ge=1)]], AfterValidator(_distinct)] = Field([1, 2])
+    dilations: Annotated[list[Annotated[int, Field(ge=1)]], DISTINCT] = Field([1, 2])
     fusion: Literal["heads", "gate"] = "heads"
-    branches: Annotated[list[Branch], AfterValidator(_distinct)] = Field(["regional", "dilated", "linear"])
+    branches: Annotated[list[Branch], DISTINCT] = Field(["regional", "dilated", "linear"])
 
     @model_validator(mode="after")
     def _branches_have_dilations(self) -> "HybridOptions":
@@ -46,24 +40,19 @@ class HybridOptions(AttentionOptions):
         return self
 
     def check_grid(self, grid_size: Grid, prefix_tokens: int = 1) -> None:
-        grid = f"{max(grid_size)}, the longer side of the grid of {grid_size[0]} x {grid_size[1]} patches"
+        side, grid = max(grid_size), f"the longer side of the grid of {grid_size[0]} x {grid_size[1]} patches"
         for name, largest in (("window_size", self.window_size), ("dilations", max(self.dilations))):
-            if largest > max(grid_size):
-                raise UserError(f"attention.hybrid.{name}={getattr(self, name)}: must be at most {grid}")
-
-    def used_dilations(self) -> list[int]:
-        """Return the dilations that the selected branches use, one windowed branch each."""
-        return [r for r in self.dilations if ("regional" if r == 1 else "dilated") in self.branches]
+            if largest > side:
+                raise UserError(f"attention.hybrid.{name}={getattr(self, name)}: must be at most {side}, {grid}")
 
 
 @register
 class HybridAttention(Attention):
     """Patches: softmax over windows in some heads, φ(q) (φ(k)ᵀ v) / (φ(q) · Σ φ(k)) in others; prefix tokens: exact.
 
-    In the branch of dilation r a patch attends to the patches of its window (same row and column modulo r, w x w of
-    them) and to the prefix tokens; in the linear branch to all tokens, with φ = elu + 1 + ε. Heads are dealt to the
-    branches in turns that go on from block to block. With ``fusion: gate`` it is Σ_branch g_branch(x) · branch(q, k, v)
-    in every head. Prefix tokens attend to all tokens by softmax. Dropout acts on the softmaxes and on φ(q).
+    In a window of dilation r a patch attends to w x w patches (same row and column modulo r) and to the prefix tokens;
+    in the linear branch to all tokens, φ = elu + 1 + ε. Heads are dealt in turns that go on from block to block. With
+    ``fusion: gate`` it is Σ_branch g_branch(x) · branch(q, k, v) in every head. Dropout acts on softmaxes and φ(q).
     """
 
     Options = HybridOptions
@@ -73,19 +62,15 @@ class HybridAttention(Attention):
 
     def __init__(self, dim: int, num_heads: int, grid_size: Grid, options: HybridOptions, **kwargs: Any) -> None:
         super().__init__(dim, num_heads, grid_size, options, **kwargs)
-        self.windows = [Windows(*grid_size, options.window_size, r) for r in options.used_dilations()]
-        self.linear = "linear" in options.branches
-        self.branch_names = [f"window r={each.dilation}" for each in self.windows] + ["linear"] * self.linear
-        several = len(self.branch_names) > 1
-        self.gate = nn.Linear(dim, len(self.branch_names)) if several and options.fusion == "gate" else None
-        self.heads_of_branches = self.deal() if options.fusion == "heads" else [num_heads] * len(self.branch_names)
+        used = [r for r in options.dilations if ("regional" if r == 1 else "dilated") in options.branches]
+        self.windows = [Windows(*grid_size, options.window_size, r) for r in used]
+        self.branch_names = [f"window r={each.dilation}" for each in self.windows]
+        self.branch_names += ["linear"] * ("linear" in options.branches)
+        number, gated = len(self.branch_names), options.fusion == "gate"
+        self.gate = nn.Linear(dim, number) if gated and number > 1 else None
+        dealt = [(self.layer * num_heads + head) % number for head in range(num_heads)]
+        self.heads_of_branches = [num_heads if gated else dealt.count(branch) for branch in range(number)]
         self.reset_mechanism()
-
-    def deal(self) -> list[int]:
-        """How many heads each branch has in this block, the first ones first."""
-        number = len(self.branch_names)
-        dealt = [(self.layer * self.num_heads + head) % number for head in range(self.num_heads)]
-        return [dealt.count(branch) for branch in range(number)]
 
     def reset_mechanism(self) -> None:
         for parameter in self.gate.parameters() if self.gate is not None else ():
@@ -96,33 +81,31 @@ class HybridAttention(Attention):
 
     def gate_shares(self, x: Tensor) -> Tensor:
         """Share of each branch in each patch's output: tokens ``(B, N, C)`` to ``(B, P, branches)``, summing to 1."""
-        assert self.gate is not None, "no gate with fusion: heads, or for a single branch"
-        return self.gate(x[:, self.prefix_tokens :]).softmax(dim=-1)
+        assert self.gate is not None, "no gate"
+        return shares(self.gate(x[:, self.prefix_tokens :]))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
-        s = self.prefix_tokens
-        if self.gate is None:
-            parts = zip(*(tokens.split(self.heads_of_branches, dim=1) for tokens in (q[:, :, s:], k, v)), strict=True)
-            of_heads = [self.branch(number, *part) for number, part in enumerate(parts) if part[0].shape[1]]
-            patches = torch.cat([each.transpose(1, 2) for each in of_heads], dim=2)
-        else:
-            patches = self.gated(q[:, :, s:], k, v, context[0].to(v.dtype)[:, None, ..., None]).transpose(1, 2)
-        if s:
-            prefix = softmax_attention(q[:, :, :s], k, v, self.dropout_p)
-            patches = torch.cat([prefix.transpose(1, 2), patches], dim=1)
-        return patches.transpose(1, 2)
+        tokens = q[:, :, self.prefix_tokens :], k, v
+        if self.gate is not None:
+            return self.after_exact_prefix(q, k, v, self.gated(*tokens, context[0].to(v.dtype)[:, None, ..., None]))
+        of_heads, last = [], 0
+        for number, heads in enumerate(self.heads_of_branches):
+            first, last = last, last + heads
+            if heads:
+                of_heads.append(self.branch(number, *(each[:, first:last] for each in tokens)).transpose(1, 2))
+        return self.after_exact_prefix(q, k, v, torch.cat(of_heads, dim=2).transpose(1, 2))
 
     def branch(self, number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Patches' queries ``(B, h, P, d)`` and all keys and values through one branch."""
         if number < len(self.windows):
             return window_attention(q, k, v, self.windows[number], self.dropout_p)
-        return feature_attention(q, k, v, Features("elu", _EPS), self.dropout_p)
+        return feature_attention(q, k, v, _LINEAR, self.dropout_p)
 
-    def gated(self, q: Tensor, k: Tensor, v: Tensor, shares: Tensor) -> Tensor:
+    def gated(self, q: Tensor, k: Tensor, v: Tensor, weights: Tensor) -> Tensor:
         """Sum of all branches by their shares ``(B, 1, P, branches, 1)``."""
-        patches = shares[:, :, :, 0] * self.branch(0, q, k, v)
+        patches = weights[:, :, :, 0] * self.branch(0, q, k, v)
         for number in range(1, len(self.branch_names)):
-            patches = torch.addcmul(patches, shares[:, :, :, number], self.branch(number, q, k, v))
+            patches = torch.addcmul(patches, weights[:, :, :, number], self.branch(number, q, k, v))
         return patches
 
     def mixing_macs(self) -> int:
@@ -133,8 +116,7 @@ class HybridAttention(Attention):
         n, p, d, s = self.num_tokens, self.num_patches, self.head_dim, self.prefix_tokens
         total = 2 * s * n * self.dim
         for heads, windows in zip(self.heads_of_branches, self.windows, strict=False):
-            rows, columns = windows.padded
-            total += heads * 2 * rows * columns * d * (windows.size**2 + s)
-        if self.linear:
+            total += heads * 2 * windows.area * d * (windows.size**2 + s)
+        if "linear" in self.branch_names:
             total += self.heads_of_branches[-1] * (n * d**2 + p * d**2 + p * d)
         return total if self.gate is None else total + p * self.dim * len(self.branch_names)

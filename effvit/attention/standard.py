@@ -4,8 +4,6 @@ Vaswani et al. 2017 (arXiv 1706.03762, eq. 1); in Vision Transformers Dosovitski
 appendix A).
 """
 
-import re
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -57,36 +55,3 @@ class StandardAttention(Attention):
     def mixing_macs(self) -> int:
         """2N²C."""
         return 2 * self.num_tokens**2 * self.dim
-
-
-_HEAD_KEY = re.compile(r"(?P<prefix>.*)heads\.(?P<head>\d+)\.(?P<map>query|key|value)\.(?P<kind>weight|bias)")
-
-
-def standard_to_fused(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rewrite a state dict (of a module or a whole model) from ``standard``'s names to ``fused``'s. Lossless."""
-    parts: dict[str, dict[tuple[int, int], Tensor]] = {}
-    result = {}
-    for key, tensor in state.items():
-        match = _HEAD_KEY.fullmatch(key)
-        if match is None:
-            result[key] = tensor
-            continue
-        place = (_MAPS.index(match["map"]), int(match["head"]))
-        parts.setdefault(f"{match['prefix']}qkv.{match['kind']}", {})[place] = tensor
-    for key, tensors in parts.items():
-        result[key] = torch.cat([tensors[place] for place in sorted(tensors)])
-    return result
-
-
-def fused_to_standard(state: dict[str, Tensor], num_heads: int) -> dict[str, Tensor]:
-    """Rewrite a state dict from ``fused``'s names to ``standard``'s, the inverse of ``standard_to_fused``."""
-    result = {}
-    for key, tensor in state.items():
-        match = re.fullmatch(r"((?:.*\.)?)qkv\.(weight|bias)", key)
-        if match is None:
-            result[key] = tensor
-            continue
-        for name, of_all_heads in zip(_MAPS, tensor.chunk(3), strict=True):
-            for head, part in enumerate(of_all_heads.chunk(num_heads)):
-                result[f"{match[1]}heads.{head}.{name}.{match[2]}"] = part.clone()
-    return result

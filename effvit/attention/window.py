@@ -6,7 +6,6 @@ al. 2022, ViTDet (arXiv 2203.16527, section 3): global attention in every g-th b
 
 from typing import Any
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -45,17 +44,12 @@ class WindowAttention(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
         if self.is_global:
             return softmax_attention(q, k, v, self.dropout_p)
-        s = self.prefix_tokens
-        patches = window_attention(q[:, :, s:], k, v, self.windows, self.dropout_p)
-        if not s:
-            return patches
-        prefix = softmax_attention(q[:, :, :s], k, v, self.dropout_p)
-        return torch.cat([prefix.transpose(1, 2), patches.transpose(1, 2)], dim=1).transpose(1, 2)
+        patches = window_attention(q[:, :, self.prefix_tokens :], k, v, self.windows, self.dropout_p)
+        return self.after_exact_prefix(q, k, v, patches)
 
     def mixing_macs(self) -> int:
         """2N²C where global; else 2SNC for prefix tokens and 2P'C(w² + S) with P' patches of the padded grid."""
         n, s, c = self.num_tokens, self.prefix_tokens, self.dim
         if self.is_global:
             return 2 * n**2 * c
-        rows, columns = self.windows.padded
-        return 2 * s * n * c + 2 * rows * columns * c * (self.windows.size**2 + s)
+        return 2 * s * n * c + 2 * self.windows.area * c * (self.windows.size**2 + s)

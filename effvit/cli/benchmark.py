@@ -19,6 +19,7 @@ def benchmark(
     num_hidden_layers: options.NumLayers = None,
     num_attention_heads: options.NumHeads = None,
     intermediate_size: options.IntermediateSize = None,
+    prefix_tokens: options.PrefixTokens = None,
     hidden_dropout_prob: options.HiddenDropout = 0.0,
     attention_probs_dropout_prob: options.AttentionDropout = 0.0,
     value_conv: options.ValueConv = 0,
@@ -55,6 +56,7 @@ def benchmark(
         num_hidden_layers=num_hidden_layers,
         num_attention_heads=num_attention_heads,
         intermediate_size=intermediate_size,
+        prefix_tokens=prefix_tokens,
     )
     config = ViTConfig.from_dict(
         sizes

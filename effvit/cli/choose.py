@@ -1,6 +1,5 @@
 """``effvit choose``: which mechanism to take on this machine."""
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +12,9 @@ if TYPE_CHECKING:
 
 
 def choose(
-    model: Annotated[str, typer.Option(help="tiny, small, deit_tiny, deit_small or vit_base.")] = "deit_tiny",
+    model: Annotated[
+        str | None, typer.Option(help="tiny, small, deit_tiny (if not given), deit_small or vit_base.")
+    ] = None,
     timm: Annotated[
         str | None, typer.Option(help="In place of --model, timm's own model of that name, its attention swapped.")
     ] = None,
@@ -31,7 +32,10 @@ def choose(
     threads: options.Threads = None,
     device: options.Device = "auto",
     output: Annotated[
-        Path | None, typer.Option(help="CSV file to write, or a directory for one named after this machine.")
+        Path | None,
+        typer.Option(
+            help="CSV file to write, or a directory for one named after this machine, which rows are added to."
+        ),
     ] = None,
 ) -> None:
     """Time whole models and attention blocks of all mechanisms in turns, and say which is fastest at each image size.
@@ -41,20 +45,24 @@ def choose(
     """
     import pandas as pd
     import torch
-    from rich.progress import track
+    from rich.progress import Progress
 
     from effvit.attention import attention_class, available_attention
     from effvit.cli.options import parse_options
     from effvit.device import measuring_device, this_machine
     from effvit.errors import UserError
-    from effvit.files import write_csv
     from effvit.measure.alone import measuring_alone
+    from effvit.measure.choices import add_rows, open_output
     from effvit.measure.choose import builder, measure_choice, verdict
     from effvit.measure.compare import require_positive
     from effvit.measure.display import print_choice
     from effvit.model.presets import preset
 
-    subject = timm or model
+    if timm is not None and model is not None:
+        raise UserError(f"--model {model} --timm {timm}: expected one of them")
+    if timm == "":
+        raise UserError("--timm '': expected the name of a model of timm's, e.g. deit_tiny_patch16_224")
+    subject = timm or model or "deit_tiny"
     require_positive(batch_size=batch_size, budget_s=budget_s, threads=threads)
     sizes = _numbers(image_sizes)
     where = measuring_device(device)
@@ -71,13 +79,19 @@ def choose(
         torch.set_num_threads(threads)
     torch.manual_seed(0)
     machine = this_machine(where)
+    file, earlier = open_output(output, machine, precision) if output else (None, None)
+    build = _timm_builder(timm, settings) if timm else builder(preset(subject), settings)
     rows = []
-    with measuring_alone():
-        build = _timm_builder(timm, settings) if timm else builder(preset(model), settings)
+    with measuring_alone(), Progress(transient=True) as bar:
+        task = bar.add_task(f"measuring {subject}", total=1.0)
+
+        def tell(share: float, what: str) -> None:
+            bar.update(task, completed=share, description=what)
+
         points = measure_choice(
-            build, names, sizes, batch_size=batch_size, precision=precision, budget_s=budget_s, device=where
+            build, names, sizes, batch_size=batch_size, precision=precision, budget_s=budget_s, device=where, tell=tell
         )
-        for of_size in track(points, f"measuring {subject}", len(sizes), transient=True):
+        for of_size in points:
             rows += of_size
     place: dict[str, Any] = {
         "machine": machine.name,
@@ -85,15 +99,16 @@ def choose(
         "threads": machine.threads,
         "precision": precision,
     }
-    table = pd.DataFrame(rows).assign(model=subject, **place, torch=machine.torch)
+    table = (
+        pd.DataFrame(rows)
+        .astype(dict.fromkeys(("n", "memory_bytes", "macs"), "Int64"))
+        .assign(model=subject, **place, torch=machine.torch)
+    )
     print_choice(f"{subject} on {machine.name}, {machine.threads} threads, {precision}, batch {batch_size}", rows)
     for size in sizes:
         typer.echo(verdict([row for row in rows if row["image_size"] == size]))
-    if output is not None:
-        name = re.sub(r"[^\w.]+", "-", f"{machine.name}-{machine.threads}t-{precision}") + ".csv"
-        file = output / name if output.is_dir() or output.suffix != ".csv" else output
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_csv(file, table)
+    if file is not None:
+        add_rows(file, earlier, table)
         typer.echo(f"written: {file}")
 
 
@@ -115,6 +130,7 @@ def _timm_builder(name: str, settings: dict[str, dict[str, Any]]) -> "Build":
     from effvit.errors import UserError
     from effvit.measure.choose import Candidate
     from effvit.measure.macs import count_macs
+    from effvit.memory import is_out_of_memory
 
     try:
         from timm import create_model
@@ -125,11 +141,13 @@ def _timm_builder(name: str, settings: dict[str, dict[str, Any]]) -> "Build":
         try:
             model = create_model(name, pretrained=False, img_size=image_size)
         except Exception as error:  # of whatever kind: there are many in so many models
+            if is_out_of_memory(error):
+                raise
             raise UserError(f"--timm {name}: timm cannot build it for {image_size} pixels: {error}") from error
         swap_attention(model, attention, **settings.get(attention, {}))
         block = next(module for module in model.modules() if isinstance(module, Attention))
         image_shape = (3, image_size, image_size)
-        macs = {"model": 0, "block": block.macs()}
+        macs = {"model": None, "block": block.macs()}
         if not next(model.parameters()).is_meta:  # as where only sizes are looked at
             macs["model"] = count_macs(model, torch.empty(1, *image_shape))
         return Candidate(model, block, image_shape, (block.num_tokens, block.dim), macs)

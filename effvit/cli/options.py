@@ -14,6 +14,12 @@ AttentionOptions = Annotated[
     typer.Option("--option", "-o", metavar="KEY=VALUE", help="Option of the mechanism, e.g. -o k=64; repeatable."),
 ]
 DatasetDir = Annotated[Path, typer.Option(help="Directory that `effvit prepare` wrote.")]
+DatasetDirIfNeeded = Annotated[
+    Path | None,
+    typer.Option(
+        "--dataset-dir", help="Directory that `effvit prepare` wrote, for a model that knows no normalisation."
+    ),
+]
 ModelDir = Annotated[Path, typer.Option(help="Directory that `effvit train` wrote.")]
 OutputDir = Annotated[Path, typer.Option(help="Directory to write; replaced as a whole when all of it is there.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
@@ -39,6 +45,9 @@ HiddenSize = Annotated[int | None, typer.Option(help="Width of the model.")]
 NumLayers = Annotated[int | None, typer.Option(help="Number of transformer blocks.")]
 NumHeads = Annotated[int | None, typer.Option(help="Attention heads of a block.")]
 IntermediateSize = Annotated[int | None, typer.Option(help="Width of a block's MLP.")]
+PrefixTokens = Annotated[
+    int | None, typer.Option(help="Tokens before the patches: class token and registers; 0 averages the patches.")
+]
 HiddenDropout = Annotated[float, typer.Option(help="Dropout of embeddings, projections, MLP.")]
 AttentionDropout = Annotated[float, typer.Option(help="Dropout of attention.")]
 ValueConv = Annotated[

@@ -26,6 +26,7 @@ def train(
     num_hidden_layers: options.NumLayers = None,
     num_attention_heads: options.NumHeads = None,
     intermediate_size: options.IntermediateSize = None,
+    prefix_tokens: options.PrefixTokens = None,
     initializer_range: Annotated[
         float | None, typer.Option(help="Deviation of the truncated normal start; the size's own if not given.")
     ] = None,
@@ -76,6 +77,8 @@ def train(
     from effvit.training.recipe import TrainConfig
     from effvit.training.run import train_to
 
+    if timm == "":
+        raise UserError("--timm '': expected the name of a model of timm's, e.g. vit_small_patch16_224")
     log = log_dir or Path(f"{output_dir}-log")
     start = init_from.expanduser() if init_from else None
     check_apart(output_dir, dataset_dir, log, *filter(None, [start]))
@@ -118,6 +121,7 @@ def train(
         num_hidden_layers=num_hidden_layers,
         num_attention_heads=num_attention_heads,
         intermediate_size=intermediate_size,
+        prefix_tokens=prefix_tokens,
         initializer_range=initializer_range,
     )
     config = ViTConfig.from_dict(

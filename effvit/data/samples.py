@@ -20,7 +20,7 @@ def sample_sheet(dataset: PreparedDataset, per_class: int) -> Figure:
     Raises `UserError` if ``per_class`` is less than 1.
     """
     if per_class < 1:
-        raise UserError(f"--per-class {per_class}: expected at least 1")
+        raise UserError(f"per_class={per_class}: expected at least 1")
     if len(dataset.classes) <= _MOST_ROWS:
         return _draw_rows(dataset, _first_images(dataset, per_class))
     return _draw_grid(dataset, _first_images(dataset, 1))

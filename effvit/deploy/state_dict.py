@@ -6,10 +6,9 @@ from typing import Any
 
 from safetensors.torch import save
 
-from effvit.attention.standard import standard_to_fused
 from effvit.errors import UserError
 from effvit.files import staged_file
-from effvit.model.names import to_transformers
+from effvit.model.names import standard_to_fused, to_transformers
 from effvit.model.vit import ViT, ViTConfig
 
 LIBRARIES = ("timm", "transformers")

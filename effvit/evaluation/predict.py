@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +15,18 @@ from effvit.data.loading.transforms import to_float
 from effvit.errors import UserError
 from effvit.evaluation.score import attention_rollout, confusion, per_class, predict_logits, predictions, summarise
 from effvit.files import write_csv, write_json
+from effvit.model.trained_on import TrainedOn
 from effvit.model.vit import ViT
 
 _FEW = 5  # names of classes in a message
 
 
-def check_fits(model: ViT, dataset: PreparedDataset) -> PreparedDataset:
+def check_fits(model: ViT, dataset: PreparedDataset, *, quiet: bool = False) -> PreparedDataset:
     """Return the data set as the model takes it: with the mean and deviation that the model was trained with.
 
     Those are part of the model: its weights expect images on that scale, whatever the mean of the images that it now
-    gets. Where the data set's differ, a line on stderr says so. An older model does not know its own, and gets those of
-    the data set.
+    gets. Where the data set's differ, a line on stderr says so, unless ``quiet``. An older model does not know its own,
+    and gets those of the data set.
 
     Raises:
         UserError: the model was trained for images of another size or for other classes, or for the same in another
@@ -39,13 +40,60 @@ def check_fits(model: ViT, dataset: PreparedDataset) -> PreparedDataset:
             f"the model is for {classes} classes and images of {pixels} pixels, "
             f"{dataset.name} has {known} classes and images of {side} pixels"
         )
-    about = model.trained_on
+    return as_trained_on(model.trained_on, dataset, quiet=quiet)
+
+
+def as_trained_on(about: TrainedOn, dataset: PreparedDataset, *, quiet: bool = False) -> PreparedDataset:
+    """Return the data set with the mean and deviation that a model was trained with, as `check_fits` does.
+
+    Raises:
+        UserError: the model was trained for other classes, or for the same in another order.
+    """
     if about.classes is not None and about.classes != dataset.classes:
         raise UserError(_which_classes_differ(about.classes, dataset))
     if about.mean is None or about.std is None or (about.mean, about.std) == (dataset.mean, dataset.std):
         return dataset
-    print(f"{dataset.name}: normalised by the model's own mean and deviation, not the data set's", file=sys.stderr)
+    if not quiet:
+        print(f"{dataset.name}: normalised by the model's own mean and deviation, not the data set's", file=sys.stderr)
     return replace(dataset, mean=about.mean, std=about.std)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class View:
+    """How image files become what a model takes, and what its classes are called."""
+
+    image_size: int
+    storage: str
+    classes: Sequence[str]
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def read(self, paths: Sequence[Path]) -> np.ndarray:
+        """Image files as uint8 ``(n, H, W, 3)``; raises ``UserError`` where one is none."""
+        from effvit.data.sources.images import load_image
+
+        return np.stack([load_image(path, self.image_size, self.storage) for path in paths])
+
+
+def view_of(model: ViT, dataset: PreparedDataset | None) -> View:
+    """Return how a model sees image files: as those of its data set, or else as it knows itself.
+
+    Raises:
+        UserError: the model does not fit the data set; or there is none and the model does not know enough.
+    """
+    if dataset is not None:
+        fitting = check_fits(model, dataset)
+        return View(fitting.image_size, fitting.storage, fitting.classes, fitting.mean, fitting.std)
+    about, (height, width) = model.trained_on, model.config.image_shape
+    if about.mean is None or about.std is None:
+        raise UserError("the model does not know how its images were normalised; give the data set of its training")
+    if height != width or len(about.mean) != 3:
+        raise UserError(
+            f"the model takes images of {height} x {width} pixels and {len(about.mean)} channels; "
+            "files are read as squares of 3 channels"
+        )
+    classes = about.classes or [str(index) for index in range(model.config.num_classes)]
+    return View(height, "pixels", classes, about.mean, about.std)
 
 
 def _which_classes_differ(ours: Sequence[str], dataset: PreparedDataset) -> str:

@@ -29,15 +29,20 @@ def load_models(
     """Models and their directories by mechanism, in the order given, and the data set as they take it.
 
     Raises:
-        UserError: two of one mechanism, models that differ in more than attention, one that does not fit the data, or
-            one whose weights are not finite.
+        UserError: two of one mechanism, models that differ in more than attention, one that does not fit the data, has
+            more or fewer prefix tokens than a class token, or whose weights are not finite.
     """
     models: dict[str, ViT] = {}
     places: dict[str, Path] = {}
     seen: list[PreparedDataset] = []
     for directory in directories:
         model = load_model(directory, device)
-        seen.append(check_fits(model, dataset))
+        if model.config.prefix_tokens != 1:
+            raise UserError(
+                f"{directory}: a model with prefix_tokens={model.config.prefix_tokens}; "
+                "expected 1, the class token, whose attention is looked at"
+            )
+        seen.append(check_fits(model, dataset, quiet=bool(seen)))
         if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
             raise UserError(f"{directory}: weights that are not finite numbers, expected those of a whole training")
         attention = model.config.attention

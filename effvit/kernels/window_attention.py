@@ -35,7 +35,12 @@ class Windows(NamedTuple):
     @property
     def number(self) -> int:
         """Windows that tile the padded grid."""
-        return self.padded[0] * self.padded[1] // self.size**2
+        return self.area // self.size**2
+
+    @property
+    def area(self) -> int:
+        """Patches of the padded grid."""
+        return self.padded[0] * self.padded[1]
 
     @property
     def tile(self) -> bool:

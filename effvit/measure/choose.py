@@ -1,5 +1,6 @@
 """Which mechanism to take: whole models and attention blocks of all mechanisms, timed in turns on this machine."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,13 +12,23 @@ from torch import nn
 from effvit.attention import BASELINE
 from effvit.errors import UserError
 from effvit.measure.alone import Load
-from effvit.measure.compare import OK, Row, peak_or_none, try_out
-from effvit.measure.latency import Call, interleaved, paired_interval, paired_ratio, summarise
+from effvit.measure.compare import OK, MakeCall, Row, peak_or_none, try_out
+from effvit.measure.latency import (
+    Call,
+    Stopwatch,
+    interleaved,
+    paired_interval,
+    paired_ratio,
+    stopwatch_for,
+    summarise,
+)
+from effvit.memory import is_out_of_memory
 from effvit.model.vit import ViT, ViTConfig
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _SHARES = {"model": 0.75, "block": 0.25}  # of the seconds for one image size
 _SLOWEST = 0.25  # of those seconds: a single call may take no longer, or the others would have too few
+_TRYING = 0.1  # share of the progress while all are called for the first time
 _MIN_ROUNDS = 6  # the fewest of which a median has a 95 % interval without assumptions
 
 
@@ -29,9 +40,16 @@ class Candidate:
     block: nn.Module
     image_shape: tuple[int, int, int]  # channels, height, width
     token_shape: tuple[int, int]  # N, C
-    macs: dict[str, int]  # of one image, by scope
+    macs: dict[str, int | None]  # of one image, by scope; None where weights have no numbers to count them with
+
+    def options(self) -> str:
+        """The mechanism's options, given or default, as JSON."""
+        options = getattr(self.block, "options", None)
+        return json.dumps(options.model_dump(mode="json") if options else {})
 
 
+Tell = Callable[[float, str], object]
+"""Called with the share of the work that is done, and what is being done."""
 Build = Callable[[str, int], Candidate]
 """A candidate by mechanism and image size in pixels."""
 
@@ -44,7 +62,7 @@ def builder(fields: Mapping[str, Any], options: Mapping[str, Mapping[str, Any]])
         model = ViT(ViTConfig.from_dict(values | {"attention_options": dict(options.get(attention, {}))}))
         config, block = model.config, model.attentions()[0]
         image_shape = (config.num_channels, *config.image_shape)
-        macs = {"model": model.macs(), "block": block.macs()}
+        macs: dict[str, int | None] = {"model": model.macs(), "block": block.macs()}
         return Candidate(model, block, image_shape, (config.num_tokens, config.hidden_size), macs)
 
     return build
@@ -59,6 +77,7 @@ def measure_choice(
     precision: str,
     budget_s: float,
     device: torch.device,
+    tell: Tell = lambda share, what: None,
 ) -> Iterator[list[Row]]:
     """Time a forward pass of the whole model and of its first attention block, every mechanism beside ``fused``.
 
@@ -70,12 +89,14 @@ def measure_choice(
         precision: ``float32``, or ``bfloat16`` by autocast.
         budget_s: seconds of sampling for all image sizes together.
         device: cpu or cuda.
+        tell: called as the work goes on.
 
     Yields:
         For each image size a row for each scope (``model``, ``block``) and mechanism: ``image_size, tokens, scope,
-        attention, batch_size``, milliseconds of an image ``median, q25, q75, n``, ``ratio_to_fused`` with its 95 %
-        interval ``ratio_low, ratio_high``, peak ``memory_bytes`` of a call, ``parameters``, ``macs`` of an image,
-        ``status``, and ``others`` and ``contended``, whether other processes had a share of the machine meanwhile.
+        attention``, its ``options`` as JSON, ``batch_size``, milliseconds of an image ``median, q25, q75, n``,
+        ``ratio_to_fused`` with its 95 % interval ``ratio_low, ratio_high``, peak ``memory_bytes`` of a call,
+        ``parameters``, ``macs`` of an image, ``status``, which is ``out of memory`` also where that is so while
+        building, and ``others`` and ``contended``, whether other processes had a share of the machine meanwhile.
 
     Raises:
         UserError: a model or mechanism does not fit an image size; before anything is measured.
@@ -84,28 +105,45 @@ def measure_choice(
         raise UserError(f"precision={precision!r}: unknown, expected {' or '.join(PRECISIONS)}")
     names = list(dict.fromkeys((BASELINE, *attentions)))
     with torch.device("meta"):  # no memory, as these are only looked at
-        for size in image_sizes:
-            for name in names:
-                _built(build, name, size)
-    for size in image_sizes:
-        candidates = {name: _built(build, name, size) for name in names}
+        planned = {size: {name: _built(build, name, size) for name in names} for size in image_sizes}
+    for number, size in enumerate(image_sizes):
+        candidates = {}
+        for name in names:
+            tell(number / len(image_sizes), f"building {name}, {size} px")
+            candidates[name] = _built_if_memory_suffices(build, name, size)
         rows: list[Row] = []
+        done = 0.0  # of this image size
         for scope, share in _SHARES.items():
-            calls = {
-                name: _in_precision(_call(candidate, scope, batch_size, device), PRECISIONS[precision], device)
+            makes: dict[str, MakeCall] = {
+                name: partial(_call, candidate, scope, batch_size, PRECISIONS[precision], device)
                 for name, candidate in candidates.items()
             }
-            timed = _timed(calls, batch_size, share * budget_s / len(image_sizes), device)
-            for name, candidate in candidates.items():
-                tokens = candidate.token_shape[0]
-                place = {"image_size": size, "tokens": tokens, "scope": scope, "attention": name}
+            within = partial(_tell_within, tell, number + done, share, len(image_sizes), f"{scope}, {size} px")
+            timed = _timed(makes, batch_size, share * budget_s / len(image_sizes), device, within)
+            done += share
+            for name in names:
+                candidate = candidates[name] or planned[size][name]
+                place = {"image_size": size, "tokens": candidate.token_shape[0], "scope": scope, "attention": name}
                 cost = {
-                    "memory_bytes": _peak(calls[name], device),
+                    "memory_bytes": peak_or_none(makes[name], device),
                     "parameters": sum(p.numel() for p in getattr(candidate, scope).parameters()),
                     "macs": candidate.macs[scope],
                 }
-                rows.append(place | {"batch_size": batch_size} | timed[name] | cost)
+                rows.append(place | {"options": candidate.options(), "batch_size": batch_size} | timed[name] | cost)
         yield rows
+
+
+def _tell_within(tell: Tell, start: float, share: float, sizes: int, where: str, done: float, what: str) -> None:
+    tell((start + share * done) / sizes, f"{what}, {where}")
+
+
+def _built_if_memory_suffices(build: Build, attention: str, image_size: int) -> Candidate | None:
+    try:
+        return _built(build, attention, image_size)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
 
 
 def _built(build: Build, attention: str, image_size: int) -> Candidate:
@@ -115,7 +153,10 @@ def _built(build: Build, attention: str, image_size: int) -> Candidate:
         raise UserError(f"image_size={image_size}, attention={attention}: {error}") from error
 
 
-def _call(candidate: Candidate, scope: str, batch_size: int, device: torch.device) -> Call:
+def _call(candidate: Candidate | None, scope: str, batch_size: int, dtype: torch.dtype, device: torch.device) -> Call:
+    """A forward pass; raises ``MemoryError`` where memory did not suffice to build the candidate."""
+    if candidate is None:
+        raise MemoryError
     model = candidate.model.eval().to(device)
     shape = candidate.image_shape if scope == "model" else candidate.token_shape
     module, x = model if scope == "model" else candidate.block, torch.randn(batch_size, *shape, device=device)
@@ -124,34 +165,28 @@ def _call(candidate: Candidate, scope: str, batch_size: int, device: torch.devic
     def call() -> object:
         return module(x)
 
-    return call
-
-
-def _peak(call: Call, device: torch.device) -> int | None:
-    return peak_or_none(partial(_itself, call), device)
-
-
-def _in_precision(call: Call, dtype: torch.dtype, device: torch.device) -> Call:
-    if dtype == torch.float32:
-        return call
-
     def under_autocast() -> object:
         with torch.autocast(device.type, dtype=dtype):
             return call()
 
-    return under_autocast
+    return call if dtype == torch.float32 else under_autocast
 
 
-def _itself(call: Call) -> Call:
-    return call
-
-
-def _timed(calls: dict[str, Call], batch_size: int, budget_s: float, device: torch.device) -> dict[str, Row]:
+def _timed(
+    makes: dict[str, MakeCall], batch_size: int, budget_s: float, device: torch.device, tell: Tell
+) -> dict[str, Row]:
     """By mechanism: columns of time, ratio, status and contention."""
-    statuses = {name: try_out(partial(_itself, call), _SLOWEST * budget_s, device)[0] for name, call in calls.items()}
-    able = {name: call for name, call in calls.items() if statuses[name] == OK}
+    statuses, able = {}, {}
+    for number, (name, make) in enumerate(makes.items()):
+        tell(_TRYING * number / len(makes), f"trying {name}")
+        statuses[name], call = try_out(make, _SLOWEST * budget_s, device)
+        if call is not None:
+            able[name] = call
+    stopwatch = _telling(stopwatch_for(device), budget_s, tell)
     meanwhile = Load()
-    samples = interleaved(able, budget_s=budget_s, device=device, min_rounds=_MIN_ROUNDS) if able else {}
+    samples = (
+        interleaved(able, budget_s=budget_s, device=device, min_rounds=_MIN_ROUNDS, stopwatch=stopwatch) if able else {}
+    )
     load = {"others": meanwhile.others(), "contended": meanwhile.contended()}
     rows = {}
     for name, status in statuses.items():
@@ -165,6 +200,20 @@ def _timed(calls: dict[str, Call], batch_size: int, budget_s: float, device: tor
                 row["ratio_low"], row["ratio_high"] = interval or (None, None)
         rows[name] = row | {"status": status} | load
     return rows
+
+
+def _telling(measure: Stopwatch, budget_s: float, tell: Tell) -> Stopwatch:
+    """A stopwatch that tells which part of the budget it has measured."""
+    spent = 0.0
+
+    def stopwatch(call: Call, repeats: int) -> float:
+        nonlocal spent
+        seconds = measure(call, repeats)
+        spent += seconds
+        tell(_TRYING + (1 - _TRYING) * min(1.0, spent / budget_s), "timing all in turns")
+        return seconds
+
+    return stopwatch
 
 
 def verdict(rows: Sequence[dict[str, Any]]) -> str:
@@ -183,8 +232,8 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
             f"({best['ratio_low']:.2f} to {best['ratio_high']:.2f})"
         )
     measured = [row for row in models if row["memory_bytes"] is not None]
-    least = min(measured, key=lambda row: row["memory_bytes"])
-    if least["memory_bytes"] < fused["memory_bytes"]:
+    least = min(measured, key=lambda row: row["memory_bytes"], default=fused)
+    if fused["memory_bytes"] is not None and least["memory_bytes"] < fused["memory_bytes"]:
         share = least["memory_bytes"] / fused["memory_bytes"]
         text += f"; {least['attention']} takes least memory, {share:.2f} of fused's"
     busy = "; other processes were running, so measure again on an idle machine" if fused["contended"] else ""

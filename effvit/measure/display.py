@@ -67,7 +67,7 @@ def print_choice(title: str, rows: Sequence[dict[str, Any]]) -> None:
             _ratio(row),
             "" if memory is None else f"{memory / MIB:.3g}",
             _ratio(blocks[row["image_size"], row["attention"]], interval=False),
-            f"{row['macs'] / 1e9:.3g}",
+            "" if row["macs"] is None else f"{row['macs'] / 1e9:.3g}",
         )
     Console().print(table)
 

@@ -1,6 +1,7 @@
 """A trained model on disk: ``model.safetensors``, ``config.json`` and a model card in one directory."""
 
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from effvit.files import staged_file, write_json
 from effvit.model.card import Notes, is_card, write_card
 from effvit.model.names import StateDict, read_names, together
 from effvit.model.pretrained import COMPARED, Source, maps_as_in, read_source, start_with, stored_once
-from effvit.model.settings import CARD, CONFIG, WEIGHTS, is_ours, parse, read_json, settings_of
+from effvit.model.settings import CARD, CONFIG, WEIGHTS, is_of_other, is_ours, parse, read_json, settings_of
 from effvit.model.trained_on import TrainedOn
 from effvit.model.vit import ViT, ViTConfig
 from effvit.model.weights import SUFFIXES, read_safetensors
 
+_WRAPPERS = ("OptimizedModule", "DistributedDataParallel", "DataParallel", "_FabricModule", "AveragedModel")
 _USUAL_EPSILON = {"timm": 1e-6, "transformers": 1e-12, "torchvision": 1e-6}  # of norms, where nothing tells it
 
 
@@ -52,26 +54,54 @@ def save_model(
     Raises:
         UserError: it is no `ViT`, is not what its configuration says, or what is said of it does not fit it.
     """
-    vit = _unwrapped(model)
-    own = vit.trained_on
+    vit = unwrapped(model)
+    if not isinstance(vit, ViT):
+        raise UserError(f"save_model: got {type(model).__name__}, expected an effvit ViT")
+    trained_on = known_of(vit, classes, mean, std)
+    trained_on.check(vit.config.num_classes, vit.config.num_channels)
+    notes = notes_of(dataset, accuracy, recipe, license)
+    _require_as_configured(vit)
+    card = write_card(vit, trained_on, notes)
+    write_directory(Path(directory), stored_once(vit), settings_of(vit.config, trained_on), card)
+
+
+def known_of(
+    model: nn.Module,
+    classes: Iterable[str] | None,
+    mean: Iterable[float] | None,
+    std: Iterable[float] | None,
+) -> TrainedOn:
+    """What a caller says that a model was trained on, and else what the model knows itself; raises ``UserError``."""
+    own = getattr(model, "trained_on", None)
+    own = own if isinstance(own, TrainedOn) else TrainedOn()
     if mean is None and std is None:
         mean, std = own.mean, own.std
-    trained_on = TrainedOn.of(own.classes if classes is None else classes, mean, std)
-    trained_on.check(vit.config.num_classes, vit.config.num_channels)
+    return TrainedOn.of(own.classes if classes is None else classes, mean, std)
+
+
+def notes_of(
+    dataset: str | None, accuracy: Mapping[str, float] | None, recipe: Mapping[str, Any] | None, license: str
+) -> Notes:
+    """Check what a caller says for the card; raises ``UserError``."""
+    for name, value in {"accuracy": accuracy, "recipe": recipe}.items():
+        if value is not None and not isinstance(value, Mapping):
+            example = "{'validation': 0.98}" if name == "accuracy" else "{'lr': 0.001}"
+            raise UserError(f"{name}={value!r}: expected a dictionary, for example {example}")
     try:
-        notes = Notes(dataset=dataset, accuracy=dict(accuracy or {}), recipe=dict(recipe or {}), license=license)
+        return Notes(dataset=dataset, accuracy=dict(accuracy or {}), recipe=dict(recipe or {}), license=license)
     except ValidationError as error:
         raise UserError(explain(error)) from error
-    _require_as_configured(vit)
-    once, state = stored_once(vit), vit.state_dict()
-    tensors = {name: tensor.contiguous() for name, tensor in state.items() if name in once}
-    directory = Path(directory)
+
+
+def write_directory(directory: Path, tensors: StateDict, settings: dict[str, Any], card: str) -> None:
+    """Write weights, ``config.json`` and model card."""
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with staged_file(directory / WEIGHTS) as aside:
         # Written here, as safetensors' own writer tells of a full disk in an error that is no OSError.
-        aside.write_bytes(to_safetensors(tensors, {"format": "pt"}))
-    write_json(directory / CONFIG, settings_of(vit.config, trained_on))
+        aside.write_bytes(to_safetensors(contiguous, {"format": "pt"}))
+    write_json(directory / CONFIG, settings)
     with staged_file(directory / CARD) as aside:
-        aside.write_bytes(write_card(vit, trained_on, notes).encode("utf-8", "backslashreplace"))
+        aside.write_bytes(card.encode("utf-8", "backslashreplace"))
 
 
 def is_model_dir(directory: Path) -> bool:
@@ -95,6 +125,8 @@ def is_model_dir(directory: Path) -> bool:
 def load_model(path: Path | str, device: str | torch.device = "cpu", *, num_attention_heads: int | None = None) -> ViT:
     """Give back a trained model, in eval mode; its ``trained_on`` has class names and normalisation where known.
 
+    What a wrapper put before the names of the weights is taken off, and a line on stderr says so.
+
     Args:
         path: directory that `effvit train` or `save_model` wrote; or a directory or file with the weights of a plain
             ViT or DeiT of timm, transformers or torchvision, which becomes a model with ``fused`` attention.
@@ -105,19 +137,33 @@ def load_model(path: Path | str, device: str | torch.device = "cpu", *, num_atte
         UserError: a file is missing or damaged, the weights are not those of the configuration, or they are of a model
             that this ViT cannot be.
     """
-    path = Path(path)
-    if path.name == WEIGHTS and path.with_name(CONFIG).is_file():
-        path = path.parent
+    path = directory_of(path)
     if path.suffix in SUFFIXES and not path.is_dir():
         return _load_other(read_source(path), num_attention_heads).to(device).eval()
-    for name in (WEIGHTS, CONFIG):
-        if not (path / name).is_file():
-            raise UserError(
-                f"{path / name}: no such file; a model directory is what `effvit train` or save_model writes"
-            )
-    values = read_json(path / CONFIG)
+    values = read_settings(path)
+    if is_of_other(values):
+        raise UserError(
+            f"{path}: has the weights of {values['class']}; build that model in Python ({values.get('build')}), then "
+            "effvit.load_model(..., into=model)"
+        )
     model = _load_own(path, values) if is_ours(values) else _load_other(read_source(path), num_attention_heads)
     return model.to(device).eval()
+
+
+def directory_of(path: Path | str) -> Path:
+    """The path, or the model directory where it is of the weights in one."""
+    path = Path(path)
+    return path.parent if path.name == WEIGHTS and path.with_name(CONFIG).is_file() else path
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """Read the ``config.json`` of a model directory; raises ``UserError`` where a file is missing or damaged."""
+    for name in (WEIGHTS, CONFIG):
+        if not (directory / name).is_file():
+            raise UserError(
+                f"{directory / name}: no such file; a model directory is what `effvit train` or save_model writes"
+            )
+    return read_json(directory / CONFIG)
 
 
 def _load_own(directory: Path, values: dict[str, Any]) -> ViT:
@@ -126,6 +172,7 @@ def _load_own(directory: Path, values: dict[str, Any]) -> ViT:
     tensors = read_safetensors(directory / WEIGHTS)
     try:
         named = read_names(tensors)
+        _tell_taken_off(directory / WEIGHTS, named.taken_off)
         _load_all(model, named.tensors if named.library == "timm" else maps_as_in(config, named.tensors))
     except (RuntimeError, UserError) as error:
         raise UserError(
@@ -135,21 +182,30 @@ def _load_own(directory: Path, values: dict[str, Any]) -> ViT:
     return model
 
 
+def _tell_taken_off(file: Path, prefix: str) -> None:
+    if prefix:
+        print(f"{file}: {prefix} taken off the names of the weights", file=sys.stderr)
+
+
 def _load_all(model: ViT, tensors: StateDict) -> None:
     """Load weights of which none is missing, none is left over, and all are of the model's shapes."""
-    stored = model.state_dict()
+    require_all(stored_once(model), tensors, aliases=model.state_dict())
+    model.load_state_dict(tensors, strict=False)
+
+
+def require_all(wanted: StateDict, tensors: StateDict, aliases: Iterable[str] = ()) -> None:
+    """Raise ``UserError`` where a weight is missing, left over (``aliases`` may be there), or of another shape."""
     problems = [
-        f"{name} is of shape {tuple(tensor.shape)}, here {tuple(stored[name].shape)}"
+        f"{name} is of shape {tuple(tensor.shape)}, here {tuple(wanted[name].shape)}"
         for name, tensor in tensors.items()
-        if name in stored and tensor.shape != stored[name].shape
+        if name in wanted and tensor.shape != wanted[name].shape
     ]
-    if missing := together(stored_once(model).keys() - tensors.keys()):
+    if missing := together(sorted(wanted.keys() - tensors.keys())):
         problems.append(f"{missing} missing")
-    if left_over := together(tensors.keys() - stored.keys()):
+    if left_over := together(sorted(tensors.keys() - wanted.keys() - set(aliases))):
         problems.append(f"{left_over} left over")
     if problems:
         raise UserError("; ".join(problems))
-    model.load_state_dict(tensors, strict=False)
 
 
 def _load_other(source: Source, num_attention_heads: int | None) -> ViT:
@@ -174,6 +230,7 @@ def _load_other(source: Source, num_attention_heads: int | None) -> ViT:
         raise UserError(f"{path}: {explain(error)}") from error
     model = ViT(config)
     report = start_with(source, model)
+    _tell_taken_off(source.weights.file, report.taken_off)
     if report.fresh:
         raise UserError(f"{path}: {together(report.fresh)} missing; expected all weights of a classifier")
     about = told.trained_on
@@ -185,13 +242,11 @@ def _load_other(source: Source, num_attention_heads: int | None) -> ViT:
     return model
 
 
-def _unwrapped(model: nn.Module) -> ViT:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile``, DistributedDataParallel and the like."""
     inner: Any = model
-    while not isinstance(inner, ViT):
-        wrapped = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
-        if not isinstance(wrapped, nn.Module):
-            raise UserError(f"save_model: got {type(model).__name__}, expected an effvit ViT")
-        inner = wrapped
+    while type(inner).__name__ in _WRAPPERS:
+        inner = getattr(inner, "_orig_mod", None) or inner.module
     return inner
 
 

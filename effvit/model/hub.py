@@ -1,4 +1,4 @@
-"""What ``config.json`` of transformers or timm tells of a model that its weights do not."""
+"""What ``config.json`` of transformers or timm, or of a swapped model of theirs, tells beyond the weights."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from effvit.errors import UserError, explain
-from effvit.model.settings import read_json
+from effvit.model.settings import is_of_other, read_json
 from effvit.model.trained_on import TrainedOn
 
 _PREPROCESSOR = "preprocessor_config.json"
@@ -50,6 +50,19 @@ class _Timm(BaseModel):
     pretrained_cfg: _Pretrained = _Pretrained()
 
 
+class _Tower(BaseModel):
+    num_heads: int | None = None
+
+
+class _Swapped(BaseModel):
+    """What ``save_model`` wrote of another library's model."""
+
+    towers: tuple[_Tower, ...]
+    classes: tuple[str, ...] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
 class _Preprocessor(BaseModel):
     image_mean: tuple[float, ...] | None = None
     image_std: tuple[float, ...] | None = None
@@ -62,6 +75,8 @@ def read_told(config: Path, values: dict[str, Any], has_class_token: bool) -> To
         UserError: it tells of a model that this ViT cannot be.
     """
     try:
+        if is_of_other(values):
+            return _of_swapped(_Swapped(**values))
         if "model_type" in values:
             return _of_transformers(config, _Transformers(**values))
         if "architecture" in values:
@@ -85,6 +100,12 @@ def _of_transformers(config: Path, values: _Transformers) -> Told:
             classes=names if names != placeholders else None, mean=images.image_mean, std=images.image_std
         ),
     )
+
+
+def _of_swapped(values: _Swapped) -> Told:
+    heads = {tower.num_heads for tower in values.towers}
+    about = TrainedOn(**{key: getattr(values, key) for key in TrainedOn.model_fields})
+    return Told(num_attention_heads=heads.pop() if len(heads) == 1 else None, trained_on=about)
 
 
 def _of_timm(values: _Timm, has_class_token: bool) -> Told:

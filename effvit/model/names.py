@@ -17,7 +17,8 @@ from effvit.errors import UserError
 StateDict = dict[str, Tensor]
 _KIND = r"\.(weight|bias)"
 _MAPS = ("q", "k", "v")
-_HF_MAPS = ("query", "key", "value")
+_HF_MAPS = ("query", "key", "value")  # also of ``standard``, for each head
+_HEAD_KEY = re.compile(r"(?P<prefix>.*)heads\.(?P<head>\d+)\.(?P<map>query|key|value)\.(?P<kind>weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,36 @@ def to_transformers(state: StateDict) -> StateDict:
                 result[f"vit.encoder.layer.{match[1]}.attention.attention.{part}.{match[2]}"] = of_part.clone()
         else:
             result[scheme.rename(name)] = tensor
+    return result
+
+
+def standard_to_fused(state: StateDict) -> StateDict:
+    """Rewrite a state dict (of a module or a whole model) from ``standard``'s names to ``fused``'s. Lossless."""
+    parts: dict[str, dict[tuple[int, int], Tensor]] = {}
+    result = {}
+    for key, tensor in state.items():
+        match = _HEAD_KEY.fullmatch(key)
+        if match is None:
+            result[key] = tensor
+            continue
+        place = (_HF_MAPS.index(match["map"]), int(match["head"]))
+        parts.setdefault(f"{match['prefix']}qkv.{match['kind']}", {})[place] = tensor
+    for key, tensors in parts.items():
+        result[key] = torch.cat([tensors[place] for place in sorted(tensors)])
+    return result
+
+
+def fused_to_standard(state: StateDict, num_heads: int) -> StateDict:
+    """Rewrite a state dict from ``fused``'s names to ``standard``'s, the inverse of ``standard_to_fused``."""
+    result = {}
+    for key, tensor in state.items():
+        match = re.fullmatch(r"((?:.*\.)?)qkv\.(weight|bias)", key)
+        if match is None:
+            result[key] = tensor
+            continue
+        for name, of_all_heads in zip(_HF_MAPS, tensor.chunk(3), strict=True):
+            for head, part in enumerate(of_all_heads.chunk(num_heads)):
+                result[f"{match[1]}heads.{head}.{name}.{match[2]}"] = part.clone()
     return result
 
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from effvit.attention.base import Grid
 from effvit.errors import UserError
 from effvit.model.hub import Told, read_told
-from effvit.model.names import Named, StateDict, read_names, together
+from effvit.model.names import Named, StateDict, fused_to_standard, read_names, standard_to_fused, together
 from effvit.model.resize import resize_positions, resize_projection
 from effvit.model.settings import CONFIG
 from effvit.model.shape import Shape, positions_of_all_tokens, read_shape, refuse_foreign
@@ -120,7 +120,7 @@ def naming(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: {error}") from error
 
 
-def stored_once(model: ViT) -> StateDict:
+def stored_once(model: nn.Module) -> StateDict:
     """The model's weights, a shared one under its first name only, so that none overwrites another."""
     stored = model.state_dict()
     return {name: t for name, t in (*model.named_parameters(), *model.named_buffers()) if name in stored}
@@ -130,8 +130,6 @@ def maps_as_in(config: ViTConfig, tensors: StateDict) -> StateDict:
     """The maps to queries, keys and values under the names that a model of ``config`` has for them."""
     if config.attention not in ("standard", "uniform") and not any(".attn.heads." in name for name in tensors):
         return tensors
-    from effvit.attention.standard import fused_to_standard, standard_to_fused
-
     merged = standard_to_fused(tensors)
     if config.attention == "uniform":
         return {name.replace(".qkv.", ".value."): _values(name, tensor) for name, tensor in merged.items()}

@@ -11,6 +11,7 @@ from effvit.model.trained_on import TrainedOn
 from effvit.model.vit import ViTConfig
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+OTHERS_MARK = {"class", "towers"}
 _MARK = "attention"  # a key that no other library's file has, and all of ours have
 
 
@@ -37,6 +38,11 @@ def read_json(file: Path) -> dict[str, Any]:
 def is_ours(values: dict[str, Any]) -> bool:
     """Whether a ``config.json`` is one of this package, to be read by ``parse``."""
     return _MARK in values
+
+
+def is_of_other(values: dict[str, Any]) -> bool:
+    """Whether a ``config.json`` is one that ``save_model`` wrote of another library's model."""
+    return values.keys() >= OTHERS_MARK
 
 
 def parse(file: Path, values: dict[str, Any]) -> tuple[ViTConfig, TrainedOn]:

@@ -30,13 +30,15 @@ class TrainedOn(BaseModel):
         cls, classes: Iterable[str] | None, mean: Iterable[float] | None, std: Iterable[float] | None
     ) -> "TrainedOn":
         """Check what a caller says of a model; raises ``UserError``."""
-        given = {"classes": classes, "mean": mean, "std": std}
-        if isinstance(classes, str):
-            raise UserError(f"classes={classes!r}: expected a list of names")
+        given: dict[str, Any] = {"classes": classes, "mean": mean, "std": std}
+        for name, values in given.items():
+            if values is not None and (isinstance(values, str) or not isinstance(values, Iterable)):
+                what = "names" if name == "classes" else "numbers, one for each channel"
+                raise UserError(f"{name}={values!r}: expected a list of {what}")
         try:
-            return cls(**{key: None if values is None else tuple(values) for key, values in given.items()})  # type: ignore[arg-type]
-        except (ValidationError, TypeError) as error:
-            raise UserError(explain(error) if isinstance(error, ValidationError) else str(error)) from error
+            return cls(**{key: None if values is None else tuple(values) for key, values in given.items()})
+        except ValidationError as error:
+            raise UserError(explain(error)) from error
 
     def check(self, num_classes: int, num_channels: int) -> None:
         """Raise ``UserError`` where this is not of a model with so many classes and channels."""

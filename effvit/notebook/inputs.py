@@ -15,8 +15,11 @@ from effvit.data.loading.prepared import PreparedDataset
 from effvit.data.loading.stored import Images as Stored
 from effvit.data.loading.transforms import to_float
 from effvit.errors import UserError
+from effvit.evaluation.predict import view_of
 from effvit.memory import is_out_of_memory
 from effvit.model.logits import logits_of
+from effvit.model.trained_on import TrainedOn
+from effvit.model.vit import ViT
 
 Images: TypeAlias = np.ndarray | Stored | Tensor | Sequence[str | Path]
 """uint8 ``(n, H, W, 3)``, an array or a data set's own; normalised floats ``(n, channels, H, W)``; or image files."""
@@ -29,24 +32,29 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if parameter is None else parameter.device
 
 
+def trained_on(model: nn.Module | None) -> TrainedOn:
+    """What a model knows of what it was trained on."""
+    about = getattr(model, "trained_on", None)
+    return about if isinstance(about, TrainedOn) else TrainedOn()
+
+
 def known(name: str, model: nn.Module | None, data: PreparedDataset | None) -> Any:
     """``classes``, ``mean`` or ``std`` of what a model was trained on, else of the data set; None where unknown."""
-    own = getattr(getattr(model, "trained_on", None), name, None)
+    own = getattr(trained_on(model), name)
     return getattr(data, name, None) if own is None else own
 
 
-def read_images(images: Images, data: PreparedDataset | None) -> Tensor:
+def read_images(images: Images, data: PreparedDataset | None, model: nn.Module | None = None) -> Tensor:
     """Return images as a tensor, uint8 ``(n, H, W, 3)`` or floats ``(n, channels, H, W)``.
 
     Raises:
-        UserError: they are neither, or there are none; files without a data set that says at which size to read them.
+        UserError: they are neither, or there are none; files, and neither a data set nor a ``ViT`` says at which size
+            to read them.
     """
     if isinstance(images, list | tuple) and images and all(isinstance(path, str | Path) for path in images):
-        from effvit.data.sources.images import load_image
-
-        if data is None:
+        if data is None and not isinstance(model, ViT):
             raise UserError("images: files are read at the size of a data set's images; give data=")
-        images = np.stack([load_image(Path(path), data.image_size, data.storage) for path in images])
+        images = _read_files([Path(path) for path in images], data, model)
     if isinstance(images, Stored):
         images = images[:]
     if isinstance(images, np.ndarray) and images.dtype in (np.uint8, np.float32, np.float64):
@@ -59,6 +67,21 @@ def read_images(images: Images, data: PreparedDataset | None) -> Tensor:
     if not len(images):
         raise UserError("images: there are none")
     return images
+
+
+def _read_files(paths: list[Path], data: PreparedDataset | None, model: nn.Module | None) -> np.ndarray:
+    from effvit.data.sources.images import load_image
+
+    if data is not None:
+        return np.stack([load_image(path, data.image_size, data.storage) for path in paths])
+    assert isinstance(model, ViT)
+    return view_of(model, None).read(paths)
+
+
+def require_batch_size(batch_size: int) -> None:
+    """Raise ``UserError`` where that is no number of images."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise UserError(f"batch_size={batch_size!r}: expected a whole number from 1")
 
 
 def first_batch(loader: DataLoader[Any], name: str = "data") -> tuple[Tensor, Tensor]:

@@ -91,7 +91,7 @@ def visualize_attention(
     if isinstance(images, PreparedDataset):
         data = images
         images, labels = _of_different_classes(images, count)
-    shown, numbers = _some(images, labels, count, data)
+    shown, numbers = _some(images, labels, count, data, model)
     logits, maps = rollout(model, as_inputs(shown, model, data))
     classes = known("classes", model, data)
     guesses = _named(logits.argmax(dim=1).tolist(), classes)
@@ -119,7 +119,11 @@ def _of_different_classes(dataset: PreparedDataset, count: int) -> tuple[np.ndar
 
 
 def _some(
-    images: Images | DataLoader[Any], labels: Labels | None, count: int, data: PreparedDataset | None
+    images: Images | DataLoader[Any],
+    labels: Labels | None,
+    count: int,
+    data: PreparedDataset | None,
+    model: nn.Module | None = None,
 ) -> tuple[Tensor, list[int]]:
     """The first ``count`` images, and their labels if there are any."""
     if isinstance(images, DataLoader):
@@ -127,7 +131,7 @@ def _some(
             raise UserError("labels: leave them out with a loader, which has its own")
         read, labels = first_batch(images)
     else:
-        read = read_images(images, data)
+        read = read_images(images, data, model)
     if labels is None:
         return read[:count], []
     numbers = torch.as_tensor(labels).tolist()

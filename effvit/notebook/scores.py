@@ -9,11 +9,21 @@ from torch.utils.data import DataLoader
 from effvit.data.loading.loaders import checked_batches
 from effvit.data.loading.prepared import PreparedDataset
 from effvit.errors import UserError
-from effvit.evaluation.predict import check_fits
+from effvit.evaluation.predict import as_trained_on, check_fits
 from effvit.evaluation.score import predict_logits, summarise
 from effvit.model.logits import logits_of
 from effvit.model.vit import ViT
-from effvit.notebook.inputs import Images, as_inputs, check_classes, device_of, evaluating, known, read_images
+from effvit.notebook.inputs import (
+    Images,
+    as_inputs,
+    check_classes,
+    device_of,
+    evaluating,
+    known,
+    read_images,
+    require_batch_size,
+    trained_on,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,12 +43,14 @@ def evaluate(model: nn.Module, data: PreparedDataset | DataLoader[Any], *, batch
     Raises:
         UserError: data that is something else or does not fit the model, or outputs that are not finite.
     """
+    require_batch_size(batch_size)
     with evaluating(model):
         if isinstance(data, PreparedDataset):
             if isinstance(model, ViT):
                 data = check_fits(model, data)
             else:
                 check_classes(model, data)
+                data = as_trained_on(trained_on(model), data)
             images, numbers = data.split("test")
             logits, labels = predict_logits(model, images, data.mean, data.std, batch_size), torch.from_numpy(numbers)
         else:
@@ -68,11 +80,14 @@ def predict(
     """
     import pandas as pd
 
-    read = read_images(images, data)
+    require_batch_size(batch_size)
+    read = read_images(images, data, model)
     with evaluating(model):
         logits = torch.cat([logits_of(model(as_inputs(part, model, data))).cpu() for part in read.split(batch_size)])
     best = logits.float().softmax(dim=1).max(dim=1)
     names = known("classes", model, data)
+    if names is not None and len(names) != logits.shape[1]:
+        raise UserError(f"the model tells {logits.shape[1]} classes apart, and has names of {len(names)}")
     numbers = best.indices.tolist()
     return pd.DataFrame(
         {"class": numbers if names is None else [names[i] for i in numbers], "probability": best.values.numpy()}

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 from effvit.data.loading.loaders import Loaders, length_of
 from effvit.data.loading.prepared import PreparedDataset
 from effvit.errors import UserError, explain
+from effvit.model.checkpoint import unwrapped
 from effvit.model.trained_on import TrainedOn
-from effvit.model.vit import ViT
 from effvit.notebook.inputs import check_classes, count_classes, first_batch
 from effvit.notebook.scores import evaluate
 from effvit.training.loop import Epoch, Step, Training
@@ -39,6 +39,7 @@ _OF_PREPARED = (
     "workers",
 )
 _BATCH_SIZE = 128
+_LARGEST_SEED = 2**32 - 1
 _VALIDATION = ["val_loss", "val_accuracy"]
 
 
@@ -80,8 +81,8 @@ class Trainer:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise UserError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise UserError(f"seed={seed!r}: expected a whole number from 0")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= _LARGEST_SEED:
+            raise UserError(f"seed={seed!r}: expected a whole number from 0 to {_LARGEST_SEED}")
         self.model, self.seed, self.progress = model, seed, progress
         self._epochs: list[Epoch] = []
         fields = {"epochs": epochs, "lr": lr, "optimizer": optimizer, "device": device, **recipe}
@@ -91,7 +92,8 @@ class Trainer:
                 raise UserError("validation: leave it out with a prepared data set, which has its own")
             self._flip = bool(fields.pop("horizontal_flip", False))
             self.recipe = _recipe({"batch_size": _BATCH_SIZE, **fields})
-            self.recipe.check_image_size(train.image_size)
+            if (padding := self.recipe.crop_padding) >= train.image_size:
+                raise UserError(f"crop_padding={padding}: must be less than {train.image_size}, the images' size")
             check_classes(model, train)
             self._data: PreparedDataset | Loaders = train
         else:
@@ -99,6 +101,8 @@ class Trainer:
             self._flip = False
             self._data, batch_size = _checked_loaders(model, train, validation)
             self.recipe = _recipe({"batch_size": batch_size, **fields})
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise UserError("model: all of its parameters are frozen; set requires_grad of those to be trained")
         build_optimizer(model, self.recipe)  # told before the first batch where it cannot be
 
     @property
@@ -115,7 +119,8 @@ class Trainer:
 
         Afterwards the model has the weights of the epoch with the highest validation accuracy, or without validation
         the last ones, and is in eval mode. That is also so when training is interrupted, by Ctrl-C or by an error:
-        `history` then has the epochs until there. A `ViT` also keeps the data set's class names and normalisation.
+        `history` then has the epochs until there. The model keeps the data set's class names and normalisation as its
+        ``trained_on``, for `save_model`, `evaluate` and `predict`.
         Called again, it trains the model on, from the top of the schedule.
 
         Raises:
@@ -147,8 +152,8 @@ class Trainer:
             finally:
                 self.model.load_state_dict(best.weights or training.weights.state_dict())
                 self.model.eval()
-                if isinstance(self.model, ViT):
-                    self.model.trained_on = self._trained_on()
+                for each in (self.model, unwrapped(self.model)):
+                    each.trained_on = self._trained_on()  # type: ignore[assignment]
         return self.history
 
     def evaluate(self, data: PreparedDataset | DataLoader[Any]) -> dict[str, float]:

@@ -106,6 +106,16 @@ def test_timms_extraction_by_graph_finds_the_softmax_that_is_written_out():
     torch.testing.assert_close(list(found.values()), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", [name for name in available_attention() if name != "standard"])
+def test_timms_extraction_by_graph_takes_nothing_else_for_attention(name):
+    """Such as the softmax of a gate: where no N x N softmax is written out, timm says that it found nothing."""
+    utils = pytest.importorskip("timm.utils", reason=TIMM_REASON)
+    model = host("timm vit")
+    swap_attention(model, name, **OPTIONS.get(name, {}))
+    with pytest.raises(RuntimeError, match="No node names found"):
+        utils.AttentionExtract(model, method="fx")
+
+
 @pytest.mark.parametrize("average", [True, False])
 def test_multihead_attention_gives_its_map_when_asked(average):
     original, model = host("torchvision"), host("torchvision")

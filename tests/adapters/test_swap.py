@@ -117,6 +117,18 @@ def test_prefix_tokens_and_grid_are_read_from_the_model(family):
     assert f"({pattern(family)}): {prefix_tokens} prefix token" in str(report) and "4 x 4 patches" in str(report)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", available_attention())
+def test_the_report_says_which_of_what_is_new_can_be_trained(family, name):
+    model, report = swapped(family, name)
+    assert set(report.new_parameters) == set(report.new) & dict(model.named_parameters()).keys()
+
+
+def test_what_is_drawn_and_not_trained_is_told():
+    _, report = swapped("timm vit", "performer")
+    assert report.new and not report.new_parameters and "omega (not trained)" in str(report)
+
+
 def test_the_report_reads_well():
     _, report = swapped("torchvision", "linformer")
     assert str(report).splitlines() == [

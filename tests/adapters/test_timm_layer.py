@@ -75,6 +75,12 @@ def test_a_layer_has_the_precision_that_timm_asks_for():
         (lambda: timm_layer("linformer", **GRID, k=18), "attention.linformer.k=18: must be at most 17, the .*"),
         (lambda: timm_layer("fused", k=6), "attention.fused.k: unknown option"),
         (lambda: timm_layer("fused")(8, 2, gated=True), "timm_layer: got gated, which the mechanisms have not"),
+        (lambda: timm_layer("fused", depth=0), "timm_layer: depth=0: expected the model's number of blocks"),
+        (lambda: timm_layer("fused", depth="2"), "timm_layer: depth='2': expected .*"),
+        (lambda: timm_layer("fused", prefix_tokens=-1), "timm_layer: prefix_tokens=-1: expected a whole .*"),
+        (lambda: timm_layer("linformer", grid_size=4), r"timm_layer: grid_size=4: expected \(rows, columns\), .*"),
+        (lambda: timm_layer("hybrid", grid_size=(0, 4)), r"timm_layer: grid_size=\(0, 4\): expected .*"),
+        (lambda: timm_layer("linformer", **GRID, k=6, share="layers"), "timm_layer: share='layers' needs depth=.*"),
         (lambda: timm_layer("fused")(8, 3), "num_heads=3: must divide the width 8"),
     ],
 )

@@ -5,7 +5,7 @@ import torch
 from mechanisms import qkv_of
 
 from effvit import ViT, ViTConfig, build_attention
-from effvit.attention.standard import fused_to_standard, standard_to_fused
+from effvit.model.names import fused_to_standard, standard_to_fused
 
 
 def dot(a, b):

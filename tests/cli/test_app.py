@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import shutil
@@ -124,6 +125,25 @@ def test_predict_says_what_the_model_says_of_the_image_itself(effvit, trained, d
     best = digits.classes[int(logits.argmax())]
     outcome = effvit("predict", pictures[0], "--model-dir", trained / "run", "--dataset-dir", digits_dir, "--top", 1)
     assert outcome.out == f"{pictures[0]}: {best} {logits.softmax(1).max():.1%}\n"
+
+
+def test_a_model_needs_no_data_set_to_look_at_image_files(effvit, trained, digits_dir, pictures, tmp_path):
+    model, dataset = ["--model-dir", trained / "run"], ["--dataset-dir", digits_dir]
+    alone, beside = effvit("predict", *pictures, *model), effvit("predict", *pictures, *model, *dataset)
+    assert alone == beside and alone.code == 0
+    for name, more in (("alone.png", []), ("beside.png", dataset)):
+        assert effvit("attention-map", *pictures, *model, *more, "--output", name).code == 0
+    assert (tmp_path / "alone.png").read_bytes() == (tmp_path / "beside.png").read_bytes()
+
+
+@pytest.mark.parametrize("command", [["predict"], ["attention-map", "--output", "map.png"]])
+def test_a_model_that_knows_no_normalisation_asks_for_its_data_set(effvit, trained, pictures, tmp_path, command):
+    copy = shutil.copytree(trained / "run", tmp_path / "model")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"mean": None, "std": None}))
+    outcome = effvit(*command, pictures[0], "--model-dir", copy)
+    assert outcome.code == 1 and outcome.err.count("\n") == 1
+    assert "does not know how its images were normalised; give the data set of its training" in outcome.err
 
 
 def test_attention_map_draws_a_picture_the_same_each_time(effvit, trained, digits_dir, pictures, tmp_path):

@@ -91,7 +91,7 @@ def test_unknown_dataset_is_answered_with_the_known_ones(tmp_path):
 
 @pytest.mark.parametrize("size", [0, -32, 7, 100000])
 def test_image_size_out_of_range_is_refused(tmp_path, size):
-    with pytest.raises(UserError, match=f"--image-size {size}: expected 8 to 1024 pixels"):
+    with pytest.raises(UserError, match=f"image_size={size}: expected 8 to 1024 pixels"):
         prepare("digits", None, size, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

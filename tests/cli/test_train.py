@@ -3,10 +3,12 @@ import resource
 import subprocess
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import TINY_FLAGS
+from PIL import Image
 from safetensors.torch import save_file
 
 from effvit.model.checkpoint import load_model
@@ -42,6 +44,27 @@ def test_it_trains_what_it_was_told_to(train, tmp_path):
     config = load_model(tmp_path / "run").config
     assert config.attention == "linformer" and config.attention_options == {"k": 4, "share": "kv"}
     assert (config.hidden_size, config.image_size, config.num_classes) == (16, 16, 10)
+
+
+@pytest.mark.parametrize("tokens", [0, 3])
+@pytest.mark.parametrize("attention", ["fused", "hybrid"])
+def test_a_model_has_the_prefix_tokens_it_was_told_to_and_serves_as_others_do(
+    train, effvit, digits_dir, tmp_path, tokens, attention
+):
+    options = ["-o", "window_size=2"] if attention == "hybrid" else []
+    arguments = ["--attention", attention, *options, "--prefix-tokens", tokens, "--epochs", 1, "--device", "cpu"]
+    outcome = train(*arguments)
+    assert outcome.code == 0, outcome.err
+    model = load_model(tmp_path / "run")
+    assert (model.cls_token is None) == (tokens == 0) and model.pos_embed.shape[1] == tokens + 16
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "image.png")
+    place = ["--model-dir", "run", "--device", "cpu"]
+    for command in (
+        ["evaluate", "--dataset-dir", digits_dir, "--output-dir", "scores"],
+        ["predict", "image.png"],
+        ["attention-map", "image.png", "--output", "map.png"],
+    ):
+        assert (outcome := effvit(*command, *place)).code == 0, outcome.err
 
 
 def test_one_line_an_epoch_in_a_log(train):
@@ -90,6 +113,8 @@ def test_one_line_an_epoch_in_a_log(train):
         (["--warmup-epochs", 10, "--epochs", 10], ["warmup_epochs=10", "epochs=10"]),
         (["--save-every", -1], ["train.save_every=-1"]),
         (["--device", "tpu"], ["device='tpu'", "auto", "cpu"]),
+        (["--timm", ""], ["--timm '': expected the name"]),
+        (["--prefix-tokens", -1], ["prefix_tokens=-1"]),
         (["--dataset-dir", "nowhere"], ["nowhere", "effvit prepare"]),
         (["--output-dir", "."], ["replaced as a whole"]),
         (["--log-dir", "run"], ["run", "replaced as a whole"]),

@@ -41,5 +41,5 @@ def test_more_samples_than_images_leaves_no_empty_columns(tmp_path):
 
 
 def test_less_than_one_sample_is_refused(tmp_path):
-    with pytest.raises(UserError, match="--per-class 0: expected at least 1"):
+    with pytest.raises(UserError, match="per_class=0: expected at least 1"):
         sample_sheet(dataset(tmp_path / "x", 2), per_class=0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from effvit import load_model
+from effvit import ViT, load_model, save_model
 from effvit.data.loading.prepared import PreparedDataset
 from effvit.errors import UserError
 from effvit.evaluation.predict import check_fits, score_test_split
@@ -87,13 +87,34 @@ def test_images_are_normalised_as_the_model_was_trained(trained, digits, tmp_pat
     assert scores[0] == scores[1] != scores[2]
 
 
+def test_of_several_models_one_line_says_how_images_are_normalised(trained, digits, tmp_path, tiny_config, capsys):
+    other = load_model(trained / "run")
+    performer = ViT(tiny_config(attention="performer"))
+    performer.trained_on = other.trained_on
+    save_model(performer, tmp_path / "performer")
+    brighter = replace(digits, name="brighter", mean=(0.9, 0.9, 0.9), std=(0.1, 0.2, 0.3))
+    _, _, data = load_models([trained / "run", tmp_path / "performer"], brighter, CPU)
+    assert data.mean == digits.mean and capsys.readouterr().err.count("normalised by the model's own") == 1
+
+
+@pytest.mark.parametrize("command", ["fidelity", "representations"])
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_a_model_without_a_class_token_alone_is_refused_where_that_is_looked_at(
+    effvit, digits_dir, tmp_path, tiny_config, command, tokens
+):
+    save_model(ViT(tiny_config(prefix_tokens=tokens)), tmp_path / "model")
+    outcome = effvit(command, "--model-dir", "model", "--dataset-dir", digits_dir, "--output-dir", "out")
+    assert outcome.code == 1 and not (tmp_path / "out").exists()
+    assert outcome.err.startswith(f"error: model: a model with prefix_tokens={tokens}; expected 1, the class token")
+
+
 def test_models_trained_on_another_scale_are_not_compared(trained, digits, tmp_path):
     copy = shutil.copytree(trained / "run", tmp_path / "other")
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"attention": "standard", "mean": [0.5] * 3}))
     from safetensors.torch import load_file, save_file
 
-    from effvit.attention.standard import fused_to_standard
+    from effvit.model.names import fused_to_standard
 
     weights = fused_to_standard(load_file(copy / "model.safetensors"), config["num_attention_heads"])
     save_file(weights, copy / "model.safetensors")

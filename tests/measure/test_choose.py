@@ -1,3 +1,6 @@
+import json
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -77,6 +80,43 @@ def test_what_runs_out_of_memory_is_a_result(monkeypatch):
     assert "standard" not in verdict(rows)
 
 
+def test_what_runs_out_of_memory_while_it_is_built_is_a_result_too():
+    build = builder(TINY, OPTIONS)
+
+    def failing(attention, size):
+        candidate = build(attention, size)
+        if attention in ("standard", "fused") and not next(candidate.model.parameters()).is_meta:
+            raise torch.OutOfMemoryError("out of memory")
+        return candidate
+
+    rows = [row for rows in measure_choice(failing, ["standard", "performer"], [16], **SETTINGS) for row in rows]
+    statuses = {(row["attention"], row["scope"]): row["status"] for row in rows}
+    for scope in ("model", "block"):
+        assert statuses["standard", scope] == statuses["fused", scope] == "out of memory"
+        assert statuses["performer", scope] == "ok"
+    standard = next(row for row in rows if row["attention"] == "standard")
+    model = ViT(ViTConfig(**TINY, image_size=16, attention="standard"))
+    assert standard["parameters"] == sum(p.numel() for p in model.parameters()) and standard["macs"] == model.macs()
+    assert standard["memory_bytes"] is None and "fused is out of memory here" in verdict(rows)
+
+
+def test_progress_goes_on_within_an_image_size_and_names_each_mechanism():
+    told = []
+    rows_of(["linformer", "performer"], [16, 24], tell=lambda share, what: told.append((share, what)))
+    shares = [share for share, _ in told]
+    assert shares == sorted(shares) and shares[0] == 0 and 0.9 < shares[-1] <= 1
+    assert len({share for share in shares if share < 0.5}) > 6
+    for name in ("fused", "linformer", "performer"):
+        assert {(f"building {name}, 24 px"), (f"trying {name}, block, 24 px")} <= {what for _, what in told}
+
+
+def test_a_row_says_which_options_its_mechanism_had():
+    for row in rows_of(["linformer", "performer"], [16]):
+        expected = ViT(ViTConfig(**TINY, image_size=16, attention=row["attention"],
+                                 attention_options=OPTIONS.get(row["attention"], {})))  # fmt: skip
+        assert json.loads(row["options"]) == expected.attentions()[0].options.model_dump()
+
+
 @pytest.mark.parametrize(
     ("attentions", "sizes", "changes", "says"),
     [
@@ -112,6 +152,9 @@ def test_the_verdict_claims_only_what_intervals_support():
         "linformer takes least memory, 0.50 of fused's."
     )
     assert "measure again" in verdict([made("fused", 1.0, 1.0, 1.0, contended=True)])
+    unknown = [made("fused", 1.0, 1.0, 1.0, memory=None), made("performer", 0.97, 0.9, 1.02)]
+    assert verdict(unknown).endswith("no mechanism is faster than fused beyond timing noise.")
+    assert verdict([made("fused", 1.0, 1.0, 1.0, memory=None)]).endswith("beyond timing noise.")
     assert "nothing to compare" in verdict([made("fused", None, None, None, None, "over budget")])
 
 
@@ -125,6 +168,49 @@ def test_the_command_writes_one_file_named_after_the_machine(effvit, tmp_path):
     assert "16 px, 17 tokens: " in outcome.out and "32 px, 65 tokens: " in outcome.out
 
 
+QUICK = ("--image-sizes", "16", "--attention", "performer", "--budget-s", "0.2", "--threads", "1")
+
+
+def test_rows_of_other_models_stay_in_the_machines_file_and_the_same_ones_are_replaced(effvit, tmp_path):
+    def run(*flags):
+        outcome = effvit("choose", *QUICK, *flags, "--output", "machines")
+        assert outcome.code == 0, outcome.err
+        (file,) = (tmp_path / "machines").iterdir()
+        return file.read_text().splitlines()
+
+    heading, *first = run("--model", "tiny")
+    again, *both = run("--model", "small", "--image-sizes", "32")
+    assert again == heading and both[:4] == first and len(both) == 8
+    _, *third = run("--model", "tiny", "--batch-size", "2")
+    assert third[:8] == both and len(third) == 12
+    _, *fourth = run("--model", "tiny", "-o", "performer.num_features=8")
+    assert fourth[:8] == third[4:] and len(fourth) == 12 and first[0] not in fourth
+    table = pd.read_csv(next((tmp_path / "machines").iterdir()))
+    assert [json.loads(each).get("num_features") for each in table["options"]].count(8) == 2
+
+
+@pytest.mark.parametrize(
+    ("output", "says"),
+    [
+        ("notes.txt", "--output notes.txt: .*notes.txt is a file, expected a directory"),
+        ("notes.txt/table.csv", "is a file, expected a directory"),
+        ("folder.csv/table.csv", "here-1t-float32.csv cannot be written"),
+        ("machines", "not a table of `effvit choose`, to which rows could be added; move it away"),
+    ],
+)
+def test_a_path_that_cannot_be_written_is_told_before_anything_is_measured(effvit, tmp_path, monkeypatch, output, says):
+    monkeypatch.setattr(choose, "interleaved", lambda *_, **__: pytest.fail("measured"))
+    (tmp_path / "notes.txt").write_text("notes")
+    (tmp_path / "folder.csv" / "table.csv").mkdir(parents=True)
+    monkeypatch.setattr("effvit.device.processor_name", lambda: "here")
+    (tmp_path / "machines").mkdir()
+    (tmp_path / "machines" / "here-1t-float32.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "folder.csv" / "table.csv" / "here-1t-float32.csv").mkdir()
+    outcome = effvit("choose", "--model", "tiny", *QUICK, "--output", output)
+    assert outcome.code == 1 and re.search(says, outcome.err) and outcome.err.count("\n") == 1, outcome.err
+    assert (tmp_path / "notes.txt").read_text() == "notes"
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
@@ -132,6 +218,8 @@ def test_the_command_writes_one_file_named_after_the_machine(effvit, tmp_path):
         (("-o", "k=3"), "--option k=3: expected NAME.KEY=VALUE"),
         (("--model", "vit_huge"), "model='vit_huge': unknown size"),
         (("--attention", "flash"), "attention='flash': unknown mechanism"),
+        (("--timm", ""), "--timm '': expected the name of a model of timm's"),
+        (("--timm", "vit_tiny", "--model", "tiny"), "--model tiny --timm vit_tiny: expected one of them"),
     ],
 )
 def test_wrong_flags_are_told_in_one_line(effvit, flags, says):

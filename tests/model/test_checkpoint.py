@@ -7,11 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from effvit.attention import available_attention
-from effvit.attention.standard import standard_to_fused
 from effvit.errors import UserError
 from effvit.files import check_replaceable
 from effvit.model.checkpoint import is_model_dir, load_model, save_model
-from effvit.model.names import to_transformers
+from effvit.model.names import standard_to_fused, to_transformers
 from effvit.model.trained_on import TrainedOn
 from effvit.model.vit import ViT
 
@@ -218,7 +217,9 @@ def test_a_trained_model_knows_the_data_set(trained, digits):
         ({"mean": [0.5], "std": [0.5]}, "mean: has 1 entries, the model has 3"),
         ({"mean": [0.5] * 3, "std": [0.5, 0.5, 0]}, "std.2=0"),
         ({"mean": [0.5] * 3, "std": [0.5, 0.5, float("nan")]}, "std.2=nan"),
-        ({"mean": 0.5, "std": 0.5}, "not iterable"),
+        ({"mean": 0.5, "std": 0.5}, "mean=0.5: expected a list of numbers, one for each channel"),
+        ({"accuracy": 0.9}, "accuracy=0.9: expected a dictionary, for example {'validation': 0.98}"),
+        ({"recipe": ["lr"]}, "recipe=['lr']: expected a dictionary"),
         ({"accuracy": {"validation": "high"}}, "accuracy.validation='high'"),
     ],
 )
@@ -257,15 +258,24 @@ def test_a_wrapped_model_is_saved_as_the_model_itself(tiny_config, tmp_path, wra
 
 @pytest.mark.parametrize("attention", ["standard", "linformer"])
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "model."])
-def test_weights_with_a_wrappers_prefix_are_loaded(tiny_config, tmp_path, attention, prefix):
+def test_weights_with_a_wrappers_prefix_are_loaded_and_it_is_told(tiny_config, tmp_path, attention, prefix, capsys):
     options = {"attention_options": {"k": 5, "share": "layers"}} if attention == "linformer" else {}
     model = ViT(tiny_config(attention=attention, **options)).eval()
     save_model(model, tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
+    load_model(tmp_path)
+    assert capsys.readouterr().err == ""
     save_file({prefix + name: tensor for name, tensor in weights.items()}, tmp_path / "model.safetensors")
     images = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(load_model(tmp_path)(images), model(images))
+    told = f"{tmp_path / 'model.safetensors'}: {prefix} taken off the names of the weights\n"
+    assert capsys.readouterr().err == told
+    if attention == "standard":  # without a configuration of ours, as another library's are read
+        return
+    save_file({prefix + name: t for name, t in ViT(tiny_config()).state_dict().items()}, tmp_path / "w.safetensors")
+    load_model(tmp_path / "w.safetensors", num_attention_heads=2)
+    assert f"w.safetensors: {prefix} taken off" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("attention", ["standard", "fused"])

@@ -6,9 +6,9 @@ from foreign import shaken, timm_vit
 from safetensors.torch import save_file
 
 from effvit import ViT, ViTConfig, available_attention
-from effvit.attention.standard import standard_to_fused
 from effvit.errors import UserError
 from effvit.model.checkpoint import save_model
+from effvit.model.names import standard_to_fused
 from effvit.model.pretrained import start_from
 from effvit.model.resize import resize_positions, resize_projection
 

@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from effvit import ViT, evaluate, open_data, predict, prepare_data
+from effvit import ViT, ViTConfig, evaluate, open_data, predict, prepare_data
 from effvit.data.loading.prepared import PreparedDataset
 from effvit.errors import UserError
 from effvit.model.trained_on import TrainedOn
@@ -70,6 +72,32 @@ def test_predictions_have_names_where_they_are_known():
     assert predict(model, images)["class"].tolist() == ["dog", "cat", "owl"]
 
 
+@pytest.mark.parametrize("batch_size", [0, -1, 1.5, True])
+def test_a_batch_size_that_is_none_is_told_in_one_line(digits, batch_size):
+    for call in (lambda: evaluate(Known(10), digits, batch_size=batch_size),
+                 lambda: predict(Known(10), torch.zeros(1, 1, 10, 10), batch_size=batch_size)):  # fmt: skip
+        with pytest.raises(UserError, match=f"^batch_size={batch_size}: expected a whole number from 1$"):
+            call()
+
+
+def test_names_of_another_number_of_classes_are_told_in_one_line():
+    model = Known(3)
+    model.trained_on = TrainedOn(classes=("cat", "dog"))
+    with pytest.raises(UserError, match="tells 3 classes apart, and has names of 2"):
+        predict(model, torch.zeros(1, 1, 4, 4))
+
+
+def test_any_model_that_knows_its_classes_and_normalisation_is_scored_by_them(digits, capsys):
+    model, reference = Known(10), Known(10)
+    model.trained_on = TrainedOn(classes=digits.classes, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
+    expected = evaluate(reference, replace(digits, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7)))
+    assert evaluate(model, digits) == expected != evaluate(reference, digits)
+    assert "normalised by the model's own mean and deviation" in capsys.readouterr().err
+    model.trained_on = TrainedOn(classes=digits.classes[::-1])
+    with pytest.raises(UserError, match="in another order"):
+        evaluate(model, digits)
+
+
 def test_uint8_images_and_files_are_normalised_as_the_data_set_says(digits, tmp_path):
     from PIL import Image
 
@@ -81,6 +109,27 @@ def test_uint8_images_and_files_are_normalised_as_the_data_set_says(digits, tmp_
         Image.fromarray(image).save(path)
     for given in (images[:4], torch.from_numpy(images[:4]), paths, [str(path) for path in paths]):
         assert predict(Known(10), given, digits)["class"].tolist() == expected
+
+
+def test_a_vit_reads_files_as_it_was_trained(digits, trained, tmp_path):
+    from PIL import Image
+
+    from effvit import load_model, visualize_attention
+
+    images, _ = digits.split("test")
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for path, image in zip(paths, images[:3], strict=True):
+        Image.fromarray(image).save(path)
+    model = load_model(trained / "run")
+    assert predict(model, paths).equals(predict(model, images[:3], digits))
+    assert len(visualize_attention(model, paths).axes) == len(visualize_attention(model, images[:3]).axes)
+    model.trained_on = TrainedOn()
+    with pytest.raises(UserError, match="does not know how its images were normalised"):
+        predict(model, paths)
+    odd = ViT(ViTConfig(image_size=(8, 16)))
+    odd.trained_on = TrainedOn(mean=(0.5,) * 3, std=(0.5,) * 3)
+    with pytest.raises(UserError, match="takes images of 8 x 16 pixels and 3 channels; files are read as squares"):
+        predict(odd, paths)
 
 
 @pytest.mark.parametrize(

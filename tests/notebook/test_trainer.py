@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from effvit import Trainer, ViT, evaluate, swap_attention
+from effvit import Trainer, ViT, evaluate, load_model, predict, save_model, swap_attention
 from effvit.data.loading.prepared import PreparedDataset
 from effvit.errors import UserError
 from effvit.training.loop import DivergedError, Epoch, Training
@@ -133,6 +133,55 @@ def test_a_swapped_model_is_trained_as_before(build, loaders):
             swap_attention(model, "fused")
         histories.append(trained(model, *loaders, optimizer="muon", epochs=3).fit()["train_loss"].tolist())
     assert histories[1] == pytest.approx(histories[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("build", [of_timm, of_transformers])
+def test_a_swapped_model_keeps_its_classes_and_normalisation_and_travels(build, digits, tmp_path):
+    def untrained():
+        model = build()
+        head = nn.Linear(24, len(digits.classes))
+        setattr(model, "head" if hasattr(model, "head") else "classifier", head)
+        return model
+
+    model = untrained()
+    swap_attention(model, "performer")
+    trainer = trained(model, digits, epochs=1)
+    trainer.fit()
+    again = nn.DataParallel(untrained())
+    trained(again, digits, epochs=1).fit()
+    assert model.trained_on == again.trained_on == again.module.trained_on
+    assert model.trained_on.known() == {
+        "classes": list(digits.classes),
+        "mean": list(digits.mean),
+        "std": list(digits.std),
+    }
+    save_model(model, tmp_path / "model")
+    back = load_model(tmp_path / "model", into=untrained())
+    assert evaluate(back, digits) == trainer.evaluate(digits)
+    images, _ = digits.split("test")
+    assert predict(back, images[:9])["class"].tolist() == predict(model, images[:9], digits)["class"].tolist()
+    assert set(predict(back, images[:9])["class"]) <= set(digits.classes)
+
+
+def test_a_crop_as_wide_as_the_images_is_told_by_its_name(digits, tiny_config):
+    with pytest.raises(UserError, match=r"^crop_padding=16: must be less than 16, the images' size$"):
+        trained(seeded(tiny_config()), digits, crop_padding=16)
+
+
+def test_a_model_that_is_frozen_is_told_in_one_line(loaders):
+    with pytest.raises(UserError, match=r"^model: all of its parameters are frozen"):
+        trained(Linear().requires_grad_(False), *loaders)
+
+
+def test_what_is_frozen_stays_while_the_rest_learns(loaders):
+    model = of_timm()
+    swap_attention(model, "linformer", k=4)
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trained(model, *loaders, epochs=1).fit()
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == {"head.weight", "head.bias"}
 
 
 def test_loaders_of_ones_own_are_learnt_from(vit, loaders):
@@ -322,6 +371,7 @@ def test_a_model_that_is_no_image_classifier_is_told_in_one_line(model, line, lo
         ({"learning_rate": 1.0}, "learning_rate: unknown option"),
         ({"mixup": 0.2, "batch_size": 8}, "batch_size, mixup: of prepared data sets"),
         ({"devices": 2}, "devices: of `effvit train`"),
+        ({"seed": 2**70}, "seed=1180591620717411303424: expected a whole number from 0 to 4294967295"),
         ({"seed": -1}, "seed=-1: expected a whole number from 0"),
         ({"optimizer": "muon"}, "optimizer=muon: no blocks with attention are known in Linear"),
     ],

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from effvit.attention import available_attention
-from effvit.attention.standard import standard_to_fused
+from effvit.model.names import standard_to_fused
 from effvit.model.vit import ViT
 from effvit.training.muon import Joint, Muon, orthogonalize
 from effvit.training.optimizer import build_optimizer

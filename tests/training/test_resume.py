@@ -17,6 +17,7 @@ from PIL import Image
 from processes import finished, read_until
 from safetensors.torch import save
 
+from effvit import policy
 from effvit.data.preparing import prepare
 from effvit.device import this_machine
 from effvit.training import resume
@@ -345,6 +346,8 @@ def test_the_name_of_a_run_changes_with_what_moves_its_result_and_with_nothing_e
     others = [name(lr=1e-3), name(seed=1), name(flip=True), name(model={"hidden_size": 32}), name(mixup=0.1)]
     others += [name(dataset=brightened(digits)), name(epochs=4), name(precision="bf16-mixed")]
     others += [name(machine=ANOTHER), name(machine=replace(MACHINE, processor="another"))]
+    monkeypatch.setattr(policy, "ONLY_REFERENCE", not policy.ONLY_REFERENCE)  # what EFFVIT_KERNELS=reference sets
+    others += [name(machine=this_machine(torch.device("cpu")))]
     others += [name(start="of these weights"), name(start="of those")]
     code = resume._code
     monkeypatch.setattr(resume, "_code", lambda attention: list(code(attention))[1:])

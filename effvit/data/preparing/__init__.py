@@ -36,7 +36,7 @@ def prepare(
     """
     check_name(name, classes)
     if image_size not in _SIZES:
-        raise UserError(f"--image-size {image_size}: expected {_SIZES.start} to {_SIZES[-1]} pixels")
+        raise UserError(f"image_size={image_size}: expected {_SIZES.start} to {_SIZES[-1]} pixels")
     from effvit.data.preparing.writer import write_prepared
     from effvit.data.sources.base import default_root
 

@@ -31,9 +31,9 @@ def available_datasets() -> tuple[str, ...]:
 def check_name(name: str, classes: Path | None) -> None:
     """Raise ``UserError`` where no data set has that name, or it takes no choice of classes."""
     if name not in _SOURCES:
-        raise UserError(f"--dataset {name}: unknown data set; expected one of {', '.join(_SOURCES)}")
+        raise UserError(f"{name!r}: unknown data set; expected one of {', '.join(_SOURCES)}")
     if classes and name not in _CHOOSE_CLASSES:
-        raise UserError(f"--classes {classes}: {name} has its own; only {' and '.join(_CHOOSE_CLASSES)} take a choice")
+        raise UserError(f"classes={classes}: {name} has its own; only {' and '.join(_CHOOSE_CLASSES)} take a choice")
 
 
 def open_source(name: str, root: Path | None, image_size: int, classes: Path | None = None) -> "Source":

@@ -21,7 +21,7 @@ def digits(root: Path | None, image_size: int) -> Source:
     from sklearn.datasets import load_digits
 
     if root is not None:
-        raise UserError(f"--root {root}: the digits come with scikit-learn, leave --root out")
+        raise UserError(f"root={root}: the digits come with scikit-learn, leave root out")
     images, labels = load_digits(return_X_y=True)
     grey = np.rint(images.reshape(-1, 8, 8) * (255 / _WHITE)).astype(np.uint8)
     train, test = (

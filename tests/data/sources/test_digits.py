@@ -27,5 +27,5 @@ def test_enlarged_digit_shrinks_back_to_the_original():
 
 
 def test_root_is_refused(tmp_path):
-    with pytest.raises(UserError, match="leave --root out"):
+    with pytest.raises(UserError, match="leave root out"):
         digits(tmp_path, 32)

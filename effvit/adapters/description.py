@@ -1,0 +1,151 @@
+"""What the directory of another library's model says besides its weights, to compare with a model that takes them."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from effvit.adapters.host import Tower, comes_from
+from effvit.adapters.signature import mechanism_of
+from effvit.attention import Attention
+from effvit.model.trained_on import TrainedOn
+
+_ACTIVATION = re.compile("GELU|ReLU|SiLU|Swish|Tanh|Mish|Sigmoid", re.IGNORECASE)
+_SIZES = ("image_size", "patch_size", "hidden_dim", "mlp_dim", "num_classes", "representation_size")  # torchvision's
+
+
+class Swap(BaseModel):
+    """A mechanism with all of its options, and the blocks that have it and share what it shares between blocks."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    attention: str
+    options: dict[str, Any]
+    layers: list[int]
+
+
+class SavedTower(BaseModel):
+    """A Vision Transformer in a model: what its weights do not tell, and the mechanisms in its blocks."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    depth: int
+    num_heads: int | None
+    prefix_tokens: int
+    grid_size: tuple[int, int] | None
+    swaps: list[Swap]
+
+
+class Settings(TrainedOn):
+    """``config.json`` of another library's model.
+
+    ``build`` says how to build one, ``config`` is its library's own; ``function`` is what logits depend on and weights
+    do not tell, as far as modules of any library say it.
+    """
+
+    cls: str
+    build: str
+    config: dict[str, Any]
+    function: dict[str, list[Any]]
+    towers: list[SavedTower]
+
+
+def describe_tower(tower: Tower) -> SavedTower:
+    """Describe a Vision Transformer as it is in a model."""
+    modules = {site.block: tower.module.get_submodule(_inside(tower, site.name)) for site in tower.sites}
+    heads = {_num_heads(module) for module in modules.values()}
+    return SavedTower(
+        name=tower.name,
+        depth=tower.depth,
+        num_heads=heads.pop() if len(heads) == 1 else None,
+        prefix_tokens=tower.prefix_tokens,
+        grid_size=tower.grid_size,
+        swaps=_swaps(modules),
+    )
+
+
+def _inside(tower: Tower, name: str) -> str:
+    return name.removeprefix(f"{tower.name}.") if tower.name else name
+
+
+def _num_heads(module: nn.Module) -> int | None:
+    names = ("num_heads", "num_attention_heads")
+    return next((getattr(module, name) for name in names if isinstance(getattr(module, name, None), int)), None)
+
+
+def _swaps(modules: dict[int, nn.Module]) -> list[Swap]:
+    """Mechanisms by block, those together that share weights or have nothing to share."""
+    mechanisms = {block: module for block, module in modules.items() if isinstance(module, Attention)}
+    seen = [id(tensor) for module in mechanisms.values() for tensor in {*module.parameters(), *module.buffers()}]
+    groups: dict[Any, Swap] = {}
+    for block, module in mechanisms.items():
+        shared = frozenset(id(t) for t in (*module.parameters(), *module.buffers()) if seen.count(id(t)) > 1)
+        name = mechanism_of(module).__module__.rpartition(".")[-1]
+        options = module.options.model_dump(mode="json")
+        key = name, json.dumps(options, sort_keys=True), shared
+        groups.setdefault(key, Swap(attention=name, options=options, layers=[])).layers.append(block)
+    return list(groups.values())
+
+
+def class_of(model: nn.Module) -> str:
+    """Name of a model's class with its module."""
+    return f"{type(model).__module__}.{type(model).__qualname__}"
+
+
+def library_config(model: nn.Module) -> dict[str, Any]:
+    """What a model's library tells of it."""
+    if comes_from(model, "transformers", "PreTrainedModel"):
+        return _plain(model.config.to_dict())  # type: ignore[operator, union-attr]
+    if comes_from(model, "timm", "VisionTransformer"):
+        return _plain(getattr(model, "pretrained_cfg", {})) | _plain({"num_classes": getattr(model, "num_classes", 0)})
+    if comes_from(model, "torchvision", "VisionTransformer"):
+        return _plain({name: getattr(model, name) for name in _SIZES if hasattr(model, name)})
+    return {}
+
+
+def function_of(model: nn.Module) -> dict[str, list[Any]]:
+    """Activations, the norms' epsilon, and pooling, where it is a model's attribute as in timm."""
+    modules = list(model.modules())
+    found: dict[str, set[Any]] = {
+        "activations": {_activation(module) for module in modules if _ACTIVATION.search(type(module).__name__)},
+        "epsilon of norms": {module.eps for module in modules if isinstance(getattr(module, "eps", None), float)},
+        "pooling": {module.global_pool for module in modules if isinstance(getattr(module, "global_pool", None), str)},
+    }
+    return {what: sorted(values) for what, values in found.items()}
+
+
+def _activation(module: nn.Module) -> str:
+    approximate = getattr(module, "approximate", "none")
+    return type(module).__name__ + ("" if approximate == "none" else f" ({approximate})")
+
+
+def how_to_build(model: nn.Module) -> str:
+    """Code for a reader, never run by this package."""
+    told, name = library_config(model), type(model).__name__
+    if comes_from(model, "transformers", "PreTrainedModel"):
+        return f'transformers.{name}(transformers.{type(model.config).__name__}.from_dict(the "config" in config.json))'
+    if comes_from(model, "timm", "VisionTransformer") and told.get("architecture"):
+        return (
+            f'timm.create_model("{told["architecture"]}", num_classes={told["num_classes"]}), and what else was changed'
+        )
+    return f"{class_of(model)}, built as it was"
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can say of a value; what it cannot say is left out of dictionaries and lists."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items() if _can_be_told(each)}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value if _can_be_told(each)]
+    return value
+
+
+def _can_be_told(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, str | int | list | tuple | Mapping)
