@@ -21,10 +21,8 @@ Branch = Literal["regional", "dilated", "linear"]
 
 
 class HybridOptions(AttentionOptions):
-    """w x w windows at each of ``dilations``; ``branches`` picks regional (dilation 1), dilated (the rest), linear.
-
-    ``fusion``: ``heads`` deals the heads to the branches, ``gate`` has all heads in each and a share for every token.
-    """
+    """w x w windows at each of ``dilations``; ``branches``: regional (dilation 1), dilated (the rest), linear.
+    ``fusion``: ``heads`` deals heads to branches; with ``gate`` all heads are in each, mixed by a token's shares."""
 
     window_size: int = Field(4, ge=1)
     dilations: Annotated[list[Annotated[int, Field(ge=1)]], DISTINCT] = Field([1, 2])
