@@ -17,7 +17,7 @@ from effvit.kernels.softmax_attention import softmax_attention
 class AgentOptions(AttentionOptions):
     """Cells a side whose mean queries are the agents; a side with no more patches is left as it is."""
 
-    agent_size: int = Field(7, ge=1)
+    agent_size: int = Field(4, ge=1)
 
 
 @register

@@ -17,17 +17,19 @@ from effvit.kernels.shares import shares
 from effvit.kernels.window_attention import Windows, window_attention
 
 _LINEAR = Features("elu", eps=1e-6)  # exp underflows far below 0, and the normaliser with it
-Branch = Literal["regional", "dilated", "linear"]
 
 
 class HybridOptions(AttentionOptions):
     """w x w windows at each of ``dilations``; ``branches``: regional (dilation 1), dilated (the rest), linear.
-    ``fusion``: ``heads`` deals heads to branches; with ``gate`` all heads are in each, mixed by a token's shares."""
+    ``fusion``: ``heads`` deals heads to branches; with ``gate`` all heads are in each, mixed by a token's shares.
+    """
 
     window_size: int = Field(4, ge=1)
     dilations: Annotated[list[Annotated[int, Field(ge=1)]], DISTINCT] = Field([1, 2])
     fusion: Literal["heads", "gate"] = "heads"
-    branches: Annotated[list[Branch], DISTINCT] = Field(["regional", "dilated", "linear"])
+    branches: Annotated[list[Literal["regional", "dilated", "linear"]], DISTINCT] = Field(
+        ["regional", "dilated", "linear"]
+    )
 
     @model_validator(mode="after")
     def _branches_have_dilations(self) -> "HybridOptions":

@@ -18,7 +18,7 @@ from effvit.kernels.softmax_attention import softmax_attention
 class LinformerOptions(AttentionOptions):
     """k rows; E, F shared by: none (per head), heads (E ≠ F), kv (E = F), layers (one E for the whole model)."""
 
-    k: int = Field(64, ge=1)
+    k: int = Field(32, ge=1)
     share: Literal["none", "heads", "kv", "layers"] = "heads"
 
     def check_grid(self, grid_size: Grid, prefix_tokens: int = 1) -> None:

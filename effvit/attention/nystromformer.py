@@ -23,7 +23,7 @@ class NystromformerOptions(AttentionOptions):
     m may exceed the number of tokens N: from m = N on, attention is exact.
     """
 
-    num_landmarks: int = Field(32, ge=1)
+    num_landmarks: int = Field(16, ge=1)
     pinv_iterations: int = Field(6, ge=1, le=MOST_ITERATIONS)
     conv_kernel_size: int = Field(33, ge=0, le=1025)
 

@@ -20,7 +20,7 @@ _EPS = {"softmax": 1e-6, "relu": 1e-3}
 class PerformerOptions(AttentionOptions):
     """m random features, the kernel they estimate, and every how many training steps they are drawn anew (0 never)."""
 
-    num_features: int = Field(64, ge=1, le=2**16)
+    num_features: int = Field(32, ge=1, le=2**16)
     kernel: Literal["softmax", "relu"] = "softmax"
     redraw_every: int = Field(1000, ge=0)
 

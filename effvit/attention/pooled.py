@@ -19,7 +19,7 @@ from effvit.kernels.softmax_attention import softmax_attention
 class PooledOptions(AttentionOptions):
     """Cells a side that the grid is pooled to; a side with no more patches is left as it is."""
 
-    pool_size: int = Field(7, ge=1)
+    pool_size: int = Field(4, ge=1)
 
 
 @register

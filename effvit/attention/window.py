@@ -17,7 +17,7 @@ from effvit.kernels.window_attention import Windows, window_attention
 class WindowOptions(AttentionOptions):
     """w patches a side; whether windows move by w // 2 in every second block; every g-th block exact (0 none)."""
 
-    window_size: int = Field(7, ge=1)
+    window_size: int = Field(4, ge=1)
     shift: bool = False
     global_every: int = Field(0, ge=0)
 

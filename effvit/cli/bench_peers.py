@@ -38,7 +38,8 @@ def bench_peers(
     from effvit.files import staged_dir, write_csv
     from effvit.measure.alone import measuring_alone
     from effvit.measure.compare import require_positive
-    from effvit.measure.peers import PEERS, compare_with_peer, grid_of_points, parse_width, print_ratios, require_peers
+    from effvit.measure.peers import compare_with_peer, grid_of_points, parse_width, print_ratios, require_peers
+    from effvit.measure.public import PEERS, PLAIN
     from effvit.measure.subject import square_grid
     from effvit.provenance import version_of, write_provenance
 
@@ -65,8 +66,8 @@ def bench_peers(
         if not (compared := table.dropna(subset="peer")).empty:
             save(peer_ratios(compared), staged / "peers.png")
         settings = {"attention": mechanisms, "widths": widths, "tokens": counts, "dtype": dtype}
-        packages = [PEERS[name].package for name in mechanisms if name in PEERS]
-        settings["peers"] = {package: version_of(package) for package in packages}
+        packages = {PEERS[name].package for name in mechanisms if name in PEERS} - {PLAIN}
+        settings["peers"] = {package: version_of(package) for package in sorted(packages)}
         settings |= {"tokens_per_batch": tokens_per_batch, "budget_s": budget_s}
         write_provenance(staged, settings, this_machine(pick_device("cpu")))
     print_ratios(rows)

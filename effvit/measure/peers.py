@@ -1,6 +1,6 @@
 """Our attention modules beside public ones of the same mechanism, at equal hyperparameters."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -10,74 +10,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import gmean
-from torch import nn
 
 from effvit.attention import Attention, attention_class, build_attention
 from effvit.errors import UserError
 from effvit.kernels.linear import product
 from effvit.measure.latency import Call, interleaved, paired_interval, paired_ratio
 from effvit.measure.memory import peak_bytes
+from effvit.measure.public import PEERS, PLAIN
 from effvit.measure.subject import square_grid
 from effvit.measure.workload import block_forward, block_training
 
 MODES = {"forward": block_forward, "train": block_training}
 _GEMM_SIZE = 2048
 _PRODUCTS = {"forward": 1, "train": 3}  # each product's backward pass is two products of the same size
-
-
-@dataclass(frozen=True)
-class Peer:
-    """A public implementation: its package, and how to build it like a module of ours without QKV bias."""
-
-    package: str
-    build: Callable[[Attention], nn.Module]
-
-
-def _timm(fused: bool) -> Callable[[Attention], nn.Module]:
-    def build(ours: Attention) -> nn.Module:
-        from timm.layers.attention import Attention as TimmAttention
-
-        module = TimmAttention(ours.dim, ours.num_heads, qkv_bias=False)
-        setattr(module, "fused_attn", fused)  # noqa: B010 - declared final, for TorchScript's sake
-        return module
-
-    return build
-
-
-def _linformer(ours: Any) -> nn.Module:
-    from linformer import LinformerSelfAttention
-
-    return LinformerSelfAttention(ours.dim, ours.num_tokens, k=ours.k, heads=ours.num_heads)
-
-
-def _performer(ours: Any) -> nn.Module:
-    from performer_pytorch import SelfAttention
-
-    return SelfAttention(
-        ours.dim, heads=ours.num_heads, dim_head=ours.head_dim, nb_features=ours.num_features, qkv_bias=False
-    )
-
-
-def _nystromformer(ours: Any) -> nn.Module:
-    from nystrom_attention import NystromAttention
-
-    return NystromAttention(
-        ours.dim,
-        dim_head=ours.head_dim,
-        heads=ours.num_heads,
-        num_landmarks=ours.num_landmarks,
-        pinv_iterations=ours.pinv_iterations,
-        residual_conv_kernel=ours.conv.kernel_size[0],
-    )
-
-
-PEERS = {
-    "standard": Peer("timm", _timm(fused=False)),
-    "fused": Peer("timm", _timm(fused=True)),
-    "linformer": Peer("linformer", _linformer),
-    "performer": Peer("performer-pytorch", _performer),
-    "nystromformer": Peer("nystrom-attention", _nystromformer),
-}
 
 
 def require_peers(mechanisms: Sequence[str]) -> None:
@@ -87,8 +32,15 @@ def require_peers(mechanisms: Sequence[str]) -> None:
         if name not in PEERS:
             continue
         package = PEERS[name].package
-        if find_spec(package.replace("-", "_")) is None:
+        if package != PLAIN and find_spec(package.replace("-", "_")) is None:
             raise UserError(f"attention={name}: its peer {package} is not installed; pip install 'effvit[peers]'")
+
+
+def build_ours(attention: str, dim: int, num_heads: int, grid_size: tuple[int, int]) -> Attention:
+    """A module of ours like its peer: without QKV bias, of the peer's options and tokens."""
+    peer = PEERS.get(attention)
+    options, prefix_tokens = (peer.options, peer.prefix_tokens) if peer else ({}, 1)
+    return build_attention(attention, dim, num_heads, grid_size, qkv_bias=False, prefix_tokens=prefix_tokens, **options)
 
 
 @dataclass(frozen=True)
@@ -120,11 +72,11 @@ def compare_with_peer(point: Point, *, tokens_per_batch: int, budget_s: float, d
     """
     device = torch.device("cpu")
     c, heads = point.hidden_size, point.num_attention_heads
-    ours = build_attention(point.attention, c, heads, square_grid(point.tokens), qkv_bias=False)
-    batch_size = max(1, tokens_per_batch // point.tokens)
-    tokens = torch.randn(batch_size, point.tokens, c)
-    calls = {"ours": _autocast(MODES[point.mode](ours, tokens), dtype)}
     peer = PEERS.get(point.attention)
+    ours = build_ours(point.attention, c, heads, square_grid(point.tokens))
+    batch_size = max(1, tokens_per_batch // point.tokens)
+    tokens = torch.randn(batch_size, ours.num_tokens, c)
+    calls = {"ours": _autocast(MODES[point.mode](ours, tokens), dtype)}
     if peer:
         calls["peer"] = _autocast(MODES[point.mode](peer.build(ours), tokens), dtype)
     gemms, gemm_flops = _large_products(dtype)

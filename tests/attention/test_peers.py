@@ -6,7 +6,8 @@ from mechanisms import heads_of, relative_error
 
 from effvit import build_attention
 from effvit.measure.memory import peak_bytes
-from effvit.measure.peers import MODES, PEERS
+from effvit.measure.peers import MODES
+from effvit.measure.public import PEERS
 
 pytestmark = pytest.mark.slow
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from effvit.attention import build_attention
 from effvit.cli.app import app
 from effvit.errors import UserError
 from effvit.figures.peers import peer_ratios
 from effvit.measure import peers
-from effvit.measure.peers import PEERS, Point, compare_with_peer, parse_width, require_peers
+from effvit.measure.peers import Point, build_ours, compare_with_peer, parse_width, require_peers
+from effvit.measure.public import PEERS, PLAIN
 
 pytestmark = pytest.mark.slow
 
@@ -24,12 +24,44 @@ def count(module):
 
 @pytest.mark.parametrize("attention", PEERS)
 def test_a_peer_has_our_hyperparameters(attention):
-    pytest.importorskip(PEERS[attention].package.replace("-", "_"))
-    ours = build_attention(attention, 48, 3, (8, 8), qkv_bias=False)
+    needs(attention)
+    ours = build_ours(attention, 48, 3, (8, 8))
     peer = PEERS[attention].build(ours)
     assert count(ours) == count(peer)
-    x = torch.randn(2, 65, 48)
+    x = torch.randn(2, ours.num_tokens, 48)
     assert peer(x).shape == ours(x).shape
+
+
+def needs(attention):
+    if PEERS[attention].package != PLAIN:
+        pytest.importorskip(PEERS[attention].package.replace("-", "_"))
+
+
+@pytest.mark.parametrize(
+    ("attention", "grid"),
+    [
+        *((attention, grid) for attention in ("linear", "pooled", "agent", "focused") for grid in ((8, 8), (7, 6))),
+        *(("window", grid) for grid in ((8, 8), (4, 12))),  # where timm pads, what it pads with takes part
+    ],
+)
+def test_a_peer_with_our_weights_gives_our_output(attention, grid):
+    needs(attention)
+    ours = build_ours(attention, 48, 3, grid).double()
+    peer = PEERS[attention].build(ours).double()
+    parts = {"to_q": 0, "q": 0, "to_k": 1, "to_v": 2}
+    with torch.no_grad():
+        if attention == "focused":
+            peer.scale.copy_(ours.scale.normal_().unflatten(0, (3, 1, 16)))
+        for name, parameter in peer.named_parameters():
+            *_, layer, kind = ("", *name.split("."))[-3:]
+            if layer in parts:
+                parameter.copy_(ours.qkv.weight.chunk(3)[parts[layer]])
+            elif layer in ("qkv", "kv"):
+                parameter.copy_(ours.qkv.weight[-len(parameter) :])
+            elif layer in ("proj", "to_out"):
+                parameter.copy_(getattr(ours.proj, kind))
+        x = torch.randn(2, ours.num_tokens, 48, dtype=torch.float64)
+        torch.testing.assert_close(ours(x), peer(x), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["forward", "train"])
