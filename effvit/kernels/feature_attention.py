@@ -14,6 +14,8 @@ from effvit.kernels import choice
 _LOG2_E = log2(e)
 _BLOCK_NUMBERS = 2**18  # per thread: 1 MiB of float32, as a block needs a handful of such tensors
 
+_SMALL_HEAD = 2**13  # numbers
+
 
 class Features(NamedTuple):
     """φ: how rows ``(..., d)`` become features ``(..., m)``, with h = Ω (s x), or x where there is no Ω ``(m, d)``.
@@ -80,12 +82,18 @@ def reference(q: Tensor, k: Tensor, v: Tensor, features: Features, dropout_p: fl
 @choice.primitive
 def feature_attention(q: Tensor, k: Tensor, v: Tensor, features: Features, dropout_p: float = 0.0) -> Tensor:
     """`reference`, by blocks that stay in a CPU's cache where it would not."""
-    # The device first, as a batch that is exported has no size yet. Of elu's two parts PyTorch would keep all
-    # intermediate results, and go back through each; softmax's has a sum over tokens that lie far apart.
-    always = features.kernel in ("elu", "softmax")
-    if choice.on_cpu(q, k, v) and not dropout_p and (k.numel() > _BLOCK_NUMBERS or always):
+    # The device first, as a batch that is exported has no size yet.
+    if choice.on_cpu(q, k, v) and not dropout_p and _blocks_pay(k, features):
         return by_blocks(q, k, v, features)
     return reference(q, k, v, features, dropout_p)
+
+
+def _blocks_pay(k: Tensor, features: Features) -> bool:
+    if features.kernel == "elu":  # of whose two parts PyTorch would keep all intermediate results
+        return True
+    if features.kernel == "softmax":  # which has few intermediate results
+        return k.shape[-2] * k.shape[-1] <= _SMALL_HEAD
+    return k.numel() > _BLOCK_NUMBERS
 
 
 def by_blocks(q: Tensor, k: Tensor, v: Tensor, features: Features) -> Tensor:

@@ -74,8 +74,8 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: Windows, dropout_
     if policy.ONLY_REFERENCE or choice.in_forward_mode():
         return reference(q, k, v, windows, dropout_p)
     few = windows.size**2 + k.shape[-2] - q.shape[-2] <= _FEW
-    if few and not dropout_p and choice.on_cpu(q, k, v):
-        return written_out(q, k, v, windows)
+    if few and choice.on_cpu(q, k, v):
+        return written_out(q, k, v, windows, dropout_p)
     if q.device.type == "cpu" and v.dtype in (torch.bfloat16, torch.float16):
         # In half precision a CPU takes four times as long backward on sequences this short.
         with torch.autocast("cpu", enabled=False):
@@ -165,54 +165,48 @@ def _with_prefix(tokens: Tensor, prefix: int, windows: Windows) -> Tensor:
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor, windows: Windows, dropout_p: float = 0.0) -> Tensor:
-    """Each window's probabilities in memory, as products over so few tokens are faster than PyTorch's kernel."""
-    if dropout_p:
-        return by_reshape(q, k, v, windows, dropout_p)
-    return WrittenOut.apply(q, k, v, windows)
+    """Each window's probabilities in memory: over so few tokens products are faster than PyTorch's kernel."""
+    prefix = k.shape[-2] - q.shape[-2]
+    with torch.autocast(q.device.type, enabled=False):
+        queries, keys, values = (Gather.apply(x, s, windows) for x, s in ((q, 0), (k, prefix), (v, prefix)))
+        scores = torch.baddbmm(queries.new_zeros(1), queries, keys.mT, beta=0, alpha=q.shape[-1] ** -0.5)
+        if (mask := _mask(windows, 1, prefix, q.device)) is not None:
+            of_samples = scores.unflatten(0, (-1, windows.number)).masked_fill(~mask, float("-inf"))
+            scores = of_samples.flatten(0, 1)
+        y = torch.bmm(F.dropout(scores.softmax(dim=-1), dropout_p), values)
+        return Scatter.apply(y, q.shape[1], 0, windows, v.dtype)
 
 
-class WrittenOut(torch.autograd.Function):
-    """y = P v with P = softmax(s q kᵀ): ∂S = P (∂y vᵀ - Σ P ∂y vᵀ), ∂q = s ∂S k, ∂k = s ∂Sᵀ q, ∂v = Pᵀ ∂y."""
+class Gather(torch.autograd.Function):
+    """`gather`, whose transpose is `scatter`: PyTorch's own would zero and add to whole tensors part by part."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, windows: Windows) -> Tensor:
-        prefix = k.shape[-2] - q.shape[-2]
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        with torch.autocast(q.device.type, enabled=False):
-            queries = gather(q, 0, windows, dtype).mul_(q.shape[-1] ** -0.5)
-            keys, values = (gather(tokens, prefix, windows, dtype) for tokens in (k, v))
-            scores = torch.bmm(queries, keys.mT)
-            if (mask := _mask(windows, 1, prefix, q.device)) is not None:
-                scores.unflatten(0, (-1, windows.number)).masked_fill_(~mask, float("-inf"))
-            probabilities = scores.softmax(dim=-1)
-            y = scatter(torch.bmm(probabilities, values), q.shape[1], 0, windows, v.dtype)
-        ctx.save_for_backward(q, k, v, queries, keys, values, probabilities)
-        ctx.windows = windows
-        return y
+    def forward(ctx: Any, x: Tensor, prefix: int, windows: Windows) -> Tensor:
+        ctx.heads, ctx.prefix, ctx.windows, ctx.dtype = x.shape[1], prefix, windows, x.dtype
+        return gather(x, prefix, windows)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
-        q, k, v, queries, keys, values, probabilities = ctx.saved_tensors
-        windows, heads, prefix = ctx.windows, q.shape[1], k.shape[-2] - q.shape[-2]
-        if torch.is_grad_enabled():  # gradients of gradients: through the equation
-            inputs = [tensor for tensor in (q, k, v) if tensor.requires_grad]
-            y = reference(q, k, v, windows)
-            found = iter(torch.autograd.grad(y, inputs, gradient, create_graph=True))
-            return *(next(found) if tensor.requires_grad else None for tensor in (q, k, v)), None
-        with torch.autocast(q.device.type, enabled=False):
-            d_y = gather(gradient, 0, windows, probabilities.dtype)
-            d_v = scatter(torch.bmm(probabilities.mT, d_y), heads, prefix, windows, v.dtype)
-            d_scores = torch._softmax_backward_data(torch.bmm(d_y, values.mT), probabilities, -1, probabilities.dtype)
-            d_k = scatter(torch.bmm(d_scores.mT, queries), heads, prefix, windows, k.dtype)
-            d_queries = torch.bmm(d_scores, keys).mul_(q.shape[-1] ** -0.5)
-        return scatter(d_queries, heads, 0, windows, q.dtype), d_k, d_v, None
+        return Scatter.apply(gradients[0], ctx.heads, ctx.prefix, ctx.windows, ctx.dtype), None, None
 
 
-def gather(x: Tensor, prefix: int, windows: Windows, dtype: torch.dtype) -> Tensor:
-    """Tokens ``(B, H, S + P, e)`` to a copy for each window, ``(B H windows, S + w², e)``."""
+class Scatter(torch.autograd.Function):
+    """`scatter`, whose transpose is `gather`."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, heads: int, prefix: int, windows: Windows, dtype: torch.dtype) -> Tensor:
+        ctx.prefix, ctx.windows = prefix, windows
+        return scatter(y, heads, prefix, windows, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return Gather.apply(gradients[0], ctx.prefix, ctx.windows), None, None, None, None
+
+
+def gather(x: Tensor, prefix: int, windows: Windows) -> Tensor:
+    """Tokens ``(B, H, S + P, e)`` to a copy for each window, ``(B H windows, S + w², e)``, float32 or more."""
     samples, heads, _, e = x.shape
-    w = windows.size
+    w, dtype = windows.size, torch.promote_types(x.dtype, torch.float32)
     copies = torch.empty(samples * heads * windows.number, prefix + w * w, e, dtype=dtype, device=x.device)
     by_window = copies.view(samples, heads, *_parts(windows), prefix + w * w, e)
     by_window[..., prefix:, :].unflatten(-2, (w, w)).copy_(_as_windows(_on_grid(x[:, :, prefix:], windows), windows))

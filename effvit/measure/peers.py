@@ -36,10 +36,10 @@ def require_peers(mechanisms: Sequence[str]) -> None:
             raise UserError(f"attention={name}: its peer {package} is not installed; pip install 'effvit[peers]'")
 
 
-def build_ours(attention: str, dim: int, num_heads: int, grid_size: tuple[int, int]) -> Attention:
+def build_ours(attention: str, dim: int, num_heads: int, grid_size: tuple[int, int], **more: Any) -> Attention:
     """A module of ours like its peer: without QKV bias, of the peer's options and tokens."""
     peer = PEERS.get(attention)
-    options, prefix_tokens = (peer.options, peer.prefix_tokens) if peer else ({}, 1)
+    options, prefix_tokens = (peer.options | more, peer.prefix_tokens) if peer else (more, 1)
     return build_attention(attention, dim, num_heads, grid_size, qkv_bias=False, prefix_tokens=prefix_tokens, **options)
 
 
