@@ -476,6 +476,7 @@ def test_a_killed_worker_is_told_in_one_line(train_with_workers):
         workers = []
         while not workers and process.poll() is None:
             workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        time.sleep(0.3)  # the threads that feed them have started: one whose start is broken off speaks for itself
         os.kill(int(workers[0]), signal.SIGKILL)
         _, error = process.communicate()
     assert process.returncode == 1, error
