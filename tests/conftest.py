@@ -24,6 +24,18 @@ TINY = {
 TINY_FLAGS = [word for key, value in TINY.items() for word in (f"--{key.replace('_', '-')}", str(value))]
 
 
+# Files of more than half a minute. By the time of the third there is the study that the first makes and both use.
+LONGEST = (
+    "test_reproduction.py",
+    "test_contract.py",
+    "test_experiments.py",
+    "test_resume.py",
+    "test_parallel.py",
+    "test_report.py",
+    "test_real_imagenet.py",
+)
+
+
 class Outcome(NamedTuple):
     """How a command ended."""
 
@@ -33,8 +45,9 @@ class Outcome(NamedTuple):
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first, so that all others run beside it."""
-    items.sort(key=lambda item: item.path.name != "test_pipeline.py")
+    """The longest files first, so that the others even out when the processes end."""
+    rank = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture(autouse=True)

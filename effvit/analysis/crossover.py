@@ -2,7 +2,6 @@
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 
 def efficiency_length(tokens: ArrayLike, cost: ArrayLike, baseline: ArrayLike) -> float | None:
@@ -53,6 +52,8 @@ def slope_interval(tokens: ArrayLike, cost: ArrayLike) -> tuple[float, float | N
     Raises:
         ValueError: fewer than two points, or vectors as `efficiency_length` refuses them.
     """
+    from scipy import stats  # slow to import, and figures and the page need no slope
+
     n, c = _checked(tokens, cost)
     if n.size < 2 or not np.isfinite(c).all():
         raise ValueError("a slope needs at least two finite points")

@@ -1,14 +1,18 @@
 """The calls whose cost is measured: inference and a training step of a model, passes of one attention block."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from effvit.measure.latency import Call
 from effvit.model.vit import ViT
 
+if TYPE_CHECKING:
+    from effvit.measure.latency import Call  # imports SciPy, which a process that only runs calls can do without
 
-def inference(model: ViT, batch_size: int, device: torch.device) -> Call:
+
+def inference(model: ViT, batch_size: int, device: torch.device) -> "Call":
     """Forward pass of ``batch_size`` random images; puts the model into eval mode."""
     model.eval()
     images = _images(model, batch_size, device)
@@ -33,7 +37,7 @@ def adamw(model: ViT) -> torch.optim.AdamW:
     return optimiser
 
 
-def training_step(model: ViT, optimiser: torch.optim.Optimizer, batch_size: int, device: torch.device) -> Call:
+def training_step(model: ViT, optimiser: torch.optim.Optimizer, batch_size: int, device: torch.device) -> "Call":
     """Forward, backward and optimiser step on ``batch_size`` random images; puts the model into training mode."""
     model.train()
     images = _images(model, batch_size, device)
@@ -47,7 +51,7 @@ def training_step(model: ViT, optimiser: torch.optim.Optimizer, batch_size: int,
     return call
 
 
-def block_forward(block: nn.Module, tokens: torch.Tensor) -> Call:
+def block_forward(block: nn.Module, tokens: torch.Tensor) -> "Call":
     """Forward pass of a block on tokens ``(B, N, C)``; puts the block into eval mode."""
     block.eval()
 
@@ -58,7 +62,7 @@ def block_forward(block: nn.Module, tokens: torch.Tensor) -> Call:
     return call
 
 
-def block_training(block: nn.Module, tokens: torch.Tensor) -> Call:
+def block_training(block: nn.Module, tokens: torch.Tensor) -> "Call":
     """Forward and backward pass, down to the tokens as inside a model; puts the block into training mode."""
     block.train()
     tokens = tokens.detach().requires_grad_()

@@ -91,18 +91,24 @@ def test_what_was_converted_is_counted(prepared):
     assert meta["notes"]["train"] == {"grayscale converted to RGB": 277}
 
 
-@pytest.mark.parametrize("attention", ["fused", "performer"])
-def test_full_size_images_are_reduced_and_learnt_from(tmp_path, attention):
-    unpack("imagenet100-fullres-100.tar", tmp_path / "images")
-    for path in list((tmp_path / "images" / "val").glob("*/*")):  # two of a class: one is held out
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory):
+    """A hundred images of full size at 224 x 224 pixels, one of each class in every split."""
+    images = unpack("imagenet100-fullres-100.tar", tmp_path_factory.mktemp("full") / "images")
+    for path in list((images / "val").glob("*/*")):  # two of a class: one is held out
         for index in range(2):
-            link = tmp_path / "images" / "train" / path.parent.name / f"{index}{path.suffix}"
+            link = images / "train" / path.parent.name / f"{index}{path.suffix}"
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(path)
-    prepare("imagenet100", tmp_path / "images", 224, tmp_path / "out")
-    dataset = PreparedDataset.load(tmp_path / "out")
+    prepare("imagenet100", images, 224, images.parent / "out")
+    return images.parent / "out"
+
+
+@pytest.mark.parametrize("attention", ["fused", "performer"])
+def test_full_size_images_are_reduced_and_learnt_from(full_size, attention):
+    dataset = PreparedDataset.load(full_size)
     assert (dataset.storage, dataset.counts) == ("jpeg", {"train": 100, "validation": 100, "test": 100})
-    notes = json.loads((tmp_path / "out" / "meta.json").read_text())["notes"]
+    notes = json.loads((full_size / "meta.json").read_text())["notes"]
     assert notes["test"]["grayscale converted to RGB"] == 1
     recipe = TrainConfig(epochs=3, batch_size=20, lr=2e-3, min_crop_area=0.35, workers=1, device="cpu")
     first, *_, last = losses(dataset, attention, 16, recipe)

@@ -15,8 +15,6 @@ from effvit import figures
 from effvit.figures.style import look
 from effvit.study.aggregate import collect
 
-pytestmark = pytest.mark.slow
-
 SVG = "{http://www.w3.org/2000/svg}"
 TEMPLATES = sorted((Path(__file__).parents[2] / ".dvc" / "plots").glob("*.json"))
 
@@ -63,6 +61,7 @@ def draw_all(tables, maps, *attentions):
     ]
 
 
+@pytest.mark.slow
 def test_the_same_bytes_whatever_style_the_user_has_and_no_date_in_them(tables, maps):
     first = [png(figure) for figure in draw_all(tables, maps, "fused", "linformer")]
     with matplotlib.rc_context({"font.size": 20, "lines.linewidth": 9, "savefig.facecolor": "red", "axes.grid": False}):
@@ -73,6 +72,7 @@ def test_the_same_bytes_whatever_style_the_user_has_and_no_date_in_them(tables, 
     assert not any(word in data for data in first for word in (b"tEXt", b"iTXt", b"tIME"))
 
 
+@pytest.mark.slow
 def test_vector_figures_are_the_same_bytes_without_a_date_and_their_text_is_text(tables, maps, tmp_path):
     for i, figures_again in enumerate(draw_all(tables, maps, "fused", "linformer")[:4] for _ in range(2)):
         for j, figure in enumerate(figures_again):
@@ -85,6 +85,7 @@ def test_vector_figures_are_the_same_bytes_without_a_date_and_their_text_is_text
         assert "Fused" in words and "Linformer" in words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["fused", "standard"])
 def test_every_figure_can_be_drawn_of_one_mechanism_alone(tables, maps, attention):
     for figure in draw_all(tables, maps, attention):

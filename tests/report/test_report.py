@@ -2,7 +2,9 @@
 
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import fields, replace
+from functools import cache
 from html import unescape
 from math import isfinite, nan
 from pathlib import Path
@@ -15,7 +17,9 @@ from synthetic_tables import drop_optional_tables, write_optional_tables
 
 from effvit.cli.report import report
 from effvit.errors import UserError
-from effvit.report import charts, tables, wording
+from effvit.report import answers as answers_module
+from effvit.report import charts, overview, tables, wording
+from effvit.report import page as page_module
 from effvit.report.answers import answers
 from effvit.report.overview import origin
 from effvit.report.page import _CAPTIONS, markdown, pictures
@@ -300,19 +304,51 @@ def damaged(frame):
             yield f"no {name} {attention}", frame[frame[name] != attention]
 
 
+class Noting(Study):
+    """A study that notes which of its tables are read."""
+
+    def __getattribute__(self, name):
+        if name in NAMES:
+            noted.add(name)
+        return super().__getattribute__(name)
+
+
+NAMES = [field.name for field in fields(Study)]
+noted: set[str] = set()
+OF_STUDY = [(answers_module, "resolution"), (charts, "scaling"), (overview, "efficiency"), (overview, "origin")]
+OF_DATASET = [(answers_module, name) for name in ("tradeoff", "representations", "hybrid", "constrained_hardware")]
+OF_DATASET += [(overview, name) for name in ("fine_tuning", "fidelity", "layers", "hardware_latency", "hardware")]
+OF_DATASET += [(overview, "accuracy_and_cost"), (charts, "tradeoff")]
+
+
+def keep_what_does_not_read(table, study, monkeypatch):
+    """Parts of the page that do not look at a table are not made again for each damage to it."""
+    noting = Noting(**vars(study))
+    for module, name in OF_STUDY + OF_DATASET:
+        noted.clear()
+        made = getattr(module, name)(noting, *["digits"] * ((module, name) in OF_DATASET))
+        kept = list(made) if isinstance(made, Iterator) else made
+        if table not in noted:
+            monkeypatch.setattr(module, name, lambda *_, kept=kept: kept)
+
+
+@pytest.fixture(scope="module")
+def of_three(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("three"), ("fused", "linformer", "hybrid"), lengths=(65, 577, 4097))
+
+
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("table", [field.name for field in fields(Study)])
-def test_a_damaged_table_gives_one_line_or_a_page(tmp_path, monkeypatch, table):
-    arguments = write_inputs(tmp_path, ("fused", "linformer", "hybrid"), lengths=(65, 577, 4097))
+@pytest.mark.parametrize("table", NAMES)
+def test_a_damaged_table_gives_one_line_or_a_page(of_three, tmp_path, monkeypatch, table):
+    arguments = of_three | {"data_dir": shutil.copytree(of_three["data_dir"], tmp_path / "data")}
     path = arguments["data_dir"] / f"{table}.csv"
     figures = pictures(arguments["figures_dir"], None, ["digits"])
     whole, read_table = read(arguments["data_dir"]), tables._read
     # What a damage cannot touch is not done again with each.
     others_kept = lambda file, name: read_table(file, name) if name == table else getattr(whole, name)  # noqa: E731
     monkeypatch.setattr(tables, "_read", others_kept)
-    if table != "scaling":
-        chart = charts.scaling(Study(**dict.fromkeys(vars(whole)) | {"scaling": whole.scaling}))
-        monkeypatch.setattr(charts, "scaling", lambda study: chart)
+    monkeypatch.setattr(page_module, "_environment", cache(page_module._environment))
+    keep_what_does_not_read(table, whole, monkeypatch)
     refused = 0
     for damage, frame in damaged(pd.read_csv(path, dtype=str, keep_default_na=False)):
         frame.to_csv(path, index=False)

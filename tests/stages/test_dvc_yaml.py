@@ -71,6 +71,10 @@ def run(stage, arguments):
             importlib.import_module("effvit.deploy.footprint").peak_rss_bytes = lambda models: [1] * len(models)
         if stage == "benchmark":  # spare the processes in which it measures resident memory: slow, with no other code
             importlib.import_module("effvit.measure.rss").max_rss_bytes = lambda configs, *_: [1] * len(configs)
+        if stage == "plot":  # likewise the drawing of what is composed: each file is an empty figure
+            figure = importlib.import_module("matplotlib.figure").Figure
+            write = figure.savefig
+            figure.savefig = lambda self, path, *, format, **_: write(figure((1, 1)), path, format=format)
         return result
     study.load = load_and_forget
     sys.argv = [stage, *arguments]
@@ -119,7 +123,7 @@ def imported(tmp_path_factory):
     params["train"] |= {"epochs": 2, "batch_size": 256, "device": "cpu"}
     params["dataset"]["digits"] |= {"image_size": 16}
     params["benchmark"] |= {"batch_size": 4, "memory_mib": 4, "budget_s": 0.01}
-    params["scaling"] |= {"tokens": [17, 65], "budget_s": 0.2}
+    params["scaling"] |= {"tokens": [17, 65], "budget_s": 0.02}
     (copy / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     commands = [fill(STAGES[stage]["cmd"]).removeprefix("python -m stages.").split() for stage in STAGES]
     environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}

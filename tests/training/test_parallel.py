@@ -57,6 +57,12 @@ from effvit.training.run import train_to
 from effvit.model.vit import ViTConfig
 
 job = json.loads(sys.argv[1])
+sys.argv[1:] = job["command"]
+from effvit.cli.app import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
 dataset = PreparedDataset.load(Path(job["dataset"]))
 for number, (model, recipe) in enumerate(job["runs"]):
     out = Path(f"run{number}"), Path(f"log{number}")
@@ -64,20 +70,31 @@ for number, (model, recipe) in enumerate(job["runs"]):
 """
 
 
+def train_command(dataset_dir, output_dir):
+    """Arguments of effvit that train by two processes."""
+    arguments = ["train", "--dataset-dir", dataset_dir, "--output-dir", output_dir, *TINY_FLAGS]
+    return [*map(str, [*arguments, "--epochs", 8, "--batch-size", 68, "--device", "cpu", "--devices", 2])]
+
+
 @pytest.fixture(scope="module")
 def two_nodes(tmp_path_factory, digits_dir):
-    """Directory in which two processes trained each of JOBS, under torchrun on two nodes, which are both this one."""
+    """Directory in which two processes trained each of JOBS, under torchrun on two nodes, which are both this one.
+
+    Before that they ran `train_command`, into ``whole``.
+    """
     directory = tmp_path_factory.mktemp("parallel")
     (directory / "worker.py").write_text(WORKER)
     place = {"--rdzv-backend": "c10d", "--rdzv-conf": "store_type=file", "--rdzv-id": "test"}  # no port to run for
     place |= {"--rdzv-endpoint": str(directory / "meeting")}
     options = itertools.chain(*({"--nnodes": "2", "--nproc-per-node": "1"} | place).items())
     command = [sys.executable, "-m", "torch.distributed.run", *options, "worker.py"]
-    job = json.dumps({"dataset": str(digits_dir), "runs": RUNS})
+    command.append(
+        json.dumps({"dataset": str(digits_dir), "runs": RUNS, "command": train_command(digits_dir, "whole")})
+    )
     logs = [directory / f"node{number}.txt" for number in range(2)]
     with ExitStack() as stack:
         files = [stack.enter_context(log.open("w")) for log in logs]
-        nodes = [subprocess.Popen([*command, job], cwd=directory, stdout=file, stderr=file) for file in files]
+        nodes = [subprocess.Popen(command, cwd=directory, stdout=file, stderr=file) for file in files]
         codes = [node.wait(timeout=1200) for node in nodes]
     said = "".join(log.read_text() for log in logs)
     assert codes == [0, 0], f"the nodes ended with {codes}\n{said}"
@@ -115,38 +132,33 @@ def test_shares_are_even_parts_of_a_batch_that_keep_pairs_together(world, count)
 
 @pytest.fixture
 def command(tmp_path, digits_dir):
-    """Command that trains with two processes, into a directory of a name."""
+    """Command that trains by two processes, into `run`."""
     script = tmp_path / "start" / "script.py"
     script.parent.mkdir()
     script.write_text("from effvit.cli.app import main\nmain()\n")
 
-    def command(name):
-        arguments = ["train", "--dataset-dir", digits_dir, "--output-dir", tmp_path / name, *TINY_FLAGS]
-        arguments += ["--epochs", 8, "--batch-size", 68, "--device", "cpu", "--devices", 2]
-        return [sys.executable, str(script), *map(str, arguments)]
-
-    return command
+    return [sys.executable, str(script), *train_command(digits_dir, tmp_path / "run")]
 
 
-def test_devices_starts_as_many_processes_and_a_stopped_run_goes_on(tmp_path, command):
+def test_devices_starts_as_many_processes_and_a_stopped_run_goes_on(tmp_path, command, two_nodes):
+    """With the bytes of a run under torchrun that nobody stopped."""
     environment = os.environ | {"EFFVIT_STATE": str(tmp_path / "state")}
-    with subprocess.Popen(command("run"), stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         read_until(process, "epoch   1/")
         process.terminate()
         _, error = process.communicate()
     assert process.returncode == 143, error
     assert "stopped at epoch" in error and "Traceback" not in error
-    assert "going on at epoch" in finished(*command("run"), env=environment).stderr
-    finished(*command("whole"), env=environment)
+    assert "going on at epoch" in finished(*command, env=environment).stderr
     for path in ("{}/model.safetensors", "{}-log/history.csv"):
-        assert len({(tmp_path / path.format(name)).read_bytes() for name in ("run", "whole")}) == 1
+        assert (tmp_path / path.format("run")).read_bytes() == (two_nodes / path.format("whole")).read_bytes()
     settings = json.loads((tmp_path / "run-log" / "provenance.json").read_text())["config"]
     assert settings["processes"] == 2
 
 
 def test_no_process_outlives_the_first_not_even_one_that_waits_for_it(command, tmp_path):
     environment = os.environ | {"EFFVIT_STATE": str(tmp_path / "state")}
-    with subprocess.Popen(command("run"), stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         read_until(process, "MEMBER: 1/2")  # the other still imports
         process.kill()
         process.communicate(timeout=300)  # until nobody has stderr open
@@ -169,7 +181,7 @@ def test_a_start_that_fails_leaves_nothing_behind_for_the_next(monkeypatch):
 def test_what_ends_one_process_is_told_in_one_line_by_each(command, tmp_path):
     (tmp_path / "state").touch()  # where a directory should be
     environment = os.environ | {"EFFVIT_STATE": str(tmp_path / "state")}
-    result = subprocess.run(command("run"), capture_output=True, text=True, env=environment, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     assert f"error: {tmp_path / 'state'}" in result.stderr
     assert "error: another process of this training has ended; its own message says why" in result.stderr
