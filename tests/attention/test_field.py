@@ -153,9 +153,9 @@ def test_a_loop_over_tokens_gives_the_same_map_and_output(name, data):
         y, matrix = attention(x, return_map=True)
         q, k, v = (part[0].tolist() for part in qkv_of(attention, x))
         expected = torch.tensor([MAPS[name](attention, q[h], k[h], h) for h in range(HEADS)], dtype=torch.float64)
-        torch.testing.assert_close(matrix[0], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(matrix[0], expected, rtol=1e-9, atol=1e-10)
         mixed = expected @ torch.tensor(v, dtype=torch.float64)
-        torch.testing.assert_close(y[0], attention.proj(mixed.transpose(0, 1).flatten(1)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(y[0], attention.proj(mixed.transpose(0, 1).flatten(1)), rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 5])
