@@ -56,6 +56,22 @@ def ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True)
+def poisoned_memory(request, monkeypatch):
+    """Of mechanisms and kernels: memory that is not written is NaN."""
+    if request.path.parent.name not in ("attention", "kernels"):
+        yield
+        return
+    import torch
+
+    before = torch.are_deterministic_algorithms_enabled()
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def state_dir(tmp_path_factory) -> Path:
     """Where training keeps what it goes on from, and measurements wait for one another: not where the user's own do."""

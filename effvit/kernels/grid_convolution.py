@@ -42,7 +42,7 @@ def as_images(y: Tensor, v: Tensor, kernels: Tensor, grid_size: Grid) -> Tensor:
 def convolve(v: Tensor, kernels: Tensor, grid_size: Grid) -> Tensor:
     """Patches ``(B, P, C)`` to patches."""
     w = kernels.shape[-1]
-    images = F.conv2d(_images(v, grid_size), kernels[:, None], padding=w // 2, groups=len(kernels))
+    images = F.conv2d(_images(v, grid_size), kernels[:, None], padding=w // 2, groups=kernels.shape[0])
     return images.flatten(2).transpose(1, 2)
 
 
@@ -71,7 +71,7 @@ class FewPasses(torch.autograd.Function):
         w = kernels.shape[-1]
         images = _images(v, ctx.grid_size), _images(of_patches, ctx.grid_size)
         shape = (len(kernels), 1, w, w)
-        d_kernels = conv2d_weight(images[0], shape, images[1], padding=w // 2, groups=len(kernels))
+        d_kernels = conv2d_weight(images[0], shape, images[1], padding=w // 2, groups=kernels.shape[0])
         return gradient, d_v, d_kernels[:, 0], None
 
 

@@ -111,17 +111,6 @@ def output_and_gradients(form, tensors, more):
     return [*outputs, *torch.autograd.grad(outputs, [x for x in inputs if x is not None], gradients)]
 
 
-@pytest.fixture(autouse=True)
-def _poisoned(monkeypatch):
-    """Memory that is not written is NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
 FORMS = [
     (name, form, case)
     for name, module in MODULES.items()
