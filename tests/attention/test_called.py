@@ -176,7 +176,7 @@ def test_pruning_and_parametrisations_act(name, options):
 
 @BY_NAME
 def test_dynamic_quantisation_replaces_the_maps_and_is_near(name, options):
-    model, images = model_of(name, options), torch.randn(2, 3, 16, 16)
+    model, images = model_of(name, options), torch.randn(32, 3, 16, 16)
     quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
     kinds = {type(module).__module__ for key, module in quantized.named_modules() if key.endswith("attn.proj")}
     assert all("quantized" in kind for kind in kinds)
