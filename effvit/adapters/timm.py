@@ -64,8 +64,9 @@ class ForTimm(Adapted):
         return self.attn_drop.p if self.training else 0.0  # type: ignore[attr-defined]
 
     def init_weights(self) -> None:
-        """What timm calls after it has initialised all linear layers."""
+        """What timm calls after it has initialised all layers."""
         self.reset_mechanism()
+        self.reset_value_conv()
 
     reset_parameters = init_weights
 

@@ -41,10 +41,11 @@ def test_what_takes_any_number_of_tokens_needs_no_grid():
 
 @pytest.mark.parametrize("mode", ["", "reset", "jax", "moco"])
 def test_timms_initialisation_leaves_a_mechanism_its_start(mode):
-    model = with_layer("hybrid")(weight_init=mode)
+    model = with_layer("hybrid", fusion="gate", value_conv=3)(weight_init=mode)
     attentions = [module for module in model.modules() if isinstance(module, HybridAttention)]
     model.init_weights()
     assert len(attentions) == 2 and not any(attention.gate.weight.any() for attention in attentions)
+    assert all(0 < attention.value_conv.weight.std() < 0.03 for attention in attentions), "it starts small"
 
 
 def test_dropout_and_biases_are_as_timm_says():

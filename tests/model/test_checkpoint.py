@@ -126,7 +126,7 @@ def test_config_with_a_bad_value_is_refused(copy, changes, part):
     [
         {"attention": "performer"},
         {"attention": "linformer", "attention_options": {"k": 4}},
-        {"attention": "hybrid", "attention_options": {"window_size": 2}},
+        {"attention": "hybrid", "attention_options": {"window_size": 2, "fusion": "gate"}},
         {"hidden_size": 32},
         {"num_hidden_layers": 1},
         {"num_classes": 11},

@@ -84,7 +84,6 @@ def test_any_mechanism_takes_over_what_all_share_and_starts_the_rest_fresh(tmp_p
         "linformer": {"E", "F"},
         "performer": {"omega"},
         "nystromformer": {"conv.weight"},
-        "hybrid": {"gate.weight", "gate.bias"},
         "focused": {"scale"},
     }.get(name, set())
     assert bool(report.adapted) == (name in ("standard", "uniform"))  # whose maps are cut
