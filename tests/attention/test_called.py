@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from mechanisms import FIRST
+from mechanisms import FIRST, WITH_VALUE_CONV
 from mps import NoFloat64
 from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
@@ -19,7 +19,7 @@ from effvit.attention.performer import draw_features
 pytestmark = pytest.mark.slow
 
 GRID, TOKENS, WIDTH, HEADS = (3, 5), 16, 12, 3
-BY_NAME = pytest.mark.parametrize("name, options", FIRST)
+BY_NAME = pytest.mark.parametrize("name, options", FIRST + WITH_VALUE_CONV)
 
 
 def attention_of(name, options, **more):
@@ -27,13 +27,21 @@ def attention_of(name, options, **more):
     return build_attention(name, WIDTH, HEADS, GRID, **options, **more).eval()
 
 
+def place_of_merged_layer(attention):
+    """Owner and name of the layer that makes queries, or values where there are no queries, among other things."""
+    if hasattr(attention, "heads"):
+        return attention.heads[0], "query"
+    return attention, "qkv" if hasattr(attention, "qkv") else "value"
+
+
 def merged_layer(attention):
-    """The layer that makes queries, among other things."""
-    return attention.qkv if hasattr(attention, "qkv") else attention.heads[0].query
+    return getattr(*place_of_merged_layer(attention))
 
 
 def model_of(name, options, **changes):
     torch.manual_seed(0)
+    options = dict(options)
+    changes["value_conv"] = options.pop("value_conv", 0)
     size = {"image_size": 16, "hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3}
     size |= {"intermediate_size": 24, "num_classes": 5, "initializer_range": 0.3}
     return ViT(ViTConfig(**(size | changes), attention=name, attention_options=options)).eval()
@@ -119,7 +127,7 @@ class LoRA(nn.Module):
 def test_an_adapter_in_place_of_the_merged_map_is_the_map_with_its_sum(name, options, qkv_bias):
     attention, x = attention_of(name, options, qkv_bias=qkv_bias), torch.randn(2, TOKENS, WIDTH)
     summed = copy.deepcopy(attention)
-    owner, key = (attention, "qkv") if hasattr(attention, "qkv") else (attention.heads[0], "query")
+    owner, key = place_of_merged_layer(attention)
     adapter = LoRA(getattr(owner, key))
     setattr(owner, key, adapter)
     with torch.no_grad():
@@ -134,8 +142,8 @@ def test_an_adapter_in_place_of_the_merged_map_is_the_map_with_its_sum(name, opt
 def test_peft_trains_its_adapters_and_merges_them(name, options, targets):
     peft = pytest.importorskip("peft", reason="needs peft, of the extra peers", exc_type=ImportError)
     model, images = model_of(name, options), torch.randn(2, 3, 16, 16)
-    if name == "standard":
-        targets = ["query", "key", "value", *targets[1:]]
+    maps = {"standard": ["query", "key", "value"], "uniform": ["value"]}.get(name, ["qkv"])
+    targets = [*maps, *targets[1:]]
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
     logits = adapted(images)
     logits.sum().backward()

@@ -67,8 +67,8 @@ def movement(attention, x, gradient, u):
 
 def cancelled(attention, x, gradient):
     """Bound of what dP, of the size of gradient times value, would make of the gradient by itself."""
-    weight, _ = merged_maps(attention)
-    q, k, v = (heads_of(part, HEADS).norm(dim=-1).max() for part in (x @ weight.T).chunk(3, dim=-1))
+    weight, bias = merged_maps(attention)
+    q, k, v = (heads_of(part, HEADS).norm(dim=-1).max() for part in (x @ weight.T + bias).chunk(3, dim=-1))
     slope = max(1.0, (q + k).item() / (WIDTH // HEADS) ** 0.5)
     return (gradient @ attention.proj.weight).norm() * v * slope * torch.linalg.matrix_norm(weight, ord=2)
 
