@@ -11,6 +11,7 @@ TIMM_REASON = "a peer: pip install effvit[peers]"
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
 # What fits 4 x 4 patches.
 OPTIONS = {"linformer": {"k": 6}, "nystromformer": {"num_landmarks": 5}, "hybrid": {"window_size": 2}}
+OPTIONS |= {"agent": {"agent_size": 2}, "pooled": {"pool_size": 3}, "window": {"window_size": 2}}
 
 
 def timm_vit(distilled=False, **changes):

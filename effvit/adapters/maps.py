@@ -20,17 +20,19 @@ _NOT_PLAIN = (
 )
 
 
-def width(host: Host) -> int:
+def width(host: Host, mechanism: type[Attention]) -> int:
     """Width C of the tokens.
 
     Raises:
-        UserError: the maps are not from C to 3C and from C to C, with C a multiple of the heads.
+        UserError: the maps are not from C to 3C and from C to C, with C a multiple of the heads; or there are none to
+            queries and keys, which ``mechanism`` needs.
     """
     sizes = [_shape(host, label, layer) for label, layer in host.rows.items()]
     dim, rows = sizes[0][1], sum(size[0] for size in sizes)
     if isinstance(host.module, UniformAttention):
-        raise refuse(host.name, host.module, "it has values alone, and no queries and keys to keep")
-    if rows != 3 * dim:
+        if not issubclass(mechanism, UniformAttention):
+            raise refuse(host.name, host.module, "it has values alone, and no queries and keys to keep")
+    elif rows != 3 * dim:
         raise refuse(host.name, host.module, f"its heads have {rows // 3} columns in all, at a width of {dim}")
     if host.proj is not None and _shape(host, *host.proj) != (dim, dim):
         raise refuse(host.name, host.module, f"maps its output to another width than {dim}")
@@ -66,7 +68,7 @@ def take_maps(attention: Attention, host: Host) -> Origins:
 
 
 def rows_of(attention: Attention) -> dict[str, nn.Module]:
-    """The layers of a mechanism whose weights, one below the other, are W_qkv."""
+    """The layers of a mechanism whose weights, one below the other, are W_qkv; of the control its last third."""
     if isinstance(attention, UniformAttention):
         return {"value.": _as_linear(attention.value)}
     if not isinstance(attention, StandardAttention):
@@ -101,6 +103,9 @@ def _split(attention: StandardAttention, host: Host) -> Origins:
 
 def _values(attention: UniformAttention, host: Host) -> Origins:
     """The last third of W_qkv: queries and keys are not used."""
+    if isinstance(host.module, UniformAttention):
+        (attention.value,) = host.rows.values()  # type: ignore[assignment]
+        return {f"value.{kind}": _origin(host, kind) for kind, _ in attention.value.named_parameters()}
     parts = [part if part is None else part.chunk(3)[2] for part in _merged(host)]
     weight, bias = (part if part is None else nn.Parameter(part.detach().clone(), part.requires_grad) for part in parts)
     _filled(attention.value, weight, bias)  # type: ignore[arg-type]

@@ -147,7 +147,7 @@ def _in_place_of(
     host: Host, tower: Tower, name: str, options: dict[str, Any], value_conv: int
 ) -> tuple[Attention, SwappedLayer]:
     _require_own_forward(host)
-    dim, qkv_bias = width(host), has_bias(host)
+    dim, qkv_bias = width(host, attention_class(name)), has_bias(host)
     like = next(host.module.parameters())
     with torch.device(like.device):
         attention = build_attention(

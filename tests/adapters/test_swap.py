@@ -35,7 +35,7 @@ from effvit.model.resize import resize_projection
 pytestmark = pytest.mark.slow
 
 OWN_WEIGHTS = {"linformer": {"E", "F"}, "performer": {"omega"}, "nystromformer": {"conv.weight"}}
-OWN_WEIGHTS["hybrid"] = {"gate.weight", "gate.bias"}
+OWN_WEIGHTS |= {"hybrid": {"gate.weight", "gate.bias"}, "focused": {"scale"}}
 
 
 def swapped(family, name, **more):
@@ -82,9 +82,13 @@ def test_every_mechanism_runs_and_every_weight_of_it_learns(family, name):
     model, _ = swapped(family, name)
     outputs(model.train(), images()).square().sum().backward()
     first, last = attentions(model).values()
-    assert all(parameter.grad.isfinite().all() for attention in (first, last) for parameter in attention.parameters())
+    used = [
+        [parameter for key, parameter in attention.named_parameters() if name != "uniform" or key[1:6] != "_norm"]
+        for attention in (first, last)
+    ]
+    assert all(parameter.grad.isfinite().all() for parameters in used for parameter in parameters)
     # In the last block what becomes of patches may not matter, and with it what only they have.
-    assert all(parameter.grad.any() for parameter in first.parameters())
+    assert all(parameter.grad.any() for parameter in used[0])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -103,6 +107,8 @@ def test_the_report_names_every_weight_and_nothing_else_moved(family, name):
         for key, origin in layer.kept.items():
             if not key.startswith("heads."):
                 expected = torch.cat([before[f"{layer.name}.{each}"] for each in origin.split(", ")])
+                if key.startswith("value."):  # the control has no queries and keys
+                    expected = expected.chunk(3)[2]
                 assert torch.equal(after[f"{layer.name}.{key}"], expected)
 
 
@@ -127,6 +133,28 @@ def test_the_report_says_which_of_what_is_new_can_be_trained(family, name):
 def test_what_is_drawn_and_not_trained_is_told():
     _, report = swapped("timm vit", "performer")
     assert report.new and not report.new_parameters and "omega (not trained)" in str(report)
+
+
+def test_a_convolution_of_values_is_new_and_is_what_is_added(family):
+    plain, (model, report) = swapped(family, "pooled")[0], swapped(family, "pooled", value_conv=3)
+    assert {key.rpartition(".value_conv")[2] for key in report.new} == {".weight"}
+    assert report.unused == []
+    with torch.no_grad():
+        assert not torch.allclose(outputs(model, images()), outputs(plain, images()), atol=1e-4)
+        for attention in attentions(model).values():
+            attention.value_conv.weight.zero_()
+        torch.testing.assert_close(outputs(model, images()), outputs(plain, images()), rtol=0, atol=1e-5)
+        swap_attention(model, "pooled", value_conv=3, **OPTIONS["pooled"])
+        assert not any(attention.value_conv.weight.any() for attention in attentions(model).values())
+        assert {key.rpartition(".value_conv")[2] for key in swap_attention(model, "fused").unused} == {".weight"}
+
+
+def test_the_control_has_no_queries_and_keys_for_another():
+    model, _ = swapped("timm vit", "uniform")
+    before = {key: weight.clone() for key, weight in model.state_dict().items()}
+    with pytest.raises(UserError, match=r"^blocks\.0\.attn \(Uniform.*\): it has values alone, and no queries"):
+        swap_attention(model, "fused")
+    assert all(torch.equal(weight, before[key]) for key, weight in model.state_dict().items())
 
 
 def test_the_report_reads_well():
@@ -236,7 +264,7 @@ def test_dropout_of_attention_is_read_where_the_others_keep_it(build):
     assert {attention.dropout_p for attention in attentions(model).values()} == {0.25}
 
 
-@pytest.mark.parametrize("name", available_attention())
+@pytest.mark.parametrize("name", [name for name in available_attention() if name != "uniform"])
 def test_norms_of_queries_and_keys_are_honoured(name, monkeypatch):
     options = {"num_features": 16} if name == "performer" else OPTIONS.get(name, {})  # one that folds, without norms
     results = []
