@@ -18,6 +18,9 @@ OPTIONS = {
     "performer": {"num_features": 24, "redraw_every": 8},
     "nystromformer": {"num_landmarks": 6, "conv_kernel_size": 5},
     "hybrid": {"window_size": 3},
+    "agent": {"agent_size": 3},
+    "pooled": {"pool_size": 2},
+    "window": {"window_size": 2, "shift": True},
 }
 
 

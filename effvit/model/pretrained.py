@@ -23,9 +23,8 @@ from effvit.model.shape import Shape, positions_of_all_tokens, read_shape, refus
 from effvit.model.vit import ViT, ViTConfig
 from effvit.model.weights import Weights, read_weights
 
-_OWN = re.compile(
-    r"blocks\.\d+\.attn\.(?!(qkv|proj|heads|value)\.).*"
-)  # what a mechanism adds to the maps that all share
+# What a mechanism adds to the maps that all share.
+_OWN = re.compile(r"blocks\.\d+\.attn\.(?!(qkv|proj|heads|value)\.).*")
 COMPARED = ("hidden_size", "num_hidden_layers", "intermediate_size", "patch_size", "num_channels", "prefix_tokens")
 
 
@@ -197,6 +196,8 @@ def _to_grid(name: str, tensor: Tensor, grid: Grid, config: ViTConfig) -> Tensor
 
 def _require_same_model(source: Source, config: ViTConfig) -> None:
     """Refuse weights of another model than ``config`` describes."""
+    if config.attention != "uniform" and any(".attn.value." in name for name in source.named.tensors):
+        raise UserError(f"of uniform attention, which has no queries and keys for {config.attention}")
     theirs = {name: getattr(source.shape, name) for name in COMPARED}
     own = source.weights.config
     heads = own.num_attention_heads if own else source.told.num_attention_heads

@@ -36,14 +36,17 @@ def refused(directory):
 
 VARIANTS = [(name, {}) for name in available_attention() if name != "linformer"]
 VARIANTS += [("linformer", {"k": 5, "share": share}) for share in ("none", "heads", "kv", "layers")]
+VARIANTS += [("linear", {"feature_map": "softmax"}), ("fused", {"value_conv": 3}), ("pooled", {"value_conv": 3})]
 
 
 @pytest.mark.parametrize(("attention", "options"), VARIANTS)
 def test_model_comes_back_the_same_in_eval_mode(tiny_config, tmp_path, attention, options):
-    if attention == "hybrid":
+    if attention in ("hybrid", "window"):
         options = {"window_size": 2}
     torch.manual_seed(0)
-    model = ViT(tiny_config(attention=attention, attention_options=options)).eval()
+    value_conv = options.get("value_conv", 0)
+    options = {key: value for key, value in options.items() if key != "value_conv"}
+    model = ViT(tiny_config(attention=attention, attention_options=options, value_conv=value_conv)).eval()
     save_model(model, tmp_path)
     torch.manual_seed(1)
     loaded = load_model(tmp_path)

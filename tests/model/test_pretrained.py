@@ -13,6 +13,7 @@ from effvit.model.pretrained import start_from
 from effvit.model.resize import resize_positions, resize_projection
 
 OPTIONS = {"linformer": {"k": 6}, "nystromformer": {"num_landmarks": 5}, "hybrid": {"window_size": 2}}
+OPTIONS |= {"agent": {"agent_size": 2}, "pooled": {"pool_size": 3}, "window": {"window_size": 2}}
 
 
 def vit(name="fused", seed=1, **changes):
@@ -75,26 +76,40 @@ def test_any_mechanism_takes_over_what_all_share_and_starts_the_rest_fresh(tmp_p
     theirs, ours, untouched = timm_vit(), vit(name), vit(name)
     report = start_from(saved(theirs, tmp_path), ours)
     state, fresh = standard_to_fused(ours.state_dict()), untouched.state_dict()
-    assert all(torch.equal(state[key], tensor) for key, tensor in theirs.state_dict().items())
-    own = state.keys() - theirs.state_dict().keys()
+    expected = theirs.state_dict() if name != "uniform" else values_of(theirs.state_dict())
+    assert all(torch.equal(state[key], tensor) for key, tensor in expected.items())
+    own = state.keys() - expected.keys()
     assert set(report.fresh) == own and all(torch.equal(state[key], fresh[key]) for key in own)
     assert {key.split(".", 3)[-1] for key in own} == {
         "linformer": {"E", "F"},
         "performer": {"omega"},
         "nystromformer": {"conv.weight"},
         "hybrid": {"gate.weight", "gate.bias"},
+        "focused": {"scale"},
     }.get(name, set())
-    assert bool(report.adapted) == (name == "standard")  # whose maps are cut into heads
+    assert bool(report.adapted) == (name in ("standard", "uniform"))  # whose maps are cut
     assert not report.ignored
     assert sorted([*report.loaded, *report.adapted, *report.fresh]) == sorted(ours.state_dict())
 
 
-@pytest.mark.parametrize("source", available_attention())
-@pytest.mark.parametrize("target", available_attention())
+def values_of(state):
+    """What the control has of the maps: the last third of the merged one."""
+    return {
+        key.replace(".qkv.", ".value."): weight.chunk(3)[2] if ".attn.qkv." in key else weight
+        for key, weight in state.items()
+    }
+
+
+PAIRS = [(a, b) for a in available_attention() for b in available_attention() if a != "uniform" or a == b]
+
+
+@pytest.mark.parametrize(("source", "target"), PAIRS)
 def test_a_trained_mechanism_becomes_another(tmp_path, source, target):
     theirs, ours = shaken(vit(source, seed=0)), vit(target)
     report = start_from(saved_model(theirs, tmp_path), ours)
     a, b = (standard_to_fused(model.state_dict()) for model in (theirs, ours))
+    if target == "uniform":
+        a = values_of(a)
     assert all(torch.equal(a[key], b[key]) for key in a.keys() & b.keys())
     assert set(report.ignored) == a.keys() - b.keys()
     if source == target:
@@ -102,6 +117,26 @@ def test_a_trained_mechanism_becomes_another(tmp_path, source, target):
         images = torch.randn(2, 3, 16, 16)
         with torch.no_grad():
             assert torch.equal(ours(images), theirs(images))
+
+
+@pytest.mark.parametrize("target", ["fused", "standard"])
+def test_the_control_has_no_queries_and_keys_to_start_from(tmp_path, target):
+    assert "of uniform attention, which has no queries and keys" in refused(
+        saved_model(vit("uniform"), tmp_path), vit(target)
+    )
+
+
+def test_a_convolution_of_values_is_taken_over_where_both_have_one(tmp_path):
+    both = [shaken(vit("fused", seed=0, value_conv=3)), vit("window", value_conv=3)]
+    report = start_from(saved_model(both[0], tmp_path), both[1])
+    assert torch.equal(*(model.blocks[1].attn.value_conv.weight for model in both)) and not report.fresh
+    other = vit("fused", value_conv=5)
+    report = start_from(tmp_path, other)
+    own = {f"blocks.{block}.attn.value_conv.weight" for block in range(2)}
+    assert set(report.fresh) == set(report.ignored) == own
+    plain = start_from(tmp_path, vit("fused"))
+    assert set(plain.ignored) == own and not plain.fresh
+    assert set(start_from(saved(timm_vit(), tmp_path), other).fresh) == own
 
 
 @pytest.mark.parametrize("size", [8, 12, 24, 32])

@@ -10,6 +10,7 @@ from effvit.errors import UserError
 from effvit.model.resize import resize_positions, resize_projection
 
 OPTIONS = {"linformer": {"k": 6}, "nystromformer": {"num_landmarks": 5}, "hybrid": {"window_size": 2}}
+OPTIONS |= {"agent": {"agent_size": 2}, "pooled": {"pool_size": 3}, "window": {"window_size": 2}}
 
 
 def vit(name="fused", **changes):
@@ -40,6 +41,18 @@ def test_a_resized_model_is_one_of_that_size_with_the_weights_carried_over(name,
     with torch.no_grad():
         assert torch.equal(model(images), expected(images))
     assert model.macs() == expected.macs()
+
+
+@pytest.mark.parametrize("name", ["fused", "pooled", "window"])
+def test_a_convolution_of_values_goes_over_the_new_grid(name):
+    model, expected = (vit(name, value_conv=3, image_size=size) for size in (16, (12, 20)))
+    weights = model.state_dict()
+    weights["pos_embed"] = resize_positions(weights["pos_embed"], (4, 4), (3, 5))
+    expected.load_state_dict(weights)
+    images = torch.randn(2, 3, 12, 20)
+    with torch.no_grad():
+        assert torch.equal(resize(model, (12, 20))(images), expected(images))
+    assert model.macs() == expected.macs() and model.config == expected.config
 
 
 def test_positions_are_timms():

@@ -30,14 +30,17 @@ FLAT = {
 }
 
 
+OPTIONS = {"nystromformer": {"num_landmarks": 5}, "linformer": {"k": 6}, "hybrid": {"window_size": 2}}
+OPTIONS |= {"agent": {"agent_size": 2}, "pooled": {"pool_size": 3}, "window": {"window_size": 2}}
+
+
 def small_config(name="fused", **changes):
-    options = {"nystromformer": {"num_landmarks": 5}, "linformer": {"k": 6}, "hybrid": {"window_size": 2}}.get(name, {})
     fields = {
         "image_size": 16,
         "num_hidden_layers": 2,
         "num_classes": 7,
         "attention": name,
-        "attention_options": options,
+        "attention_options": OPTIONS.get(name, {}),
         "initializer_range": 0.2,
     }
     return ViTConfig(**(fields | changes))
@@ -125,6 +128,20 @@ def test_weights_start_truncated_normal_and_the_rest_as_it_should(name):
     assert model.cls_token.std().item() == pytest.approx(0.03, rel=0.3)
 
 
+@pytest.mark.parametrize("value_conv", [3, 5])
+def test_a_convolution_of_values_starts_as_a_twentieth_of_their_size(value_conv):
+    model = small_model(hidden_size=192, value_conv=value_conv, initializer_range=0.3)
+    tokens = torch.randn(2, 17, 192)
+    for attention in model.attentions():
+        with torch.no_grad():
+            added = attention.add_value_conv(torch.zeros(2, 4, 17, 48), tokens, torch.randn(2, 4, 17, 48))
+        assert not added[:, :, 0].any()
+        inside = added[:, :, 1:].unflatten(2, (4, 4))[:, :, 1:3, 1:3]  # 3 x 3 patches lie in the grid
+        if value_conv == 3:
+            assert inside.std().item() == pytest.approx(0.05, rel=0.1)
+        assert attention.value_conv.weight.std().item() == pytest.approx(0.05 / value_conv, rel=0.1)
+
+
 def test_initialisation_leaves_the_mechanisms_own_scale_alone():
     torch.manual_seed(0)
     performer = ViT(small_config("performer", initializer_range=0.001)).attentions()[0]
@@ -142,9 +159,10 @@ def test_a_seed_fixes_the_whole_model(name):
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
+@pytest.mark.parametrize("value_conv", [0, 3])
 @pytest.mark.parametrize("name", available_attention())
-def test_its_macs_are_what_torch_counts_and_what_hooks_on_its_layers_see(name):
-    model = small_model(name)
+def test_its_macs_are_what_torch_counts_and_what_hooks_on_its_layers_see(name, value_conv):
+    model = small_model(name, value_conv=value_conv)
     image = torch.zeros(1, 3, 16, 16)
     by_layers = 0
 

@@ -36,7 +36,9 @@ OPTIONS = {
 RECIPE = {"epochs": 2, "batch_size": 68, "lr": 3e-3, "clip_norm": 1.0, "crop_padding": 1, "device": "cpu"}
 MIXED = {"mixup": 0.8, "cutmix": 1.0, "random_erasing": 0.3, "ema_decay": 0.9, "label_smoothing": 0.1}
 MUON = {"optimizer": "muon"}
-JOBS = [(name, {}) for name in available_attention()] + [("fused", MIXED), ("fused", MUON)]
+# Of mechanisms those with random features, weights of their own, or that differ by block.
+MECHANISMS = ("fused", *OPTIONS)
+JOBS = [(name, {}) for name in MECHANISMS] + [("fused", MIXED), ("fused", MUON)]
 RUNS = [
     ({"image_size": 16, "attention": name, "attention_options": OPTIONS.get(name, {}), **TINY}, RECIPE | more)
     for name, more in JOBS
