@@ -1,8 +1,8 @@
 """How near a mechanism comes to exact attention for the same q, k, v, against what it costs.
 
 Shapes: B images, H heads, N tokens, d = width of a head. What a mechanism would learn beside q, k, v is set by rule:
-Linformer's E = F are means over k groups of tokens (`pooling`), Nyströmformer has no convolution, and the hybrid's
-gate gives equal shares, as where training starts.
+Linformer's E = F are means over k groups of tokens (`pooling`), Nyströmformer has no convolution, the hybrid's gate
+gives equal shares, and the scale of focused attention is one for all channels, as where training starts.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,6 +54,9 @@ _SIZES = {
     "performer": Size("num_features", 4, lambda grid: min(1024, 4 * (_tokens(grid) - 1))),
     "nystromformer": Size("num_landmarks", 4, _tokens),
     "hybrid": Size("window_size", 1, max),
+    "agent": Size("agent_size", 1, max),
+    "pooled": Size("pool_size", 1, max),
+    "window": Size("window_size", 1, max),
 }
 _UNTRAINED = {"nystromformer": {"conv_kernel_size": 0}}
 
@@ -72,10 +75,11 @@ class Variant:
         """How often it is built, with other random features each time."""
         return DRAWS if self.attention == "performer" else 1
 
-    def build(self, dim: int, num_heads: int, grid: Grid, draw: int) -> Attention:
-        """Build its module, in eval mode, with what is learned set by rule."""
+    def build(self, dim: int, num_heads: int, grid: Grid, draw: int, layer: int = 0, depth: int = 1) -> Attention:
+        """Build its module for a block, in eval mode, with what is learned set by rule."""
         torch.manual_seed(draw)  # the same features whatever was built before
-        module = build_attention(self.attention, dim, num_heads, grid, **self.options).eval()
+        place = {"layer": layer, "depth": depth}
+        module = build_attention(self.attention, dim, num_heads, grid, **place, **self.options).eval()
         set_untrained(module)
         return module
 
@@ -143,13 +147,12 @@ def compare(variant: Variant, layers: Sequence[QKV], grid: Grid) -> list[Row]:
     """
     q = layers[0][0]
     num_heads, dim = q.shape[1], q.shape[1] * q.shape[3]
-    modules = [variant.build(dim, num_heads, grid, draw).to(q.device) for draw in range(variant.draws)]
-    macs = {
-        "mixing_macs": modules[0].mixing_macs(),
-        "fused_macs": build_attention(BASELINE, dim, num_heads, grid).mixing_macs(),
-    }
+    fused_macs = build_attention(BASELINE, dim, num_heads, grid).mixing_macs()
     rows = []
     for layer, (q, k, v) in enumerate(layers, 1):
+        place = layer - 1, len(layers)
+        modules = [variant.build(dim, num_heads, grid, draw, *place).to(q.device) for draw in range(variant.draws)]
+        macs = {"mixing_macs": modules[0].mixing_macs(), "fused_macs": fused_macs}
         exact = F.scaled_dot_product_attention(q, k, v)
         errors = [relative_error(mix(module, q, k, v), exact) for module in modules]
         low, high = _interval(errors)

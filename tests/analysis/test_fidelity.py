@@ -51,6 +51,8 @@ def softmax_attention(q, k, v):
         ("nystromformer", {"num_landmarks": 17, "conv_kernel_size": 0}),
         ("nystromformer", {"num_landmarks": 40, "conv_kernel_size": 0}),
         ("hybrid", {"window_size": 4, "dilations": [1], "branches": ["regional"]}),
+        ("pooled", {"pool_size": 4}),
+        ("window", {"window_size": 4}),
     ],
 )
 def test_there_is_no_error_where_a_mechanism_is_exact(attention, options):
@@ -73,6 +75,27 @@ def test_error_is_that_of_each_image_and_head_to_softmax_attention():
     )
     assert relative_error(actual, exact) == pytest.approx(expected)
     assert error("linformer", k=5) == pytest.approx(expected, rel=1e-5)
+
+
+def test_error_of_pooling_is_that_of_means_of_keys_and_values_of_cells():
+    q, k, v = QKV
+    means = torch.zeros(5, 17, dtype=torch.double)  # the class token, and 2 x 2 cells of 2 x 2 patches
+    means[0, 0] = 1
+    for patch in range(16):
+        means[1 + patch // 8 * 2 + patch % 4 // 2, 1 + patch] = 1 / 4
+    expected = relative_error(softmax_attention(q, means @ k.double(), means @ v.double()), softmax_attention(*QKV))
+    assert error("pooled", pool_size=2) == pytest.approx(expected, rel=1e-5)
+
+
+def test_error_of_the_control_is_that_of_the_mean_of_all_values():
+    mean = QKV[2].double().mean(dim=2, keepdim=True).expand(-1, -1, 17, -1)
+    assert error("uniform") == pytest.approx(relative_error(mean, softmax_attention(*QKV)), rel=1e-5)
+
+
+def test_blocks_that_are_exact_have_no_error_and_its_cost():
+    rows = compare(Variant("window", {"window_size": 2, "global_every": 2}), [QKV] * 4, GRID)
+    assert [row["error"] < 1e-6 for row in rows] == [False, True, False, True]
+    assert [row["mixing_macs"] == row["fused_macs"] for row in rows] == [False, True, False, True]
 
 
 @pytest.mark.parametrize(("rows", "grid"), [(1, (1, 4)), (5, (1, 4)), (4, (4, 4)), (16, (4, 4)), (7, (3, 5))])
@@ -126,6 +149,11 @@ def test_sizes_are_powers_of_two_up_to_exactness_with_that_of_the_study_among_th
     assert {v.options["share"] for v in variants("linformer", {"k": 11, "share": "kv"}, GRID)} == {"kv"}
     assert [v.value for v in variants("nystromformer", {}, GRID)] == [4, 8, 16, 17, 32]
     assert [v.value for v in variants("hybrid", {"window_size": 3}, GRID)] == [1, 2, 3, 4]
+    assert [v.value for v in variants("window", {"window_size": 3}, (2, 5))] == [1, 2, 3, 4, 5]
+    assert [(v.option, v.value) for v in variants("agent", {}, GRID)] == [("agent_size", n) for n in (1, 2, 4, 7)]
+    assert [(v.option, v.value) for v in variants("pooled", {"pool_size": 2}, GRID)] == [
+        ("pool_size", n) for n in (1, 2, 4)
+    ]
     assert [v.value for v in variants("performer", {"num_features": 10}, GRID)] == [4, 8, 10, 16, 32, 64]
     assert [(v.option, v.value) for v in variants("fused", {}, GRID)] == [("", None)]
 
@@ -175,8 +203,12 @@ def test_a_model_with_attention_replaced_by_what_is_exact_scores_the_same(traine
         "linformer": {"k": 17},
         "nystromformer": {"num_landmarks": 17, "conv_kernel_size": 0},
         "hybrid": {"window_size": 4, "dilations": [1], "branches": ["regional"]},
+        "pooled": {"pool_size": 4},
+        "window": {"window_size": 4},
     }
     for attention, options in exact.items():
         assert replaced_accuracy(Variant(attention, options), trained / "run", model.config, score) == of_fused
     replaced_accuracy(Variant("performer", {"num_features": 4}), trained / "run", model.config, score)
     assert seen == [*exact, *["performer"] * DRAWS]
+    of_control = replaced_accuracy(Variant("uniform", {}), trained / "run", model.config, score)
+    assert of_control < of_fused - 0.02

@@ -20,6 +20,15 @@ OPTIONS = [
     ("hybrid", {"window_size": 3, "branches": ["linear"]}),
     ("hybrid", {"window_size": 3, "branches": ["regional", "dilated"]}),
 ]
+OPTIONS += [
+    *(("linear", {"feature_map": feature_map}) for feature_map in ("elu", "relu", "softmax")),
+    *(("agent", {"agent_size": n}) for n in (2, 9)),
+    *(("pooled", {"pool_size": n}) for n in (2, 9)),
+    *(("window", {"window_size": n}) for n in (2, 3, 9)),
+    ("fused", {"value_conv": 3}),
+    ("pooled", {"pool_size": 2, "value_conv": 5}),
+    ("hybrid", {"window_size": 2, "value_conv": 3}),
+]
 OPTIONS += [(name, {}) for name in available_attention() if name not in dict(OPTIONS)]
 
 

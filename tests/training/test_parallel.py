@@ -16,7 +16,6 @@ from conftest import TINY, TINY_FLAGS
 from lightning_fabric import Fabric
 from processes import finished, read_until
 
-from effvit.attention import available_attention
 from effvit.data.loading.batches import Place
 from effvit.errors import UserError
 from effvit.model.vit import ViTConfig
