@@ -8,6 +8,7 @@ import pandas as pd
 from safetensors.numpy import save_file
 
 ATTENTIONS = ("standard", "fused", "linformer", "performer", "nystromformer", "hybrid")
+FIELD = (*ATTENTIONS, "linear", "focused", "agent", "pooled", "window", "uniform")
 TOKENS = (65, 145, 257, 577, 1025, 2305, 4097)
 
 
@@ -25,7 +26,7 @@ def write_study(
     for dataset in datasets:
         for attention in attentions:
             cell = Path(metrics_dir, "cells", dataset, attention)
-            rng = np.random.default_rng([ATTENTIONS.index(attention) if attention in ATTENTIONS else 99])
+            rng = np.random.default_rng([FIELD.index(attention) if attention in FIELD else 99])
             _benchmark(cell / "benchmark", attention)
             _hardware(cell, attention)
             for seed in seeds:
@@ -94,6 +95,12 @@ def _cost_at(tokens, attention):
         "linformer": (8e-5 * tokens, 4e3 * tokens),
         "performer": (2.5e-4 * tokens, 9e3 * tokens),
         "nystromformer": (4e-4 * tokens + 0.15, 7e3 * tokens),
+        "linear": (6e-5 * tokens, 6e3 * tokens),
+        "focused": (1.9e-4 * tokens, 11e3 * tokens),
+        "agent": (1.1e-4 * tokens, 4.5e3 * tokens),
+        "pooled": (5e-5 * tokens, 2.5e3 * tokens),
+        "window": (1.2e-4 * tokens, 8e3 * tokens),
+        "uniform": (1e-6 * tokens, 5e2 * tokens),
     }.get(attention, (1.5e-4 * tokens, 5e3 * tokens))
     return 4e-4 * tokens + work, 3e3 * tokens + memory
 
@@ -212,13 +219,15 @@ def _analysis(directory, attentions, images):
         (directory / stage).mkdir(parents=True)
         _provenance(directory / stage)
     sizes = {"linformer": "k", "performer": "num_features", "nystromformer": "num_landmarks", "hybrid": "window_size"}
+    sizes |= {"agent": "agent_size", "pooled": "pool_size", "window": "window_size"}
+    coarser = {"linear": 0.7, "focused": 0.6, "agent": 1.3, "pooled": 1.6, "window": 0.8, "uniform": 0.9}
     errors, replaced, heads = [], [], []
     rng = np.random.default_rng(0)
     for attention in attentions:
         option = sizes.get(attention, "")
         for value in (4, 16, 64) if option else (None,):
             macs = {"mixing_macs": 48 * 65 * 4 * value if value else 405_600, "fused_macs": 405_600}
-            error = value**-0.5 if value else 0.0
+            error = coarser.get(attention, 1.0 if value else 0.0) * (value or 1) ** -0.5
             low, high = (0.9 * error, 1.1 * error) if attention == "performer" else (None, None)
             key = {"attention": attention, "option": option, "value": value}
             of = {"error": error, "error_low": low, "error_high": high} | macs

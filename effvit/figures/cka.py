@@ -4,7 +4,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from effvit.figures.style import WIDTH, look, styled
+from effvit.figures.style import CROWD, WIDTH, look, styled
+
+_MOST_NUMBERS = 48  # of layers along a side; of more, each mechanism's first and last
 
 
 @styled
@@ -15,7 +17,8 @@ def cka(table: pd.DataFrame) -> Figure:
     pairs = table.set_index(["attention_a", "layer_a", "attention_b", "layer_b"])["cka"]
     values = np.array([[pairs.get((*a, *b), np.nan) for b in order] for a in order])
     side = 0.72 * WIDTH
-    figure = Figure(figsize=(side + 0.7, side), layout="constrained")
+    crowded = len(names) > CROWD
+    figure = Figure(figsize=(side + (1.2 if crowded else 0.7), side), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(values, vmin=0, vmax=1, cmap="cividis", interpolation="nearest")
     axes.grid(False)
@@ -25,7 +28,8 @@ def cka(table: pd.DataFrame) -> Figure:
         axes.axhline(edge, color="white", linewidth=1.5)
         axes.axvline(edge, color="white", linewidth=1.5)
     blocks = [[i for i, (a, _) in enumerate(order) if a == name] for name in names]
-    layers = [str(layer) for _, layer in order]
+    ends = {place for rows in blocks for place in (rows[0], rows[-1])}
+    layers = [str(n) if len(order) <= _MOST_NUMBERS or i in ends else "" for i, (_, n) in enumerate(order)]
     axes.set_xticks(range(len(order)), layers, fontsize=6)
     axes.set_yticks(range(len(order)), layers, fontsize=6)
     axes.tick_params(length=0)
@@ -33,11 +37,11 @@ def cka(table: pd.DataFrame) -> Figure:
         label, colour, _ = look(name)
         centre = (rows[0] + rows[-1]) / 2
         across = axes.secondary_xaxis(-0.045)
-        across.set_xticks([centre], [label])
+        across.set_xticks([centre], [label], **({"rotation": 40, "ha": "right"} if crowded else {}))
         upright = axes.secondary_yaxis(-0.045)
-        upright.set_yticks([centre], [label], rotation=90, va="center")
+        upright.set_yticks([centre], [label], rotation=0 if crowded else 90, va="center")
         for axis in (across, upright):
-            axis.tick_params(length=0, labelcolor=colour, labelsize=7)
+            axis.tick_params(length=0, labelcolor=colour, labelsize=6 if crowded else 7)
             axis.spines[:].set_visible(False)
     if len(order) <= 24:
         for (i, j), value in np.ndenumerate(values):

@@ -5,12 +5,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from effvit.figures.style import WIDTH, by_mechanism, legend, look, styled
+from effvit.figures.style import WIDTH, by_mechanism, crowded, legend, look, name_ends, styled
 
 
 @styled
 def training_curves(curves: pd.DataFrame) -> Figure:
-    """Loss and validation accuracy by epoch of one data set; the mean over seeds, shaded from lowest to highest."""
+    """Loss and validation accuracy by epoch of one data set; the mean over seeds, shaded from lowest to highest.
+
+    Where there are many mechanisms, their names and last accuracies stand where lines end, and nothing is shaded.
+    """
     figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     spacing = max(1, curves["epoch"].nunique() // 6)
@@ -25,7 +28,8 @@ def training_curves(curves: pd.DataFrame) -> Figure:
             # curves that coincide stay visible by their markers, each at epochs of its own
             shown = {"marker": marker, "markevery": (i % spacing, spacing)} if style == "-" else {}
             axes.plot(seeds.index, seeds["mean"], color=colour, linestyle=style, **shown)
-            axes.fill_between(seeds.index, seeds["min"], seeds["max"], color=colour, alpha=0.15, linewidth=0)
+            if not crowded(curves):
+                axes.fill_between(seeds.index, seeds["min"], seeds["max"], color=colour, alpha=0.15, linewidth=0)
     for axes, name in ((loss, "Loss (cross-entropy)"), (accuracy, "Validation accuracy")):
         axes.set(xlabel="Epoch", ylabel=name)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -34,5 +38,9 @@ def training_curves(curves: pd.DataFrame) -> Figure:
     loss.legend(handles=handles)
     note = "* as optimised, with the recipe's augmentation and label smoothing: not comparable with validation loss"
     figure.supxlabel(note, fontsize=7)
-    legend(figure, curves)
+    if crowded(curves):
+        final = curves[curves["epoch"] == curves["epoch"].max()].groupby("attention", sort=False)["val_accuracy"].mean()
+        name_ends(accuracy, {str(name): (curves["epoch"].max(), mean, f"{mean:.1%}") for name, mean in final.items()})
+    else:
+        legend(figure, curves)
     return figure

@@ -1,12 +1,14 @@
 """Where the class token looks."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from effvit.evaluation.overlay import overlay
-from effvit.figures.style import WIDTH, look, styled
+from effvit.figures.style import CROWD, WIDTH, look, styled
 
 
 @styled
@@ -19,7 +21,8 @@ def attention_maps(maps: Mapping[str, Mapping[str, np.ndarray]], classes: Sequen
     """
     first = next(iter(maps.values()))
     count, side = len(first["images"]), min(WIDTH / (len(maps) + 1), 1.4)
-    figure = Figure(figsize=((len(maps) + 1) * side, 0.5 + count * (side + 0.15)), layout="constrained")
+    height = _room_above(len(maps)) + count * (side + 0.15)
+    figure = Figure(figsize=((len(maps) + 1) * side, height), layout="constrained")
     grid = figure.subplots(count, len(maps) + 1, squeeze=False)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
@@ -29,7 +32,7 @@ def attention_maps(maps: Mapping[str, Mapping[str, np.ndarray]], classes: Sequen
         axes.set_xlabel(classes[label], fontsize=7, parse_math=False)
     grid[0, 0].set_title("Image")
     for column, (attention, arrays) in zip(grid.T[1:], maps.items(), strict=True):
-        column[0].set_title(look(attention)[0])
+        _head(column[0], attention, len(maps))
         rows = zip(column, *(arrays[key] for key in ("images", "maps", "labels", "predictions")), strict=True)
         for axes, image, attended, label, predicted in rows:
             axes.imshow(overlay(image, attended), interpolation="nearest")
@@ -51,7 +54,8 @@ def class_token_maps(arrays: Mapping[str, np.ndarray], attentions: Sequence[str]
         classes: class names by label.
     """
     count, side = len(arrays["images"]), min(WIDTH / (len(attentions) + 1), 1.2)
-    figure = Figure(figsize=((len(attentions) + 1) * side, 0.5 + 2 * count * (side + 0.09)), layout="constrained")
+    height = _room_above(len(attentions)) + 2 * count * (side + 0.09)
+    figure = Figure(figsize=((len(attentions) + 1) * side, height), layout="constrained")
     grid = figure.subplots(2 * count, len(attentions) + 1, squeeze=False)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
@@ -60,11 +64,11 @@ def class_token_maps(arrays: Mapping[str, np.ndarray], attentions: Sequence[str]
     for i, (image, label) in enumerate(zip(arrays["images"], arrays["labels"], strict=True)):
         for line, name, place in zip(grid[2 * i : 2 * i + 2], ("rollout", "class_token"), (0, 1), strict=True):
             line[0].imshow(image, interpolation="nearest")
-            line[0].set_ylabel(("rollout", "class token")[place], fontsize=7)
+            line[0].set_ylabel(("rollout", "class token")[place], fontsize=6 if len(attentions) > CROWD else 7)
             for axes, attention in zip(line[1:], attentions, strict=True):
                 axes.imshow(overlay(image, arrays[f"{attention}.{name}"][i]), interpolation="nearest")
                 if i == place == 0:
-                    axes.set_title(look(attention)[0])
+                    _head(axes, attention, len(attentions))
                 if place:
                     predicted = arrays[f"{attention}.predictions"][i]
                     verdict = {} if predicted == label else {"color": "#D55E00", "weight": "bold"}
@@ -76,3 +80,14 @@ def class_token_maps(arrays: Mapping[str, np.ndarray], attentions: Sequence[str]
         fontsize=7,
     )
     return figure
+
+
+def _room_above(columns: int) -> float:
+    """Inches for names and the note."""
+    return 1.3 if columns > CROWD else 0.5
+
+
+def _head(axes: Axes, attention: str, columns: int) -> None:
+    """Put a mechanism's name over its column, upright where columns are narrow."""
+    upright: dict[str, Any] = {"rotation": 90, "fontsize": 7} if columns > CROWD else {}
+    axes.set_title(look(attention)[0], **upright)

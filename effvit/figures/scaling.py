@@ -12,7 +12,7 @@ from matplotlib.ticker import NullLocator, StrMethodFormatter
 from matplotlib.transforms import blended_transform_factory
 
 from effvit.analysis.efficiency import lengths
-from effvit.figures.style import WIDTH, by_mechanism, legend, look, styled
+from effvit.figures.style import WIDTH, by_mechanism, crowded, legend, legend_of, look, name_ends, styled
 
 _MIB = 2**20
 _STOPPED = {"out of memory": "x", "over budget": "+"}
@@ -28,7 +28,8 @@ def scaling(table: pd.DataFrame, scope: str = "block", batch: str = "one") -> Fi
     band is the ratio's 95 % interval. So lines cross where the ratio is 1, whatever disturbed single processes. A
     hollow marker was measured beside other work. A cross above a panel stands at the first length at which a
     mechanism was stopped; a star where it becomes cheaper than `fused` for good, with the token count in the corner;
-    "only" there says that it is cheaper between these measured lengths, and not at the longest.
+    "only" there says that it is cheaper between these measured lengths, and not at the longest. Where there are many
+    mechanisms, names and token counts stand where lines end.
     """
     table = table[(table["scope"] == scope) & (table["batch"] == batch)]
     figure = Figure(figsize=(WIDTH, 5.6), layout="constrained")
@@ -55,9 +56,14 @@ def scaling(table: pd.DataFrame, scope: str = "block", batch: str = "one") -> Fi
     more += [Line2D([], [], color="0.7", linestyle=line, label=f"∝ {text}") for text, (_, line) in _GROWTH.items()]
     if table["contended"].any():
         more.append(Line2D([], [], color="0.4", marker="o", markerfacecolor="white", ls="", label="beside other work"))
-    legend(figure, table, more)
-    if batch == "tokens":
-        figure.supxlabel(_batch_note(table), fontsize=7)
+    notes = [_batch_note(table)] if batch == "tokens" else []
+    if crowded(table):
+        legend_of(figure, more)
+        notes.append("After a name: the number of tokens from which it is cheaper than Fused (star)")
+    else:
+        legend(figure, table, more)
+    if notes:
+        figure.supxlabel("\n".join(notes), fontsize=7)
     return figure
 
 
@@ -90,7 +96,7 @@ def _beside_fused(rows: pd.DataFrame, unit: float) -> pd.DataFrame:
 
 def _scaling_panel(axes: Axes, rows: pd.DataFrame) -> None:
     axes.set(xscale="log", yscale="log")
-    found = []
+    found, ends = [], {}
     for attention, mine in by_mechanism(rows):
         label, colour, marker = look(attention)
         done = mine[mine["status"] == "ok"]
@@ -99,14 +105,21 @@ def _scaling_panel(axes: Axes, rows: pd.DataFrame) -> None:
         hollow: dict[str, Any] = {"markerfacecolor": "white", "markeredgecolor": colour, "linestyle": ""}
         axes.plot(beside["tokens"], beside["cost"], marker=marker, **hollow)
         axes.fill_between(done["tokens"], done["low"], done["high"], color=colour, alpha=0.15, linewidth=0)
+        last = done.dropna(subset="cost")[["tokens", "cost"]].tail(1)
+        text = ""
         if attention != "fused":
             searched = lengths(mine, rows[rows["attention"] == "fused"])
             length = searched["length"]
             if length is not None:
                 cost = np.exp(np.interp(np.log(length), np.log(done["tokens"]), np.log(done["cost"])))
                 axes.plot(length, cost, "*", color=colour, markersize=10, markeredgecolor="white", zorder=3)
-            found.append((f"{label}: {_length_text(searched)}", colour))
+            text = _length_text(searched)
+            found.append((f"{label}: {text}", colour))
+        if len(last):
+            ends[attention] = (*last.iloc[0], text)
     _reference_slopes(axes, rows)
+    if crowded(rows):
+        return name_ends(axes, ends)
     texts = [("Cheaper than Fused", "black"), ("from [tokens]", "black"), *found] if found else []
     for i, (text, colour) in enumerate(texts):
         shown = axes.text(0.03, 0.97 - 0.065 * i, text, color=colour, transform=axes.transAxes, va="top", fontsize=6.5)

@@ -1,17 +1,19 @@
 """What all figures share: size, type, the look of a mechanism, the legend, and how a figure is written.
 
-A mechanism has one colour and one marker in all of them. Colours are those of Okabe and Ito, which the colour-blind
-can tell apart; markers and labels repeat what colour says.
+A mechanism has one colour and one marker in all of them. Colours are those of Okabe and Ito, and darker and lighter
+ones of Tol's, which the colour-blind can tell apart; markers and labels repeat what colour says.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import ParamSpec
+from typing import Any, ParamSpec
 from zlib import crc32
 
 import matplotlib.style
+import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -38,8 +40,15 @@ _LOOKS = {
     "performer": ("Performer", "#009E73", "D"),
     "nystromformer": ("Nyströmformer", "#D55E00", "v"),
     "hybrid": ("Hybrid", "#CC79A7", "P"),
+    "linear": ("Linear", "#0072B2", "X"),
+    "focused": ("Focused", "#332288", "<"),
+    "agent": ("Agent", "#AA3377", ">"),
+    "pooled": ("Pooled", "#DDCC77", "p"),
+    "window": ("Window", "#661100", "d"),
+    "uniform": ("Uniform", "#BBBBBB", "h"),
 }
-_MORE_COLOURS, _MORE_MARKERS = ("#0072B2", "#999999", "#B8A800"), ("X", "*", "<", ">", "h")
+_MORE_COLOURS, _MORE_MARKERS = ("#44AA99", "#7A7A7A", "#999933"), ("*", "H", "8")
+CROWD = 7  # so many mechanisms have a legend; more have their names where their lines end
 _P = ParamSpec("_P")
 
 
@@ -79,10 +88,58 @@ def by_mechanism(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
         yield str(attention), table[table["attention"] == attention]
 
 
+def crowded(table: pd.DataFrame) -> bool:
+    """Whether a table has more mechanisms than one finds in a legend."""
+    return table["attention"].nunique() > CROWD
+
+
 def legend(figure: Figure, table: pd.DataFrame, more: Sequence[Line2D] = ()) -> None:
     """One legend above the panels for the mechanisms of a table, and ``more`` handles after them."""
     looks = [look(str(attention)) for attention in pd.unique(table["attention"])]
     handles = [Line2D([], [], color=colour, marker=marker, label=label) for label, colour, marker in looks]
-    handles += more
-    columns = len(handles) if len(handles) <= 7 else -(-len(handles) // 2)
+    legend_of(figure, [*handles, *more])
+
+
+def legend_of(figure: Figure, handles: Sequence[Line2D]) -> None:
+    """A legend above the panels, of as few rows as fit the width."""
+    rows = -(-len(handles) // CROWD)
+    columns = -(-len(handles) // rows) if rows else 1
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, columnspacing=1.2, handlelength=1.6)
+
+
+def name_ends(axes: Axes, ends: Mapping[str, tuple[float, float, str]]) -> None:
+    """Name lines to the right of a panel, whose limits and scales are set, at the heights where they end.
+
+    Args:
+        axes: the panel.
+        ends: for each mechanism where its line ends, and what is said after its name.
+    """
+    if not ends:
+        return
+    axes.get_xlim(), axes.get_ylim()  # has them computed
+    places = axes.transData.transform([(x, y) for x, y, _ in ends.values()])
+    places = axes.transAxes.inverted().transform(places)
+    heights = _spread(places[:, 1], 0.072)
+    for (attention, (*_, more)), place, height in zip(ends.items(), places, heights, strict=True):
+        label, colour, marker = look(attention)
+        outside: dict[str, Any] = {"color": colour, "transform": axes.transAxes, "clip_on": False}
+        axes.plot([place[0], 1.02, 1.05], [place[1], height, height], linewidth=0.5, **outside)
+        axes.plot(1.05, height, marker, markersize=3.5, **outside)
+        text = f"{label} {more}".rstrip()
+        axes.text(1.075, height, text, color="0.15", transform=axes.transAxes, va="center", fontsize=6.5)
+
+
+def _spread(heights: np.ndarray, gap: float) -> np.ndarray:
+    """Heights as near as can be, by least squares, to those given, from 0 to 1 and at least ``gap`` apart."""
+    order = np.argsort(heights, kind="stable")
+    groups: list[tuple[float, int]] = []  # mean and size of runs that have come together
+    for i, height in enumerate(heights[order]):
+        groups.append((height - gap * i, 1))
+        while len(groups) > 1 and groups[-2][0] > groups[-1][0]:
+            (a, n), (b, m) = groups[-2:]
+            groups[-2:] = [((a * n + b * m) / (n + m), n + m)]
+    lowest = np.repeat([mean for mean, _ in groups], [size for _, size in groups])
+    apart = np.clip(lowest, 0, max(0.0, 1 - gap * (len(heights) - 1))) + gap * np.arange(len(heights))
+    spread = np.empty_like(heights)
+    spread[order] = apart
+    return spread
