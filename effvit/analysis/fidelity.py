@@ -78,8 +78,7 @@ class Variant:
     def build(self, dim: int, num_heads: int, grid: Grid, draw: int, layer: int = 0, depth: int = 1) -> Attention:
         """Build its module for a block, in eval mode, with what is learned set by rule."""
         torch.manual_seed(draw)  # the same features whatever was built before
-        place = {"layer": layer, "depth": depth}
-        module = build_attention(self.attention, dim, num_heads, grid, **place, **self.options).eval()
+        module = build_attention(self.attention, dim, num_heads, grid, layer=layer, depth=depth, **self.options).eval()
         set_untrained(module)
         return module
 

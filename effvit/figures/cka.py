@@ -37,7 +37,7 @@ def cka(table: pd.DataFrame) -> Figure:
         label, colour, _ = look(name)
         centre = (rows[0] + rows[-1]) / 2
         across = axes.secondary_xaxis(-0.045)
-        across.set_xticks([centre], [label], **({"rotation": 40, "ha": "right"} if crowded else {}))
+        across.set_xticks([centre], [label], rotation=40 if crowded else 0, ha="right" if crowded else "center")
         upright = axes.secondary_yaxis(-0.045)
         upright.set_yticks([centre], [label], rotation=0 if crowded else 90, va="center")
         for axis in (across, upright):

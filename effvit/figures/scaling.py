@@ -119,7 +119,8 @@ def _scaling_panel(axes: Axes, rows: pd.DataFrame) -> None:
             ends[attention] = (*last.iloc[0], text)
     _reference_slopes(axes, rows)
     if crowded(rows):
-        return name_ends(axes, ends)
+        name_ends(axes, ends)
+        return
     texts = [("Cheaper than Fused", "black"), ("from [tokens]", "black"), *found] if found else []
     for i, (text, colour) in enumerate(texts):
         shown = axes.text(0.03, 0.97 - 0.065 * i, text, color=colour, transform=axes.transAxes, va="top", fontsize=6.5)
