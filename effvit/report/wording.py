@@ -8,7 +8,7 @@ from effvit.figures.style import look
 
 SPACE = "\N{NO-BREAK SPACE}"
 MINUS = "\N{MINUS SIGN}"
-FEW = 7  # mechanisms that a sentence names
+FEW = 6  # mechanisms that a sentence names
 
 
 def name(attention: str) -> str:
