@@ -10,12 +10,16 @@ _CAPABILITIES = {
 
 def mechanisms() -> None:
     """List the attention mechanisms: name, options with their defaults, capabilities, complexity, paper."""
+    from rich import box
     from rich import print as show
     from rich.table import Column, Table
 
     from effvit.attention import attention_class, available_attention
 
-    table = Table("name and source", Column("options and defaults", min_width=26), "capabilities", "complexity")
+    # Widths of the longest words, so that 80 columns hold them whole.
+    widths = {"name and source": 18, "options and defaults": 21, "capabilities": 14, "complexity": 18}
+    columns = [Column(name, width=width) for name, width in widths.items()]
+    table = Table(*columns, box=box.SIMPLE_HEAD, show_lines=True, pad_edge=False, collapse_padding=True)
     for name in available_attention():
         mechanism = attention_class(name)
         defaults = mechanism.Options().model_dump().items()

@@ -62,7 +62,7 @@ def tradeoff(study: Study, dataset: str) -> Iterator[str]:
     batch = latency["batch_size"].dropna()
     ratios = latency[latency["attention"] != "fused"].dropna(subset=["ratio_to_fused"])
     if len(ratios):
-        listed = w.several(f"{w.name(row['attention'])} {w.beside_fused(row)}" for row in records(ratios))
+        listed = w.ranked(f"{w.name(row['attention'])} {w.beside_fused(row)}" for row in records(_in_order(ratios)))
         where = w.measured_on(records(latency))
         yield f"Latency at batch {batch.iloc[0]:.0f} {where}, timed in turns with Fused: {listed}.{_noise(latency)}"
     yield from _exact_costs(study, dataset)
@@ -81,19 +81,19 @@ def _best(beside: list[Accuracy], latency: pd.DataFrame, n_seeds: int) -> str:
     if kept:
         first, *rest = kept
         accuracy = "more accurate as well" if first.verdict == "better" else f"a loss above {_margin()} excluded"
-        more = f"; likewise {w.several(_faster_by(b, ratios) for b in rest)}" if rest else ""
+        more = f"; likewise {w.ranked(_faster_by(b, ratios) for b in rest)}" if rest else ""
         return (
             f"{w.name(first.attention)}: {w.beside_fused(rows[first.attention])} the latency of Fused, {accuracy} "
             f"({_points(first)}, {w.count(n_seeds, 'seed')}){more}."
         )
     if undecided:
-        listed = w.several(_faster_by(b, ratios) for b in undecided)
+        listed = w.ranked(_faster_by(b, ratios) for b in undecided)
         return (
             f"Faster than Fused: {listed}. Whether that costs more than {_margin()} of accuracy, the data cannot tell "
             f"with {w.count(n_seeds, 'seed')}."
         )
     if unknown:
-        listed = w.several(f"{w.name(b.attention)} ({w.times(ratios[b.attention])})" for b in unknown)
+        listed = w.ranked(f"{w.name(b.attention)} ({w.times(ratios[b.attention])})" for b in unknown)
         return f"Faster than Fused: {listed}. What that costs in accuracy, one seed cannot say."
     if better:
         listed = w.several(f"{w.name(b.attention)} ({w.times(ratios[b.attention])} its latency)" for b in better)
@@ -145,7 +145,7 @@ def _accuracy_range(study: Study, dataset: str) -> Iterator[str]:
 def _accuracy_verdicts(beside: list[Accuracy]) -> Iterator[str]:
     for verdict, text in (("better", "More accurate than Fused"), ("worse", "Less accurate than Fused")):
         if found := [b for b in beside if b.verdict == verdict]:
-            yield f"{text}: {w.several(f'{w.name(b.attention)} ({_points(b)})' for b in found)}."
+            yield f"{text}: {_differences(found)}."
     if tested := [b for b in beside if b.verdict == "one seed" and isfinite(b.p)]:
         differ = [f"{w.name(b.attention)} ({w.points(b.difference)} points)" for b in tested if b.p < _LEVEL]
         says = f"{w.several(differ)} differ{'s' if len(differ) == 1 else ''}" if differ else "none of them differs"
@@ -154,10 +154,18 @@ def _accuracy_verdicts(beside: list[Accuracy]) -> Iterator[str]:
             "(McNemar's exact test, corrected for their number); that says nothing of other trainings."
         )
     if found := [b for b in beside if b.verdict == "no difference shown"]:
-        yield (
-            "No difference in accuracy to Fused is shown for "
-            f"{w.several(f'{w.name(b.attention)} ({_points(b)})' for b in found)}."
-        )
+        yield f"No difference in accuracy to Fused is shown for {_differences(found)}."
+
+
+def _differences(found: list[Accuracy]) -> str:
+    if len(found) > w.FEW:
+        found = sorted(found, key=lambda b: b.difference)
+    return w.ranked(f"{w.name(b.attention)} ({_points(b)})" for b in found)
+
+
+def _in_order(ratios: pd.DataFrame) -> pd.DataFrame:
+    """Rows as they are, or from the cheapest to the dearest where only the ends will be named."""
+    return ratios.sort_values("ratio_to_fused", kind="stable") if len(ratios) > w.FEW else ratios
 
 
 def _points(beside: Accuracy) -> str:
@@ -197,8 +205,8 @@ def _less_and_more(ratios: "pd.Series[float]") -> str:
     for text, group in groups.items():
         if len(group):
             exact = text.startswith("the same")
-            listed = (w.name(str(a)) if exact else f"{w.name(str(a))} ({w.times(r)})" for a, r in group.items())
-            parts.append(f"{text} {w.several(listed)}")
+            listed = (f"{w.name(str(a))} ({w.times(r)})" for a, r in group.items())
+            parts.append(f"{text} {w.names([str(a) for a in group.index]) if exact else w.ranked(listed)}")
     return "; ".join(parts)
 
 

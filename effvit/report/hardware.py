@@ -33,7 +33,7 @@ def _single_images(study: Study, dataset: str) -> Iterator[str]:
 def _judge(rows: pd.DataFrame) -> str:
     verdicts = cost_verdicts(rows)
     others = records(rows[rows["attention"] != "fused"].sort_values("ratio_to_fused", kind="stable"))
-    listed = w.several(f"{w.name(row['attention'])} {w.beside_fused(row)}" for row in others)
+    listed = w.ranked(f"{w.name(row['attention'])} {w.beside_fused(row)}" for row in others)
     faster = [row["attention"] for row in others if verdicts[row["attention"]] == "cheaper"]
     judged = (
         f"{w.names(faster)} {'is' if len(faster) == 1 else 'are'} faster than Fused"
@@ -83,7 +83,7 @@ def _int8(rows: pd.DataFrame) -> Iterator[str]:
 def _beside_fused(rows: pd.DataFrame, prefix: str, runtime: str) -> Iterator[str]:
     known = rows.dropna(subset=[f"{prefix}ratio_to_fused"]).sort_values(f"{prefix}ratio_to_fused", kind="stable")
     if len(known):
-        listed = w.several(f"{w.name(row['attention'])} {w.beside_fused(row, prefix)}" for row in records(known))
+        listed = w.ranked(f"{w.name(row['attention'])} {w.beside_fused(row, prefix)}" for row in records(known))
         yield f"Latency under {runtime}, beside PyTorch's Fused: {listed}."
 
 
@@ -91,7 +91,7 @@ def _gains(rows: pd.DataFrame) -> Iterator[str]:
     gains = rows[rows["onnx_speedup_low"] > 1].sort_values("onnx_speedup", ascending=False, kind="stable")
     if len(gains):
         ends = [f"onnx_speedup{end}" for end in ("", "_low", "_high")]
-        listed = w.several(f"{w.name(row['attention'])} {w.times(*(row[e] for e in ends))}" for row in records(gains))
+        listed = w.ranked(f"{w.name(row['attention'])} {w.times(*(row[e] for e in ends))}" for row in records(gains))
         yield f"Faster there than the same model in PyTorch, by: {listed}."
 
 

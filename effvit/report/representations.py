@@ -38,13 +38,13 @@ def _similarity(cka: pd.DataFrame) -> Iterator[str]:
     if "standard" not in mean:
         yield (
             "Not known: what two trainings of the same function share, which Standard beside Fused would tell, was not "
-            f"measured. Linear CKA with Fused, mean over layers: {w.several(listed.values())}."
+            f"measured. Linear CKA with Fused, mean over layers: {w.ranked(listed.values())}."
         )
     else:
         less = [text for attention, text in listed.items() if other[attention] < mean["standard"]]
         rest = [text for text in listed.values() if text not in less]
         found = (
-            f"less with Fused has {w.several(less)}" if less else "no other mechanism is shown to share less with Fused"
+            f"less with Fused has {w.ranked(less)}" if less else "no other mechanism is shown to share less with Fused"
         )
         yield (
             "Two trainings of the same function, Standard and Fused, share a linear CKA of "
@@ -52,7 +52,7 @@ def _similarity(cka: pd.DataFrame) -> Iterator[str]:
             "is not known."
         )
         if rest:
-            yield f"As much as two trainings of the same function or more: {w.several(rest)}."
+            yield f"As much as two trainings of the same function or more: {w.ranked(rest)}."
     images = int(cka["n_images"].iloc[0])
     yield f"That is one training of each, on {w.count(images, 'image')}."
 
@@ -64,7 +64,7 @@ def _distances(heads: pd.DataFrame) -> Iterator[str]:
     measures = {"distance": ("distance_px", "in pixels", ".1f"), "entropy": ("entropy_nats", "in nats", ".2f")}
     for name, (column, unit, digits) in measures.items():
         mean = heads.groupby("attention", sort=False)[column].mean().sort_values(kind="stable")
-        listed = w.several(f"{w.name(str(a))} {x:{digits}}" for a, x in mean.items())
+        listed = w.ranked(f"{w.name(str(a))} {x:{digits}}" for a, x in mean.items())
         uniform = heads[f"uniform_{column}"].iloc[0]
         yield f"Mean attention {name} over all heads, {unit}: {listed}; uniform attention has {uniform:{digits}}."
 
@@ -84,7 +84,7 @@ def _fidelity(fidelity: pd.DataFrame, replaced: pd.DataFrame) -> Iterator[str]:
         return
     errors = cheaper.groupby(_VARIANT, sort=False, dropna=False)["error"].mean().reset_index()
     best = errors.sort_values("error", kind="stable").drop_duplicates("attention")
-    listed = w.several(f"{w.name(row['attention'])} {w.percent(row['error'])}{_setting(row)}" for row in records(best))
+    listed = w.ranked(f"{w.name(row['attention'])} {w.percent(row['error'])}{_setting(row)}" for row in records(best))
     whose = "q, k, v of the trained Fused" if len(trained) else "random q, k, v"
     dearer = [a for a in pd.unique(rows["attention"]) if a not in set(best["attention"])]
     none = f"; no such size of {w.names(dearer)} was tried" if dearer else ""
@@ -104,7 +104,7 @@ def _replaced(rows: pd.DataFrame) -> Iterator[str]:
     if rows.empty:
         return
     best = rows.sort_values("top1", ascending=False, kind="stable").drop_duplicates("attention")
-    listed = w.several(f"{w.name(row['attention'])} {w.percent(row['top1'])}{_setting(row)}" for row in records(best))
+    listed = w.ranked(f"{w.name(row['attention'])} {w.percent(row['top1'])}{_setting(row)}" for row in records(best))
     fused = w.percent(float(rows["top1_fused"].iloc[0]))
     yield (
         f"Put into the trained Fused ({fused} on {w.count(rows['n_images'].iloc[0], 'image')}) without training "

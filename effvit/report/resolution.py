@@ -52,7 +52,7 @@ def _at(forward: pd.DataFrame, tokens: int) -> str:
     if not found:
         return f"at {tokens:,} tokens none is shown to be faster than Fused"
     verb = "is" if len(found) == 1 else "are"
-    listed = w.several(f"{w.name(row['attention'])} ({w.times(row['ratio_to_fused'])})" for row in found)
+    listed = w.ranked(f"{w.name(row['attention'])} ({w.times(row['ratio_to_fused'])})" for row in found)
     return f"at {tokens:,} tokens {listed} {verb} faster than Fused"
 
 
@@ -75,7 +75,7 @@ def _efficiency(study: Study) -> Iterator[str]:
 def _pays(rows: pd.DataFrame, shortest: int) -> Iterator[str]:
     pays = rows.dropna(subset=["length"]).sort_values("length", kind="stable")
     if len(pays):
-        yield w.several(_length(row, shortest) for row in records(pays))
+        yield w.ranked(_length(row, shortest) for row in records(pays))
     rest = rows[rows["length"].isna()]
     for row in records(rest.dropna(subset=["cheaper_to"])):
         first, last, end = (int(row[key]) for key in ("cheaper_from", "cheaper_to", "measured_to"))
@@ -114,7 +114,9 @@ def length_interval(row: dict[str, Any], shortest: int) -> str:
 def _slopes(rows: pd.DataFrame) -> Iterator[str]:
     parts = []
     for (first, last), group in rows.dropna(subset=["slope"]).groupby(["slope_from", "slope_to"], sort=False):
-        listed = w.several(f"{slope(row, 1)} for {w.name(row['attention'])}" for row in records(group))
+        if len(group) > w.FEW:
+            group = group.sort_values("slope", kind="stable")
+        listed = w.ranked(f"{slope(row, 1)} for {w.name(row['attention'])}" for row in records(group))
         parts.append(f"from {first:,.0f} to {last:,.0f} tokens {listed}")
     if parts:
         yield f"The time of the forward pass grows as a power of the length: {'; '.join(parts)}."

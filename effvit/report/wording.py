@@ -8,6 +8,7 @@ from effvit.figures.style import look
 
 SPACE = "\N{NO-BREAK SPACE}"
 MINUS = "\N{MINUS SIGN}"
+FEW = 6  # mechanisms that a sentence names
 
 
 def name(attention: str) -> str:
@@ -82,9 +83,17 @@ def several(words: Iterable[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
+def ranked(words: Iterable[str]) -> str:
+    """What is said of each mechanism, from least to most: all of it of a few; of many their number and both ends."""
+    every = list(words)
+    if len(every) <= FEW:
+        return several(every)
+    return f"{len(every)} mechanisms, from {every[0]} to {every[-1]}"
+
+
 def names(attentions: Sequence[str]) -> str:
-    """Labels of mechanisms as a list."""
-    return several(name(a) for a in attentions)
+    """Labels of mechanisms as a list; of many their number."""
+    return several(name(a) for a in attentions) if len(attentions) <= FEW else f"{len(attentions)} mechanisms"
 
 
 def _signed(text: str) -> str:

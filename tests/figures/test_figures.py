@@ -1,3 +1,4 @@
+import itertools
 import json
 from io import BytesIO
 from pathlib import Path
@@ -7,12 +8,13 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 from safetensors.numpy import load_file
-from synthetic_study import ATTENTIONS, TOKENS, write_study
+from synthetic_study import ATTENTIONS, FIELD, TOKENS, write_study
 
-from effvit import figures
+from effvit import available_attention, figures
 from effvit.figures.style import look
+from effvit.report.charts import SHAPES
 from effvit.study.aggregate import collect
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -93,11 +95,71 @@ def test_every_figure_can_be_drawn_of_one_mechanism_alone(tables, maps, attentio
 
 
 def test_colours_and_markers_are_distinct_and_a_new_mechanism_has_its_own():
-    looks = [look(a) for a in ATTENTIONS]
-    assert len({colour for _, colour, _ in looks}) == len({marker for *_, marker in looks}) == len(ATTENTIONS)
+    looks = [look(a) for a in FIELD]
+    assert available_attention() == FIELD
+    assert len({colour for _, colour, _ in looks}) == len({marker for *_, marker in looks}) == len(FIELD)
+    assert {marker for *_, marker in looks} <= SHAPES.keys()
     label, colour, marker = look("sparse")
     assert label == "sparse"
     assert colour not in {c for _, c, _ in looks} and marker not in {m for *_, m in looks}
+
+
+# What is left of linear red, green and blue without one kind of cone: Machado et al. 2009, severity 1.
+SEEN_WITH = {
+    "all cones": np.eye(3),
+    "no long": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "no middle": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+}
+TO_XYZ = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+
+
+def lab(colour, cones):
+    """CIE L*a*b* of a colour as somebody sees it."""
+    shown = np.array(to_rgb(colour))
+    rgb = np.where(shown <= 0.04045, shown / 12.92, ((shown + 0.055) / 1.055) ** 2.4)
+    xyz = TO_XYZ @ np.clip(SEEN_WITH[cones] @ rgb, 0, 1) / [0.95047, 1, 1.08883]
+    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("cones", SEEN_WITH)
+def test_the_colour_blind_tell_colours_apart(cones):
+    """A difference of 2.3 is just noticeable side by side; lines and points are thin and apart."""
+    for a, b in itertools.combinations(FIELD, 2):
+        assert np.linalg.norm(lab(look(a)[1], cones) - lab(look(b)[1], cones)) > 14, (a, b)
+
+
+@pytest.fixture(scope="module")
+def field(tmp_path_factory):
+    """Tables of a made-up study of all mechanisms."""
+    study = write_study(tmp_path_factory.mktemp("field"), attentions=FIELD, lengths=(65, 257, 1025))
+    return collect(study, ["digits"], FIELD, [0])
+
+
+def overlaps(figure):
+    """Pairs of texts of one panel that lie over each other, and texts that leave the figure."""
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        texts = [text for text in axes.texts if text.get_text()]
+        boxes = [text.get_window_extent() for text in texts]
+        for (a, box), (b, other) in itertools.combinations(zip(texts, boxes, strict=True), 2):
+            if box.y0 + 1 < other.y1 and other.y0 + 1 < box.y1 and box.x0 < other.x1 and other.x0 < box.x1:
+                yield a.get_text(), b.get_text()
+        for text, box in zip(texts, boxes, strict=True):
+            if not figure.bbox.padded(2).containsx(box.x1) or not figure.bbox.padded(2).containsy(box.y1):
+                yield text.get_text(), "the border"
+
+
+def test_of_many_mechanisms_names_stand_apart_where_lines_end(field):
+    for figure, panels in ((figures.scaling(field.scaling), 4), (figures.training_curves(field.curves), 2)):
+        assert not list(overlaps(figure))
+        named = [
+            {look(a)[0] for a in FIELD for text in axes.texts if text.get_text().split()[0] == look(a)[0]}
+            for axes in figure.axes[:panels]
+        ]
+        assert max(map(len, named)) == len(FIELD)
+        drawn = {label.get_text() for legend in figure.legends for label in legend.get_texts()}
+        assert not drawn & {look(a)[0] for a in FIELD}
 
 
 def test_a_mechanism_has_the_same_colour_in_any_company(tables):
@@ -384,6 +446,7 @@ def test_the_templates_have_the_colours_of_the_figures():
     templates = [path.read_text() for path in TEMPLATES if path.stem != "mechanisms_confusion"]
     assert len(templates) == 5
     for template in templates:
-        places = [template.index(f'"{look(a)[1]}"') for a in ATTENTIONS]
+        places = [template.index(f'"{look(a)[1]}"') for a in FIELD]
         assert places == sorted(places)
         assert [template.index(f'"{i} {a}"') for i, a in enumerate(ATTENTIONS)]
+        assert f"indexof({list(FIELD)}, datum.attention)" in template

@@ -1,13 +1,15 @@
+import re
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic_study import ATTENTIONS, write_study
+from synthetic_study import ATTENTIONS, FIELD, write_study
 from synthetic_tables import drop_optional_tables, optional_tables
 
 from effvit.report import answers, charts, overview
-from effvit.report.compare import cost_verdicts
+from effvit.report import wording as w
+from effvit.report.compare import at_largest_batch, cost_verdicts
 from effvit.report.hardware import constrained_hardware
 from effvit.report.representations import representations
 from effvit.report.resolution import resolution
@@ -461,3 +463,21 @@ def test_times_of_two_machines_are_told_with_both(full):
     )
     note = overview.accuracy_and_cost(replace(full, cost=cost), "digits").note
     assert "on 2 threads of made up in float32 and on NVIDIA H200 in bfloat16" in note
+
+
+def test_of_many_mechanisms_sentences_name_both_ends_alone(tmp_path):
+    write_study(tmp_path / "metrics", attentions=FIELD)
+    aggregate(tmp_path / "metrics", tmp_path / "data", ["digits"], list(FIELD), [0])
+    study = read(tmp_path / "data")
+    sentences = [s for answer in answers.answers(study) for finding in answer.findings for s in finding.sentences]
+    named = {a: w.name(a) for a in FIELD}
+    for sentence in sentences:
+        assert len([name for name in named.values() if re.search(rf"\b{name}\b", sentence)]) <= 8, sentence
+    (latency,) = [s for s in sentences if s.startswith("Latency at batch 64 ")]
+    ratios = at_largest_batch(study.of("cost", "digits"), "latency").set_index("attention")["ratio_to_fused"]
+    ratios = ratios.drop("fused")
+    least, most = (named[which()] for which in (ratios.idxmin, ratios.idxmax))
+    assert f": 11 mechanisms, from {least} {w.times(ratios.min())[:4]}" in latency
+    assert re.search(rf" to {most} {w.times(ratios.max())[:4]}\S* \([^()]*\)\. ", latency)
+    (grows,) = [s for s in sentences if s.startswith("The time of the forward pass grows")]
+    assert re.search(r"12 mechanisms, from 0\.\d .* for Nyströmformer to 1\.\d .* for (Standard|Fused)", grows)
