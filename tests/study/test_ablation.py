@@ -24,7 +24,7 @@ IN_ORDER = ["+".join(chosen) for chosen in SETS]
 
 def model_of(branches):
     torch.manual_seed(0)
-    options = {"window_size": 2, "dilations": [1, 2], "branches": branches}
+    options = {"window_size": 2, "dilations": [1, 2], "branches": branches, "fusion": "gate"}
     size = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
     model = ViT(ViTConfig(image_size=12, **size, attention="hybrid", attention_options=options)).eval()
     for attention in model.attentions():
@@ -78,7 +78,7 @@ def sweep(tmp_path, digits12_dir, monkeypatch):
 
 
 def hybrid(branches):
-    return {"hybrid": {"window_size": 2, "dilations": [1, 2], "branches": branches}}
+    return {"hybrid": {"window_size": 2, "dilations": [1, 2], "branches": branches, "fusion": "gate"}}
 
 
 def test_every_set_of_branches_is_gathered_once_smaller_sets_first(sweep):
