@@ -142,7 +142,7 @@ def digits12(digits12_dir):
 def exported(tmp_path_factory, digits12) -> dict[str, Path]:
     """By mechanism, a directory with a tiny model on 3 x 3 patches, its ``model.onnx`` and ``int8.onnx``.
 
-    Each is made when it is first asked for: that takes seconds.
+    After a mechanism's name may stand ``+value_conv``. Each is made when it is first asked for: that takes seconds.
     """
     import torch
     from mechanisms import FIRST
@@ -153,16 +153,18 @@ def exported(tmp_path_factory, digits12) -> dict[str, Path]:
     from effvit.model.checkpoint import save_model
 
     class Exported(dict[str, Path]):
-        def __missing__(self, attention: str) -> Path:
+        def __missing__(self, name: str) -> Path:
             torch.manual_seed(1)
+            attention, _, more = name.partition("+")
             size = {"image_size": 12, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
             size |= {"intermediate_size": 16, "initializer_range": 0.5}
+            size |= {"value_conv": 3} if more else {}
             config = ViTConfig(**size, attention=attention, attention_options=dict(FIRST)[attention])
             model = ViT(config).eval()
             with torch.no_grad():
                 for parameter in model.parameters():  # none that a graph could do without, as it could without zeros
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
-            self[attention] = directory = tmp_path_factory.mktemp(attention)
+            self[name] = directory = tmp_path_factory.mktemp(attention)
             save_model(model, directory)
             export_onnx(model, directory / "model.onnx", digits12)
             quantize(directory / "model.onnx", directory / "int8.onnx")
