@@ -3,7 +3,7 @@
 # Columns of `dvc exp show` that `make show` leaves out. State stays: a run that failed shows the numbers of its baseline.
 HIDDEN := Created|Executor|.*/|cost|spread|attention|benchmark|dataset|model|scaling|seeds|train
 BRANCHES := [regional],[dilated],[linear],[regional,dilated],[regional,linear],[dilated,linear],[regional,dilated,linear]
-.PHONY: help env study show ablation params quick test lint clean
+.PHONY: help env study show ablation params tables quick test lint clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -32,6 +32,9 @@ ablation: env ## the hybrid with every set of its branches, an experiment each, 
 
 params: env ## compose params.yaml from conf/
 	$(BIN)/python -m stages.params
+
+tables: env ## tables of docs/machines into README.md and docs/choosing.md
+	$(BIN)/python -m stages.tables
 
 lint: env ## format, lint and types
 	$(BIN)/ruff format --check .

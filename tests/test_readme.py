@@ -1,23 +1,144 @@
+"""README.md and docs/: what they show runs, or takes the options given; their numbers are those of the data."""
+
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+import typer.main
+import yaml
+from PIL import Image
 from scipy.stats import gmean
+
+from effvit.attention import available_attention
+from effvit.attention.linformer import LinformerAttention
+from effvit.cli.app import app
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in sorted(ROOT.glob("docs/*.md"))}
+PAGES |= {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")}
 
 
-def block(language, holding):
-    blocks = re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    (found,) = (each for each in blocks if holding in each)
+def blocks(language, text=README):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def block(language, holding, text=README):
+    (found,) = (each for each in blocks(language, text) if holding in each)
     return found
+
+
+def commands(text, program):
+    lines = "".join(blocks("bash", text)).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith(f"{program} ")]
+
+
+def test_readme_has_at_most_200_lines():
+    assert len(README.splitlines()) <= 200
+
+
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if commands(text, "effvit")])
+def test_commands_have_the_options_that_a_page_gives_them(page):
+    cli = typer.main.get_command(app)
+    for name, *arguments in commands(PAGES[page], "effvit"):
+        command = cli.commands[name]
+        arguments = [word for word in arguments if word != "…"]
+        given = command.make_context(name, arguments, resilient_parsing=page == "docs/training.md")
+        assert given.info_name == name
+
+
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if commands(text, "make")])
+def test_make_has_the_targets_that_a_page_names(page):
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert {name for name, *_ in commands(PAGES[page], "make")} <= targets
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/pipeline.md", "docs/hardware.md", "docs/cifar10.md"])
+def test_experiments_set_what_conf_has(page):
+    params = {}
+    for file in (ROOT / "conf").glob("*/*.yaml"):
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        params.setdefault(file.parent.name, {}).update(values)
+    params |= yaml.safe_load((ROOT / "conf/config.yaml").read_text(encoding="utf-8"))
+    settings = re.findall(r"-S '?([\w.]+)=([^'\s`]+)", PAGES[page])
+    assert settings
+    for key, value in settings:
+        group, *rest = key.split(".")
+        if not rest and (ROOT / "conf" / group).is_dir():
+            named = value.strip("[]").split(",")
+            assert [each for each in named if not (ROOT / f"conf/{group}/{each}.yaml").is_file()] in ([], ["mean"])
+            continue
+        found = params
+        for part in [group, *rest]:
+            found = found[part]
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", PAGES[page]):
+        path, _, anchor = target.partition("#")
+        file = ((ROOT / page).parent / path) if path else ROOT / page
+        assert file.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}, target
+
+
+def test_index_lists_every_page():
+    pages = {Path(page).name for page in PAGES if page.startswith("docs/")} - {"index.md"}
+    assert {page for page in pages if f"]({page})" not in PAGES["docs/index.md"]} == set()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/") and "mechanisms" not in page])
+def test_pages_are_short_but_for_tables_and_code(page):
+    text = re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL)
+    assert len(" ".join(line for line in text.splitlines() if not line.lstrip().startswith("|")).split()) <= 1200
+
+
+def test_the_line_that_swaps_attention_runs():
+    pytest.importorskip("timm", reason="not installed: pip install timm")
+    names = {}
+    exec(block("python", "deit_tiny_patch16_224"), names)
+    assert all(isinstance(layer.attn, LinformerAttention) for layer in names["model"].blocks)
+
+
+def test_every_python_block_of_the_readme_is_run():
+    runs = (
+        "deit_tiny_patch16_224",
+        "layers=range(6, 12)",
+        "class MeanAttention",
+    )  # here, in adapters/test_docs.py, below
+    assert [sum(holding in each for holding in runs) for each in blocks("python")] == [1] * len(runs)
+
+
+def test_images_of_ones_own_are_prepared_trained_and_predicted(effvit, tmp_path):
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 24), ("test", 4)):
+        for name, shade in (("dark", 40), ("light", 200)):
+            folder = tmp_path / "photos" / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(rng.normal(shade, 20, (70, 90, 3)), 0, 255).astype("uint8")
+                Image.fromarray(pixels).save(folder / f"{i}.jpg")
+    shutil.copy(tmp_path / "photos/test/light/0.jpg", tmp_path / "photo.jpg")
+    section = README.partition("## Your own images")[2].partition("\n## ")[0]
+    ran = {}
+    for name, *arguments in commands(section, "effvit"):
+        ran[name] = effvit(name, *arguments)
+        assert ran[name].code == 0, ran[name].err
+    assert list(ran) == ["prepare", "train", "evaluate", "predict"]
+    assert json.loads((tmp_path / "runs/photos-test/evaluation.json").read_text(encoding="utf-8"))["top1"] == 1.0
+    assert "light" in ran["predict"].out
 
 
 def test_the_mechanism_that_the_readme_adds_passes_the_tests_that_all_mechanisms_pass(tmp_path):
@@ -25,9 +146,9 @@ def test_the_mechanism_that_the_readme_adds_passes_the_tests_that_all_mechanisms
         shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "effvit/attention/mean.py").write_text(block("python", "class MeanAttention"), encoding="utf-8")
     (tmp_path / "conf/attention/mean.yaml").write_text(block("yaml", "mean: {}"), encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "mean", "-p", "no:cacheprovider"]
+    ((program, *arguments),) = (["pytest", *each] for each in commands(README, "pytest"))
     ran = subprocess.run(
-        [*command, "tests/attention", "tests/measure/test_macs.py"],
+        [sys.executable, "-m", program, "-p", "no:cacheprovider", *arguments],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         capture_output=True,
@@ -38,22 +159,63 @@ def test_the_mechanism_that_the_readme_adds_passes_the_tests_that_all_mechanisms
     assert int(re.search(r"(\d+) passed", ran.stdout)[1]) > 15
 
 
-def test_every_model_that_the_readme_uses_is_trained_before():
+def test_every_model_that_the_commands_use_is_trained_before():
     made = set()
-    for line in block("bash", "effvit prepare --dataset digits").replace("\\\n", " ").splitlines():
+    for line in (
+        block("bash", "effvit prepare --dataset digits", PAGES["docs/commands.md"]).replace("\\\n", " ").splitlines()
+    ):
         assert set(re.findall(r"--model-dir (runs/\S+)", line)) <= made, line
         made |= set(re.findall(r"effvit train .*--output-dir (\S+)", line))
     assert made == {"runs/linformer", "runs/fused"}
 
 
-@pytest.mark.parametrize("file", ["README.md", "docs/cifar10.md"])
-def test_the_tables_of_cifar10_say_what_the_data_say(file):
+def test_the_number_of_mechanisms_is_right():
+    assert len(available_attention()) == 12 and "compare twelve" in README.replace("\n", " ")
+
+
+def test_tables_of_machines_are_those_of_docs_machines():
+    from stages.tables import pages
+
+    for page, text in pages(ROOT).items():
+        assert page.read_text(encoding="utf-8") == text, f"{page.name}: run `make tables`"
+
+
+def test_a_table_of_a_machine_has_its_ratios_and_names_the_fastest(tmp_path):
+    from stages.tables import choice
+
+    rows = [
+        ("model", 224, 197, "fused", 10.4, 1.0, 1.0, 1.0, "ok"),
+        ("model", 224, 197, "pooled", 8.3, 0.8, 0.79, 0.81, "ok"),
+        ("model", 224, 197, "window", None, None, None, None, "out of memory"),
+        ("block", 224, 197, "pooled", 8.3, 0.1, 0.1, 0.1, "ok"),
+    ]
+    columns = [
+        "scope",
+        "image_size",
+        "tokens",
+        "attention",
+        "median",
+        "ratio_to_fused",
+        "ratio_low",
+        "ratio_high",
+        "status",
+    ]
+    table = pd.DataFrame(rows, columns=columns).assign(
+        model="deit_tiny", batch_size=1, machine="A GPU", device="cuda", threads=None, precision="float32"
+    )
+    table.to_csv(tmp_path / "gpu.csv", index=False)
+    lines = choice(tmp_path / "gpu.csv", intervals=True).splitlines()
+    assert lines[0] == "| mechanism | 224 px, 197 tokens |"
+    assert lines[2:5] == ["| `fused` | 1.00 (10 ms) |", "| `pooled` | **0.80** (0.79 to 0.81) |", "| `window` | – |"]
+    assert "A GPU, float32" in lines[6] and "thread" not in lines[6]
+
+
+def test_the_table_of_cifar10_says_what_the_data_say():
     data = ROOT / "docs/cifar10/data"
     accuracy, paired = (pd.read_csv(data / f"{name}.csv").set_index("attention") for name in ("accuracy", "paired"))
     cost = pd.read_csv(data / "cost.csv").set_index(["attention", "quantity", "batch_size"])
-    text = (ROOT / file).read_text(encoding="utf-8")
     for attention, row in accuracy.iterrows():
-        (line,) = re.findall(rf"^\| `{attention}` \| \d.*%.*\|$", text, re.MULTILINE)
+        (line,) = re.findall(rf"^\| `{attention}` \| \d.*%.*\|$", PAGES["docs/cifar10.md"], re.MULTILINE)
         latency = cost.loc[(attention, "latency", 64)]
         memory = cost.loc[(attention, "train_memory", 64), "ratio_to_fused"]
         said = [
@@ -69,9 +231,8 @@ def test_the_tables_of_cifar10_say_what_the_data_say(file):
 
 def test_the_table_of_public_modules_says_what_the_data_say():
     points = pd.read_csv(ROOT / "docs/peers/peers.csv")
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
     for attention, rows in points[points["peer"].notna()].groupby("attention"):
-        (line,) = re.findall(rf"^\| `{attention}` \| (?:timm|`).*\|$", text, re.MULTILINE)
+        (line,) = re.findall(rf"^\| `{attention}` \| (?:timm|`).*\|$", PAGES["docs/peers.md"], re.MULTILINE)
         said = []
         for mode in ("forward", "train"):
             ratios = rows.loc[rows["mode"] == mode, "ratio"]

@@ -19,7 +19,7 @@ def blocks(text, language):
 
 def test_the_readme_swaps_attention():
     pytest.importorskip("timm", reason=TIMM_REASON)
-    section = re.search(r"^## In your own model\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)[1]
+    section = re.search(r"^## Your own model\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)[1]
     (block,) = blocks(section, "python")
     names = {}
     exec(block, names)

@@ -1,0 +1,64 @@
+"""Write the tables of docs/machines into README.md and docs/choosing.md, between their marks: `make tables`."""
+
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- made by `make tables` -->\n", "<!-- end -->"
+MODEL = "deit_tiny"
+
+
+def choice(file: Path, *, intervals: bool) -> str:
+    """Return one machine's table as Markdown: a mechanism per row, an image size per column, and its caption.
+
+    Cells are ratios to `fused`, whose own row has milliseconds; the lowest ratio of a column is bold.
+    """
+    rows = pd.read_csv(file).query(f"scope == 'model' and batch_size == 1 and model == '{MODEL}'")
+    sizes = sorted(set(zip(rows["image_size"], rows["tokens"], strict=True)))
+    fastest = rows.loc[rows.groupby("image_size")["ratio_to_fused"].idxmin(), ["image_size", "attention"]]
+    bold = set(fastest.itertuples(index=False, name=None))
+    cells = {}
+    for row in rows[rows["status"] == "ok"].itertuples():
+        ratio = f"{row.ratio_to_fused:.2f}"
+        if (row.image_size, row.attention) in bold:
+            ratio = f"**{ratio}**"
+        if row.attention == "fused":
+            ratio += f" ({row.median:.0f} ms)"
+        elif intervals:
+            ratio += f" ({row.ratio_low:.2f} to {row.ratio_high:.2f})"
+        cells[row.attention, row.image_size] = ratio
+    header = ["mechanism", *(f"{size} px, {tokens:,} tokens" for size, tokens in sizes)]
+    lines = [header, ["---"] * len(header)]
+    for attention in dict.fromkeys(rows["attention"]):
+        lines.append([f"`{attention}`", *(cells.get((attention, size), "–") for size, _ in sizes)])
+    first = rows.iloc[0]
+    where = first["machine"] if pd.isna(first["threads"]) else f"{first['machine']}, {first['threads']:.0f} threads"
+    caption = (
+        f"Time of one forward pass of {MODEL}, one image, relative to `fused` (lower is faster; bold: fastest). "
+        f"{where}, {first['precision']}, default options, random weights"
+    )
+    caption += ", 95 % intervals of the timing." if intervals else "."
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", caption, ""])
+
+
+def placed(text: str, table: str) -> str:
+    """Return a page with this table between its marks."""
+    before, rest = text.split(BEGIN)
+    return before + BEGIN + table + END + rest.partition(END)[2]
+
+
+def pages(root: Path) -> dict[Path, str]:
+    """Return both pages as they should be: README has the first machine of each device, docs/choosing all."""
+    files = sorted((root / "docs/machines").glob("*.csv"))
+    first = {pd.read_csv(file, usecols=["device"])["device"].iloc[0]: file for file in reversed(files)}
+    shown = {
+        root / "README.md": "\n".join(choice(file, intervals=False) for file in sorted(first.values())),
+        root / "docs/choosing.md": "\n".join(choice(file, intervals=True) for file in files),
+    }
+    return {page: placed(page.read_text(encoding="utf-8"), table) for page, table in shown.items()}
+
+
+if __name__ == "__main__":
+    for page, text in pages(ROOT).items():
+        page.write_text(text, encoding="utf-8")
