@@ -22,7 +22,7 @@ def efficiency_lengths(table: pd.DataFrame) -> Figure:
 
     An arrow to the right stands for "not cheaper up to there", one to the left for "cheaper from the shortest measured
     on"; a dotted line is where it is cheaper in between only; a grey bar is the length at which MACs fall below those
-    of `fused`. A hollow marker was measured beside other work. Batches of one sample.
+    of `fused`. A hollow marker was measured while other programs ran. Batches of one sample.
     """
     table = table[(table["batch"] == "one") & (table["attention"] != "fused")]
     mechanisms = [str(name) for name in pd.unique(table["attention"])]
@@ -39,12 +39,12 @@ def efficiency_lengths(table: pd.DataFrame) -> Figure:
     if table.empty:
         panels[0, 0].text(0.5, 0.5, "Fused alone", transform=panels[0, 0].transAxes, ha="center", color="0.4")
     handles = [Line2D([], [], color="0.3", marker=marker, label=case) for case, marker in _CASES.items()]
-    handles.append(Line2D([], [], color="0.6", marker="|", ls="", markersize=11, mew=2, label="foretold by MACs"))
+    handles.append(Line2D([], [], color="0.6", marker="|", ls="", markersize=11, mew=2, label="predicted from MACs"))
     handles.append(Line2D([], [], color="0.3", marker=">", ls="", label="not up to there"))
     if table["cheaper_to"].notna().any():
         handles.append(Line2D([], [], color="0.3", marker=".", ls=":", label="in between only"))
     if table["contended"].any():
-        handles.append(Line2D([], [], color="0.3", marker="s", mfc="white", ls="", label="beside other work"))
+        handles.append(Line2D([], [], color="0.3", marker="s", mfc="white", ls="", label="other programs ran"))
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), handlelength=1.6)
     return figure
 

@@ -37,12 +37,10 @@ def fidelity(errors: pd.DataFrame, replaced: pd.DataFrame) -> Figure:
     for axes in panels:
         if not axes.lines:
             axes.text(0.5, 0.5, why_empty, transform=axes.transAxes, ha="center", color="0.4")
-        axes.set(xscale="log", xlabel="Mixing [MMACs a block]")
+        axes.set(xscale="log", xlabel="Mixing [MMACs per block]")
         axes.xaxis.set(major_formatter=StrMethodFormatter("{x:g}"), minor_formatter=NullFormatter())
         axes.axvline(exact_macs / 1e6, color="0.3", linestyle=":", linewidth=1, zorder=1)
-    figure.supxlabel(
-        "Marks on the axis are exact, but for rounding; E, F, gates and features are untrained", fontsize=7
-    )
+    figure.supxlabel("Marks on the axis are exact up to rounding; E, F, gates and features are untrained", fontsize=7)
     exact = Line2D([], [], color="0.3", linestyle=":", linewidth=1, label="cost of exact")
     legend(figure, errors, [exact])
     return figure

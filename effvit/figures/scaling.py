@@ -26,7 +26,7 @@ def scaling(table: pd.DataFrame, scope: str = "block", batch: str = "one") -> Fi
 
     A mechanism stands at its ratio to `fused`, timed in turns with it in one process, times what `fused` takes; the
     band is the ratio's 95 % interval. So lines cross where the ratio is 1, whatever disturbed single processes. A
-    hollow marker was measured beside other work. A cross above a panel stands at the first length at which a
+    hollow marker was measured while other programs ran. A cross above a panel stands at the first length at which a
     mechanism was stopped; a star where it becomes cheaper than `fused` for good, with the token count in the corner;
     "only" there says that it is cheaper between these measured lengths, and not at the longest. Where there are many
     mechanisms, names and token counts stand where lines end.
@@ -42,7 +42,7 @@ def scaling(table: pd.DataFrame, scope: str = "block", batch: str = "one") -> Fi
     for line, quantity in zip(panels, ("time", "memory"), strict=True):
         for axes, mode in zip(line, ("forward", "train"), strict=True):
             rows = table[(table["quantity"] == quantity) & (table["mode"] == mode)]
-            _scaling_panel(axes, _beside_fused(rows, 1 / _MIB if quantity == "memory" else 1.0))
+            _scaling_panel(axes, _relative(rows, 1 / _MIB if quantity == "memory" else 1.0))
             stacked.append(_stop_marks(axes, rows))
             axes.set_ylabel(names[quantity])
     for axes, mode in zip(panels[0], modes.values(), strict=True):
@@ -55,7 +55,7 @@ def scaling(table: pd.DataFrame, scope: str = "block", batch: str = "one") -> Fi
     more = [handle for handle in more if handle.get_label() in set(table["status"])]
     more += [Line2D([], [], color="0.7", linestyle=line, label=f"∝ {text}") for text, (_, line) in _GROWTH.items()]
     if table["contended"].any():
-        more.append(Line2D([], [], color="0.4", marker="o", markerfacecolor="white", ls="", label="beside other work"))
+        more.append(Line2D([], [], color="0.4", marker="o", markerfacecolor="white", ls="", label="other programs ran"))
     notes = [_batch_note(table)] if batch == "tokens" else []
     if crowded(table):
         legend_of(figure, more)
@@ -70,7 +70,7 @@ def scaling(table: pd.DataFrame, scope: str = "block", batch: str = "one") -> Fi
 def _batch_note(table: pd.DataFrame) -> str:
     sizes = table.drop_duplicates("tokens").sort_values("tokens")
     listed = ", ".join(f"{n}×{t:,}" for n, t in zip(sizes["batch_size"], sizes["tokens"], strict=True))
-    return f"Batches of about a fixed number of tokens, costs by the sample: {listed}"
+    return f"Batches of about a fixed number of tokens, cost per sample: {listed}"
 
 
 def _apart(tokens: "pd.Series[int]") -> list[int]:
@@ -82,7 +82,7 @@ def _apart(tokens: "pd.Series[int]") -> list[int]:
     return ticks
 
 
-def _beside_fused(rows: pd.DataFrame, unit: float) -> pd.DataFrame:
+def _relative(rows: pd.DataFrame, unit: float) -> pd.DataFrame:
     """Add `cost`, `low` and `high`: ratios to `fused` times its own median; the own median where it has none."""
     fused = rows[(rows["attention"] == "fused") & (rows["status"] == "ok")].set_index("tokens")["median"] * unit
     baseline = rows["tokens"].map(fused).mask(rows["attention"] == "fused")
@@ -101,9 +101,9 @@ def _scaling_panel(axes: Axes, rows: pd.DataFrame) -> None:
         label, colour, marker = look(attention)
         done = mine[mine["status"] == "ok"]
         axes.plot(done["tokens"], done["cost"], color=colour, marker=marker)
-        beside = done[done["contended"]]
+        contended = done[done["contended"]]
         hollow: dict[str, Any] = {"markerfacecolor": "white", "markeredgecolor": colour, "linestyle": ""}
-        axes.plot(beside["tokens"], beside["cost"], marker=marker, **hollow)
+        axes.plot(contended["tokens"], contended["cost"], marker=marker, **hollow)
         axes.fill_between(done["tokens"], done["low"], done["high"], color=colour, alpha=0.15, linewidth=0)
         last = done.dropna(subset="cost")[["tokens", "cost"]].tail(1)
         text = ""

@@ -7,7 +7,7 @@ from math import isfinite
 import pandas as pd
 
 from effvit.report import wording as w
-from effvit.report.compare import Accuracy, accuracies, at_largest_batch, cost_verdicts
+from effvit.report.compare import NO_COMPARISON, Accuracy, accuracies, at_largest_batch, cost_verdicts
 from effvit.report.hardware import constrained_hardware
 from effvit.report.representations import representations
 from effvit.report.resolution import resolution
@@ -19,7 +19,7 @@ _MARGIN = 0.01  # of accuracy: a faster mechanism is recommended where a greater
 
 @dataclass(frozen=True)
 class Answer:
-    """One question; the first sentence of each finding is the answer, the others are what it rests on."""
+    """One question; the first sentence of each finding is the answer, the others support it."""
 
     question: str
     findings: list["Finding"]
@@ -49,72 +49,74 @@ def _per_dataset(study: Study, question: str, say: Callable[[Study, str], Iterat
 
 
 def tradeoff(study: Study, dataset: str) -> Iterator[str]:
-    """Accuracy beside latency, computation and memory, all against `fused`."""
+    """Accuracy, latency, computation and memory, each compared with `fused`."""
     latency = at_largest_batch(study.of("cost", dataset), "latency")
-    beside = accuracies(study, dataset)
-    if not beside:
-        yield "There is no comparison: this needs Fused and at least one other mechanism among those selected."
+    compared = accuracies(study, dataset)
+    if not compared:
+        yield NO_COMPARISON
         yield from _accuracy_range(study, dataset)
         return
-    yield _best(beside, latency, int(study.of("accuracy", dataset)["n_seeds"].iloc[0]))
+    yield _best(compared, latency, int(study.of("accuracy", dataset)["n_seeds"].iloc[0]))
     yield from _accuracy_range(study, dataset)
-    yield from _accuracy_verdicts(beside)
+    yield from _accuracy_verdicts(compared)
     batch = latency["batch_size"].dropna()
     ratios = latency[latency["attention"] != "fused"].dropna(subset=["ratio_to_fused"])
     if len(ratios):
-        listed = w.ranked(f"{w.name(row['attention'])} {w.beside_fused(row)}" for row in records(_in_order(ratios)))
+        listed = w.ranked(
+            f"{w.name(row['attention'])} {w.relative_to_fused(row)}" for row in records(_in_order(ratios))
+        )
         where = w.measured_on(records(latency))
         yield f"Latency at batch {batch.iloc[0]:.0f} {where}, timed in turns with Fused: {listed}.{_noise(latency)}"
     yield from _exact_costs(study, dataset)
 
 
-def _best(beside: list[Accuracy], latency: pd.DataFrame, n_seeds: int) -> str:
+def _best(compared: list[Accuracy], latency: pd.DataFrame, n_seeds: int) -> str:
     verdicts = cost_verdicts(latency)
     rows = by_attention(latency)
     ratios = {attention: row["ratio_to_fused"] for attention, row in rows.items()}
-    cheaper = [b for b in beside if verdicts.get(b.attention) == "cheaper"]
+    cheaper = [b for b in compared if verdicts.get(b.attention) == "cheaper"]
     faster = sorted(cheaper, key=lambda b: ratios[b.attention])
     kept = [b for b in faster if b.verdict == "better" or (b.verdict == "no difference shown" and b.low >= -_MARGIN)]
     undecided = [b for b in faster if b.verdict == "no difference shown" and b not in kept]
     unknown = [b for b in faster if b.verdict == "one seed"]
-    better = [b for b in beside if b.verdict == "better" and b not in faster]
+    better = [b for b in compared if b.verdict == "better" and b not in faster]
     if kept:
         first, *rest = kept
-        accuracy = "more accurate as well" if first.verdict == "better" else f"a loss above {_margin()} excluded"
-        more = f"; likewise {w.ranked(_faster_by(b, ratios) for b in rest)}" if rest else ""
+        accuracy = "more accurate as well" if first.verdict == "better" else f"a loss of more than {_margin()} excluded"
+        more = f"; the same holds for {w.ranked(_faster_by(b, ratios) for b in rest)}" if rest else ""
         return (
-            f"{w.name(first.attention)}: {w.beside_fused(rows[first.attention])} the latency of Fused, {accuracy} "
+            f"{w.name(first.attention)}: {w.relative_to_fused(rows[first.attention])} the latency of Fused, {accuracy} "
             f"({_points(first)}, {w.count(n_seeds, 'seed')}){more}."
         )
     if undecided:
         listed = w.ranked(_faster_by(b, ratios) for b in undecided)
         return (
-            f"Faster than Fused: {listed}. Whether that costs more than {_margin()} of accuracy, the data cannot tell "
-            f"with {w.count(n_seeds, 'seed')}."
+            f"Faster than Fused: {listed}. With {w.count(n_seeds, 'seed')} the data cannot tell whether that costs "
+            f"more than {_margin()} of accuracy."
         )
     if unknown:
         listed = w.ranked(f"{w.name(b.attention)} ({w.times(ratios[b.attention])})" for b in unknown)
-        return f"Faster than Fused: {listed}. What that costs in accuracy, one seed cannot say."
+        return f"Faster than Fused: {listed}. One seed cannot show what that costs in accuracy."
     if better:
         listed = w.several(f"{w.name(b.attention)} ({w.times(ratios[b.attention])} its latency)" for b in better)
-        return f"None is both faster and as accurate as Fused; more accurate, for more time, is {listed}."
+        return f"None is both faster than Fused and as accurate. More accurate but not faster: {listed}."
     faster_text = (
         f"{w.names([b.attention for b in faster])} saves time and loses accuracy"
         if faster
-        else "none is faster beyond the noise of the timing"
+        else "none is faster beyond timing noise"
         if verdicts
         else "no latency was measured"
     )
     seeds = (
-        "one seed ranks no two mechanisms by accuracy"
-        if all(b.verdict == "one seed" for b in beside)
+        "one seed cannot rank accuracies"
+        if all(b.verdict == "one seed" for b in compared)
         else "none is shown to be more accurate"
     )
-    return f"None is shown to beat Fused here: {faster_text}, and {seeds}."
+    return f"No mechanism is shown to beat Fused here: {faster_text}, and {seeds}."
 
 
-def _faster_by(beside: Accuracy, ratios: dict[str, float]) -> str:
-    return f"{w.name(beside.attention)} ({w.times(ratios[beside.attention])}; {_points(beside)})"
+def _faster_by(compared: Accuracy, ratios: dict[str, float]) -> str:
+    return f"{w.name(compared.attention)} ({w.times(ratios[compared.attention])}; {_points(compared)})"
 
 
 def _margin() -> str:
@@ -135,25 +137,26 @@ def _accuracy_range(study: Study, dataset: str) -> Iterator[str]:
     apart = (high["top1"] - low["top1"]) * n
     if seeds == 1:
         yield (
-            f"{text}: {w.count(apart, 'image')} apart, from one seed each. Another seed may well turn that round, so "
-            "these accuracies rank nothing."
+            f"{text}: {w.count(apart, 'image')} apart. With one seed each this is no ranking: another seed may reverse "
+            "the order."
         )
     else:
         yield f"{text}, means over {seeds} seeds: {w.count(apart, 'image')} apart."
 
 
-def _accuracy_verdicts(beside: list[Accuracy]) -> Iterator[str]:
+def _accuracy_verdicts(compared: list[Accuracy]) -> Iterator[str]:
     for verdict, text in (("better", "More accurate than Fused"), ("worse", "Less accurate than Fused")):
-        if found := [b for b in beside if b.verdict == verdict]:
+        if found := [b for b in compared if b.verdict == verdict]:
             yield f"{text}: {_differences(found)}."
-    if tested := [b for b in beside if b.verdict == "one seed" and isfinite(b.p)]:
+    if tested := [b for b in compared if b.verdict == "one seed" and isfinite(b.p)]:
         differ = [f"{w.name(b.attention)} ({w.points(b.difference)} points)" for b in tested if b.p < _LEVEL]
-        says = f"{w.several(differ)} differ{'s' if len(differ) == 1 else ''}" if differ else "none of them differs"
-        yield (
-            f"Image by image, as the trained models that they are, {says} from Fused beyond chance "
-            "(McNemar's exact test, corrected for their number); that says nothing of other trainings."
+        says = (
+            f"the accuracy difference to Fused is significant for {w.several(differ)}"
+            if differ
+            else "no accuracy difference to Fused is significant"
         )
-    if found := [b for b in beside if b.verdict == "no difference shown"]:
+        yield f"For these trained models, {says} (McNemar, Holm-corrected). Other seeds may differ."
+    if found := [b for b in compared if b.verdict == "no difference shown"]:
         yield f"No difference in accuracy to Fused is shown for {_differences(found)}."
 
 
@@ -164,13 +167,13 @@ def _differences(found: list[Accuracy]) -> str:
 
 
 def _in_order(ratios: pd.DataFrame) -> pd.DataFrame:
-    """Rows as they are, or from the cheapest to the dearest where only the ends will be named."""
+    """Rows unchanged, or from the cheapest to the most expensive if only the ends will be named."""
     return ratios.sort_values("ratio_to_fused", kind="stable") if len(ratios) > w.FEW else ratios
 
 
-def _points(beside: Accuracy) -> str:
-    interval = f", {w.points(beside.low)} to {w.points(beside.high)}" if isfinite(beside.low) else ""
-    return f"{w.points(beside.difference)} points{interval}"
+def _points(compared: Accuracy) -> str:
+    interval = f", {w.points(compared.low)} to {w.points(compared.high)}" if isfinite(compared.low) else ""
+    return f"{w.points(compared.difference)} points{interval}"
 
 
 def _noise(latency: pd.DataFrame) -> str:
@@ -179,15 +182,15 @@ def _noise(latency: pd.DataFrame) -> str:
         return ""
     (row,) = records(own)
     return (
-        f" Fused beside itself gives {w.ratio(row['ratio_low'])} to {w.ratio(row['ratio_high'])}: "
-        "a ratio whose interval overlaps that is not called a difference."
+        f" Fused timed against itself gives {w.ratio(row['ratio_low'])} to {w.ratio(row['ratio_high'])}: "
+        "a ratio whose interval overlaps that does not count as a difference."
     )
 
 
 def _exact_costs(study: Study, dataset: str) -> Iterator[str]:
     accuracy = study.of("accuracy", dataset).set_index("attention")
     macs = accuracy["gmacs"] / accuracy["gmacs"]["fused"]
-    yield f"Multiply-adds of the whole model, exact: {_less_and_more(macs)}."
+    yield f"Exact multiply-adds of the whole model: {_less_and_more(macs)}."
     memory = at_largest_batch(study.of("cost", dataset), "train_memory").dropna(subset=["ratio_to_fused"])
     if len(memory):
         ratios = memory.set_index("attention")["ratio_to_fused"]
@@ -197,23 +200,23 @@ def _exact_costs(study: Study, dataset: str) -> Iterator[str]:
 def _less_and_more(ratios: "pd.Series[float]") -> str:
     ratios = ratios.drop("fused", errors="ignore").sort_values(kind="stable")
     groups = {
-        "less than Fused": ratios[ratios <= 0.99],
-        "the same within 1" + w.SPACE + "%": ratios[(ratios > 0.99) & (ratios < 1.01)],
-        "more": ratios[ratios >= 1.01],
+        "less than Fused:": ratios[ratios <= 0.99],
+        "equal within 1" + w.SPACE + "%:": ratios[(ratios > 0.99) & (ratios < 1.01)],
+        "more:": ratios[ratios >= 1.01],
     }
     parts = []
     for text, group in groups.items():
         if len(group):
-            exact = text.startswith("the same")
+            exact = text.startswith("equal")
             listed = (f"{w.name(str(a))} ({w.times(r)})" for a, r in group.items())
             parts.append(f"{text} {w.names([str(a) for a in group.index]) if exact else w.ranked(listed)}")
     return "; ".join(parts)
 
 
 def hybrid(study: Study, dataset: str) -> Iterator[str]:
-    """What windows beside linear attention are worth: accuracy, cost, and which branch the gate prefers."""
+    """What windows add to linear attention: accuracy, cost, and which branch the gate prefers."""
     if "hybrid" not in study.attentions:
-        yield "Not asked: the hybrid is not among the mechanisms selected."
+        yield "The hybrid is not among the selected mechanisms."
         return
     found = [b for b in accuracies(study, dataset) if b.attention == "hybrid"]
     if found:
@@ -221,23 +224,23 @@ def hybrid(study: Study, dataset: str) -> Iterator[str]:
         latency = by_attention(at_largest_batch(study.of("cost", dataset), "latency"))["hybrid"]
         if isfinite(latency["ratio_to_fused"]):
             at = f"at batch {latency['batch_size']:.0f} {w.measured_on([latency])}"
-            yield f"It takes {w.beside_fused(latency)} the latency of Fused {at}."
+            yield f"It takes {w.relative_to_fused(latency)} the latency of Fused {at}."
     else:
-        yield "There is nothing to hold it against: Fused is not among the mechanisms selected."
+        yield "There is no comparison: Fused is not among the selected mechanisms."
     gates = study.of("gates", dataset)
     gates = gates[gates["attention"] == "hybrid"]
     if gates.empty:
-        yield "How its gate divides the tokens between its branches was not measured."
+        yield "No shares of its branches were measured; with fusion=heads there is no gate to measure."
     else:
         yield from _gates(gates)
-    yield "What each set of its branches is worth is measured apart, by make ablation (docs/hardware.md)."
+    yield "Every set of its branches is compared by make ablation (docs/hardware.md)."
 
 
 def _gates(gates: pd.DataFrame) -> Iterator[str]:
     # Of the last block's output the class token alone is read, which the gate does not touch: it has no gradient.
     *trained, last = sorted(gates["layer"].unique())
     if not trained:
-        yield f"Its one gate, in block {last}, is not trained: the class token alone is read, which it does not touch."
+        yield f"Its one gate, in block {last}, is not trained: it does not touch the class token, which alone is read."
         return
     for layer in dict.fromkeys((trained[0], trained[-1])):
         rows = records(gates[gates["layer"] == layer])
@@ -246,13 +249,13 @@ def _gates(gates: pd.DataFrame) -> Iterator[str]:
         yield f"In {which} its gate gives {shares}."
 
 
-def _hybrid_accuracy(beside: Accuracy, n: int) -> str:
-    if beside.verdict == "one seed":
-        images = abs(beside.difference) * n
-        way = "more" if beside.difference > 0 else "fewer"
+def _hybrid_accuracy(compared: Accuracy, n: int) -> str:
+    if compared.verdict == "one seed":
+        images = abs(compared.difference) * n
+        way = "more" if compared.difference > 0 else "fewer"
         differ = f"{w.count(images, 'image')} of {n:,} {way} right than" if round(images) else "as many images right as"
-        return f"Not shown to add accuracy: with one seed it gets {differ} Fused, which says nothing."
+        return f"Not shown to add accuracy: with one seed it gets {differ} Fused, which proves nothing."
     adds = {"better": "It adds accuracy", "worse": "It costs accuracy"}.get(
-        beside.verdict, "No difference in accuracy to Fused is shown"
+        compared.verdict, "No difference in accuracy to Fused is shown"
     )
-    return f"{adds}: {_points(beside)}."
+    return f"{adds}: {_points(compared)}."

@@ -31,10 +31,10 @@ SHAPES = {  # the markers of matplotlib as SVG paths from -1 to 1
     "8": "M-0.41,-1L0.41,-1L1,-0.41L1,0.41L0.41,1L-0.41,1L-1,0.41L-1,-0.41Z",
 }
 _MIB = 2**20
-_BY_SEED = "Bars: 95\N{NO-BREAK SPACE}% interval over seeds; of a latency, that of the ratio."
+_BY_SEED = "Bars: 95\N{NO-BREAK SPACE}% interval over seeds. For latency: interval of the ratio."
 _BY_IMAGE = (
-    "Bars: 95\N{NO-BREAK SPACE}% interval of each trained model over test images (Wilson), as there is one seed: "
-    "training varies besides; of a latency, that of the ratio."
+    "Bars: 95\N{NO-BREAK SPACE}% interval of each trained model over test images (Wilson), with one seed; "
+    "it does not include seed-to-seed variation. For latency: interval of the ratio."
 )
 _TITLE = {"anchor": "start", "fontSize": 12, "fontWeight": "normal"}
 _ORDER = ["block", "model", "one", "tokens", *QUANTITIES, *PASSES]
@@ -126,11 +126,11 @@ def scaling(study: Study) -> Chart:
         label = f"{QUANTITIES.get(quantity, quantity).capitalize()}, {PASSES.get(mode, mode).split(' ', 1)[-1]}"
         if several:
             label += f" – {scope}, {'one sample' if batch == 'one' else 'a batch of equal tokens'}"
-        specs[label] = _scaling_spec(_beside_fused(measured[key]), quantity, f"{label} against sequence length")
+        specs[label] = _scaling_spec(_relative(measured[key]), quantity, f"{label} against sequence length")
     return Chart("scaling", "Cost against sequence length", "Cost", specs)
 
 
-def _beside_fused(rows: pd.DataFrame) -> pd.DataFrame:
+def _relative(rows: pd.DataFrame) -> pd.DataFrame:
     unit = _MIB if (rows["quantity"] == "memory").all() else 1
     fused = rows[rows["attention"] == "fused"].drop_duplicates("tokens").set_index("tokens")["median"]
     baseline = rows["tokens"].map(fused).mask(rows["attention"] == "fused")
@@ -145,16 +145,16 @@ def _scaling_spec(rows: pd.DataFrame, quantity: str, description: str) -> dict[s
     x = _axis("tokens", "Sequence length [tokens]", {"type": "log", "nice": False}, values=ticks, format=",")
     y = _axis("cost", f"{name} [{unit}]", {"type": "log", "nice": False}, format="~g")
     others = rows["attention"] != "fused"
-    beside = [w.times(a, b, c) if o and a == a else "–" for o, a, b, c in zip(others, *_ratios(rows), strict=True)]
+    ratios = [w.times(a, b, c) if o and a == a else "–" for o, a, b, c in zip(others, *_ratios(rows), strict=True)]
     data = _named(rows).assign(
         length=[f"{n:,} tokens" for n in rows["tokens"]],
         shown=[f"{w.ratio(c)} {unit}" for c in rows["cost"]],
-        beside=beside,
+        ratio=ratios,
     )
-    tips = {"label": "Mechanism", "length": "Length", "shown": name, "beside": "Beside Fused"}
+    tips = {"label": "Mechanism", "length": "Length", "shown": name, "ratio": "Relative to Fused"}
     busy = bool(rows["contended"].any())
     if busy:
-        data["contended"] = ["beside other work" if c else "alone" for c in rows["contended"]]
+        data["contended"] = ["while other programs ran" if c else "alone" for c in rows["contended"]]
         tips["contended"] = "Measured"
     band = {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "color": _colour(rows)}
     points = _points(rows, tips)
@@ -170,10 +170,12 @@ def _scaling_spec(rows: pd.DataFrame, quantity: str, description: str) -> dict[s
     if not busy:
         return _chart(data.drop(columns="contended", errors="ignore"), layers, description, 380)
     layers[-1]["encoding"]["fillOpacity"] = {
-        "condition": {"test": "datum.contended == 'beside other work'", "value": 0},
+        "condition": {"test": "datum.contended == 'while other programs ran'", "value": 0},
         "value": 0.3,
     }
-    return _chart(data, layers, description, 380) | {"title": _TITLE | {"text": "Hollow: measured beside other work"}}
+    return _chart(data, layers, description, 380) | {
+        "title": _TITLE | {"text": "Hollow: measured while other programs ran"}
+    }
 
 
 def _ratios(rows: pd.DataFrame) -> list[list[float]]:
@@ -212,7 +214,7 @@ def _points(rows: pd.DataFrame, tips: dict[str, str]) -> dict[str, Any]:
 
 def _chart(data: pd.DataFrame, layers: list[dict[str, Any]], description: str, height: int) -> dict[str, Any]:
     columns = ["attention", "label", "tokens", "cost", "low", "high", "top1", "top1_low", "top1_high"]
-    columns += ["accuracy", "length", "shown", "beside", "contended"]
+    columns += ["accuracy", "length", "shown", "ratio", "contended"]
     rows = records(data[[c for c in columns if c in data]])
     values = [{column: None if pd.isna(value) else value for column, value in row.items()} for row in rows]
     font = {"labelFontSize": 12, "titleFontSize": 13, "titleFontWeight": "normal", "gridColor": "#e8e8e8"}

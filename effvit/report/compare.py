@@ -8,6 +8,7 @@ import pandas as pd
 
 from effvit.report.tables import Study, by_attention
 
+NO_COMPARISON = "There is no comparison: it needs Fused and at least one other selected mechanism."
 _EQUAL = 0.01  # exact costs (MACs, bytes) that differ by less are as good as the same
 
 
@@ -28,7 +29,7 @@ class Accuracy:
 
 
 def accuracies(study: Study, dataset: str) -> list[Accuracy]:
-    """Every mechanism but `fused` beside it; paired over seeds where that is known, by disjoint intervals otherwise."""
+    """Compare every mechanism with `fused`: paired over seeds where that is known, by disjoint intervals otherwise."""
     rows = by_attention(study.of("accuracy", dataset))
     fused = rows.pop("fused", None)
     if fused is None:
@@ -53,13 +54,13 @@ def _by_intervals(row: dict[str, Any], fused: dict[str, Any]) -> str:
 
 
 def cost_verdicts(rows: pd.DataFrame) -> dict[str, str]:
-    """``cheaper``, ``dearer`` or ``no difference shown`` by mechanism, `fused` and what was not measured left out.
+    """``cheaper``, ``more expensive`` or ``no difference shown`` by mechanism, without `fused` and what is unknown.
 
-    A measured ratio counts where its interval neither holds 1 nor overlaps that of `fused` timed against itself; an
-    exact one (without an interval) where it is 1 % away from 1.
+    A measured ratio counts if its interval neither contains 1 nor overlaps that of `fused` timed against itself; an
+    exact one (without an interval) if it is 1 % away from 1.
 
     Args:
-        rows: one a mechanism, with the ratio to `fused` and its interval.
+        rows: one per mechanism, with the ratio to `fused` and its interval.
     """
     table = by_attention(rows)
     own = table.pop("fused", {})
@@ -71,8 +72,8 @@ def cost_verdicts(rows: pd.DataFrame) -> dict[str, str]:
             continue
         measured = isfinite(row["ratio_low"])
         low, high = _bounds(row, _EQUAL)
-        cheaper, dearer = high < (floor if measured else 1.0), low > (ceiling if measured else 1.0)
-        verdicts[attention] = "cheaper" if cheaper else "dearer" if dearer else "no difference shown"
+        cheaper, costlier = high < (floor if measured else 1.0), low > (ceiling if measured else 1.0)
+        verdicts[attention] = "cheaper" if cheaper else "more expensive" if costlier else "no difference shown"
     return verdicts
 
 
@@ -84,7 +85,7 @@ def _bounds(row: dict[str, Any], margin: float) -> tuple[float, float]:
 
 
 def at_largest_batch(rows: pd.DataFrame, quantity: str) -> pd.DataFrame:
-    """One row a mechanism: the quantity at the largest batch that it was measured at."""
+    """One row per mechanism: the quantity at the largest batch measured."""
     found = rows[rows["quantity"] == quantity].sort_values("batch_size", kind="stable")
     order = pd.unique(rows["attention"])
     return found.drop_duplicates("attention", keep="last").set_index("attention").reindex(order).reset_index()

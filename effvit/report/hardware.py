@@ -1,4 +1,4 @@
-"""What one thread, one image at a time, and eight bits do to each mechanism."""
+"""Each mechanism on one thread, one image at a time, and with eight-bit weights."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ from effvit.report.tables import Study, records
 
 
 def constrained_hardware(study: Study, dataset: str) -> Iterator[str]:
-    """From the table of exported models; what it does not know is not spoken of."""
+    """From the table of exported models; what it lacks is left out."""
     rows = study.of("hardware", dataset)
     if rows.empty:
         yield "Not measured: no model was exported, quantised or timed on one thread."
@@ -27,27 +27,27 @@ def _single_images(study: Study, dataset: str) -> Iterator[str]:
     cost = study.of("cost", dataset)
     rows = cost[(cost["quantity"] == "latency") & (cost["batch_size"] == 1)].dropna(subset=["ratio_to_fused"])
     if {"fused"} < set(rows["attention"]):
-        yield f"The nearest to it, one image at a time {w.measured_on(records(rows))}: {_judge(rows)}"
+        yield f"Closest measurement, one image at a time {w.measured_on(records(rows))}: {_judge(rows)}"
 
 
 def _judge(rows: pd.DataFrame) -> str:
     verdicts = cost_verdicts(rows)
     others = records(rows[rows["attention"] != "fused"].sort_values("ratio_to_fused", kind="stable"))
-    listed = w.ranked(f"{w.name(row['attention'])} {w.beside_fused(row)}" for row in others)
+    listed = w.ranked(f"{w.name(row['attention'])} {w.relative_to_fused(row)}" for row in others)
     faster = [row["attention"] for row in others if verdicts[row["attention"]] == "cheaper"]
     judged = (
         f"{w.names(faster)} {'is' if len(faster) == 1 else 'are'} faster than Fused"
         if faster
         else "none is faster than Fused"
     )
-    return f"{judged}; latency beside it: {listed}."
+    return f"{judged}; latency relative to Fused: {listed}."
 
 
 def _latency(rows: pd.DataFrame) -> str:
     known = rows.dropna(subset=["ratio_to_fused"])
     if {"fused"} < set(known["attention"]):
         return f"One image at a time {w.measured_on(records(known))}: {_judge(known)}"
-    return "How fast they are on one thread beside Fused was not measured."
+    return "Latency on one thread relative to Fused was not measured."
 
 
 def _onnx(rows: pd.DataFrame) -> Iterator[str]:
@@ -56,7 +56,7 @@ def _onnx(rows: pd.DataFrame) -> Iterator[str]:
     if len(exported):
         worst = rounded_up(exported["onnx_error"].max())
         yield f"Exported to ONNX: {w.names(list(exported['attention']))}, outputs within {worst} of PyTorch's."
-        yield from _beside_fused(rows, "onnx_", "onnxruntime")
+        yield from _relative(rows, "onnx_", "onnxruntime")
         yield from _gains(rows)
     if len(missing):
         yield f"Not exported to ONNX: {w.names(list(missing['attention']))}."
@@ -77,14 +77,14 @@ def _int8(rows: pd.DataFrame) -> Iterator[str]:
     else:
         text = f"none gets fewer of {n:,} {split} images right"
     yield f"An ONNX file with eight-bit weights is {w.times(smaller)} the size of PyTorch's weights; {text}."
-    yield from _beside_fused(rows, "int8_", "onnxruntime with eight-bit weights")
+    yield from _relative(rows, "int8_", "onnxruntime with eight-bit weights")
 
 
-def _beside_fused(rows: pd.DataFrame, prefix: str, runtime: str) -> Iterator[str]:
+def _relative(rows: pd.DataFrame, prefix: str, runtime: str) -> Iterator[str]:
     known = rows.dropna(subset=[f"{prefix}ratio_to_fused"]).sort_values(f"{prefix}ratio_to_fused", kind="stable")
     if len(known):
-        listed = w.ranked(f"{w.name(row['attention'])} {w.beside_fused(row, prefix)}" for row in records(known))
-        yield f"Latency under {runtime}, beside PyTorch's Fused: {listed}."
+        listed = w.ranked(f"{w.name(row['attention'])} {w.relative_to_fused(row, prefix)}" for row in records(known))
+        yield f"Latency under {runtime}, relative to Fused in PyTorch: {listed}."
 
 
 def _gains(rows: pd.DataFrame) -> Iterator[str]:
@@ -92,7 +92,7 @@ def _gains(rows: pd.DataFrame) -> Iterator[str]:
     if len(gains):
         ends = [f"onnx_speedup{end}" for end in ("", "_low", "_high")]
         listed = w.ranked(f"{w.name(row['attention'])} {w.times(*(row[e] for e in ends))}" for row in records(gains))
-        yield f"Faster there than the same model in PyTorch, by: {listed}."
+        yield f"Speed relative to the same model in PyTorch: {listed}."
 
 
 def _memory(rows: pd.DataFrame) -> Iterator[str]:

@@ -25,7 +25,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table that can be sorted; without rows it says so instead."""
+    """A table that can be sorted; without rows it says so."""
 
     title: str
     columns: list[str]
@@ -59,7 +59,7 @@ def mechanism(attention: str) -> Cell:
 
 
 def accuracy_and_cost(study: Study, dataset: str) -> Table:
-    """Every mechanism of one data set: what it gets right, and what that takes."""
+    """Every mechanism of one data set: accuracy and cost."""
     cost = study.of("cost", dataset)
     latency, step, memory = (by_attention(at_largest_batch(cost, q)) for q in ("latency", "train_step", "train_memory"))
     one = by_attention(cost[(cost["quantity"] == "latency") & (cost["batch_size"] == 1)])
@@ -74,7 +74,7 @@ def accuracy_and_cost(study: Study, dataset: str) -> Table:
             number(row["parameters"], partial(_marked, fused=fused)),
             number(row["gmacs"] * 1e3, lambda x: f"{x:,.2f}" if x < 100 else f"{x:,.0f}"),
             _ratio(one.get(attention)),
-            number(_beside(attention, one.get(attention), baseline), w.milliseconds),
+            number(_time(attention, one.get(attention), baseline), w.milliseconds),
             _ratio(latency[attention]),
             _ratio(step[attention]),
             number(memory[attention]["median"], w.size),
@@ -87,14 +87,14 @@ def accuracy_and_cost(study: Study, dataset: str) -> Table:
     columns += [f"Training memory{batch}", "Memory × Fused"]
     note = (
         f"Measured {w.measured_on(records(cost))}. "
-        f"Ratios were timed in turns with Fused in one process; in brackets their 95{w.SPACE}% interval. Fused beside "
-        "itself is the noise of the timing. Latency in ms: the ratio times what Fused took."
+        f"Ratios were timed in turns with Fused in one process; in brackets their 95{w.SPACE}% interval. Fused "
+        "against itself shows the timing noise. Latency in ms: the ratio times the latency of Fused."
     )
     return Table("Accuracy and cost", columns, rows, note)
 
 
 def fine_tuning(study: Study, dataset: str) -> Table | None:
-    """What fine-tuning makes of models that start from the same trained weights; None where none of them does."""
+    """Accuracy before and after fine-tuning from trained weights; None if no model started from any."""
     accuracy = study.of("accuracy", dataset)
     if not accuracy["val_before"].notna().any():
         return None
@@ -102,7 +102,7 @@ def fine_tuning(study: Study, dataset: str) -> Table | None:
         [mechanism(row["attention"]), _percent(row["val_before"]), _percent(row["val_after"])]
         for row in records(accuracy)
     ]
-    note = "Before: the trained weights with this mechanism in place, and nothing trained. After: the best epoch."
+    note = "Before: the trained weights with this mechanism swapped in, without training. After: the best epoch."
     return Table("Validation accuracy before and after fine-tuning", ["Mechanism", "Before", "After"], rows, note)
 
 
@@ -111,17 +111,21 @@ def _percent(share: float) -> Cell:
 
 
 def _marked(parameters: float, fused: float | None) -> str:
-    """A count that differs by more than a tenth from `fused`'s says by how much."""
+    """A count, with the difference to `fused` if that is more than a tenth."""
     differs = fused and abs(parameters / fused - 1) > 0.1
     return f"{parameters:,.0f}" + (f" ({parameters / fused - 1:+.0%})" if differs and fused else "")
 
 
 def _ratio(row: dict[str, Any] | None, runtime: str = "") -> Cell:
-    return Cell("–") if row is None else number(row[f"{runtime}ratio_to_fused"], lambda _: w.beside_fused(row, runtime))
+    return (
+        Cell("–")
+        if row is None
+        else number(row[f"{runtime}ratio_to_fused"], lambda _: w.relative_to_fused(row, runtime))
+    )
 
 
-def _beside(attention: str, row: dict[str, Any] | None, fused: float) -> float:
-    """Times of different processes do not compare: one is shown as its ratio to `fused` times what `fused` took."""
+def _time(attention: str, row: dict[str, Any] | None, fused: float) -> float:
+    """Times of different processes cannot be compared, so this is the ratio to `fused` times the time of `fused`."""
     if row is None or not isfinite(fused):
         return nan
     return fused if attention == "fused" else row["ratio_to_fused"] * fused
@@ -154,12 +158,12 @@ def efficiency(study: Study) -> Table:
             ]
         )
     what = [f"{QUANTITIES[quantity].capitalize()}, {PASSES[mode].split(' ', 1)[1]}" for quantity, mode in costs]
-    columns = ["Mechanism", "Of", *what, "Time, as MACs predict", "Slope of time", "Slope of MACs", "Slopes over"]
+    columns = ["Mechanism", "Of", *what, "Time, predicted from MACs", "Slope of time", "Slope of MACs", "Slopes over"]
     note = (
         f"Measured {w.measured_on(records(study.scaling))}. "
-        f"Tokens from which a mechanism takes less than Fused, with the 95{w.SPACE}% interval; “only”: less between "
-        "these measured lengths, and not at the longest. Slope: the power of the length with which the time of the "
-        f"forward pass grows, with its 95{w.SPACE}% interval. {HOW_LENGTHS_ARE_KNOWN}."
+        f"Tokens from which a mechanism takes less than Fused, with the 95{w.SPACE}% interval. “Only”: less between "
+        "these lengths, but not at the longest. Slope: exponent with which the time of the forward pass grows with "
+        f"length, with its 95{w.SPACE}% interval. {HOW_LENGTHS_ARE_KNOWN}."
     )
     return Table("Efficiency lengths", columns, rows, note)
 
@@ -185,7 +189,7 @@ def _pays_off(row: dict[str, Any] | None, shortest: int) -> Cell:
 
 
 def fidelity(study: Study, dataset: str) -> Table:
-    """Error to exact attention by size, and accuracy in the place of `fused`."""
+    """Error to exact attention by size, and accuracy in place of `fused`."""
     keys = ["attention", "option", "value"]
     # exact mechanisms have no size, and what is missing never equals itself
     table, kept = (study.of(name, dataset).fillna({"option": "", "value": -1}) for name in ("fidelity", "replaced"))
@@ -204,7 +208,7 @@ def fidelity(study: Study, dataset: str) -> Table:
             ]
         )
     columns = ["Mechanism", "Size", "Error, random q, k, v", "Error, trained q, k, v", "MACs of mixing [M]"]
-    columns.append("Top-1 in the place of Fused")
+    columns.append("Top-1 in place of Fused")
     return Table("Fidelity to exact attention", columns, rows, "Relative Frobenius error, mean over images and heads.")
 
 
@@ -232,7 +236,7 @@ _HARDWARE: dict[str, tuple[str, Callable[[float], str]]] = {
     "peak_rss_bytes": ("Memory, PyTorch", w.size),
     "onnx_peak_rss_bytes": ("Memory, onnxruntime", w.size),
     "int8_peak_rss_bytes": ("Memory, onnxruntime, int8", w.size),
-    "peak_memory_bytes": ("Of tensors, PyTorch", w.size),
+    "peak_memory_bytes": ("Tensors, PyTorch", w.size),
     "model_bytes": ("Weights, PyTorch", w.size),
     "onnx_bytes": ("ONNX file", w.size),
     "int8_bytes": ("ONNX file, int8", w.size),
@@ -243,7 +247,7 @@ _HARDWARE: dict[str, tuple[str, Callable[[float], str]]] = {
 
 
 def hardware_latency(study: Study, dataset: str) -> Table:
-    """One thread, one image, under each runtime, beside eager `fused`."""
+    """One thread, one image, under each runtime, relative to eager `fused`."""
     table = study.of("hardware", dataset)
     baseline = table["fused_latency_ms"].median()
     rows = [
@@ -258,8 +262,8 @@ def hardware_latency(study: Study, dataset: str) -> Table:
     note = (
         f"One image at a time {w.measured_on(records(table))}. "
         "Ratios are to PyTorch's Fused, timed in turns with it in one process; in "
-        f"brackets their 95{w.SPACE}% interval. Fused in PyTorch beside itself is the noise of the timing. Latency in "
-        f"ms: the ratio times {w.milliseconds(baseline)}, what Fused took (median over these processes)."
+        f"brackets their 95{w.SPACE}% interval. Fused in PyTorch against itself shows the timing noise. Latency "
+        f"in ms: the ratio times {w.milliseconds(baseline)}, the median latency of Fused over these processes."
     )
     return Table("Constrained hardware: latency", columns, rows, note)
 
@@ -271,12 +275,12 @@ def hardware(study: Study, dataset: str) -> Table:
         for row in records(study.of("hardware", dataset))
     ]
     columns = ["Mechanism", *(label for label, _ in _HARDWARE.values())]
-    note = "Memory: the peak of the whole process; of the tensors, the peak while one image is classified."
+    note = "Memory: peak of the whole process. Tensors: peak of tensor bytes while one image is classified."
     return Table("Constrained hardware: memory, size and accuracy", columns, rows, note)
 
 
 def origin(study: Study) -> Table:
-    """When, from which code and versions and on which machine the results were made, a row for each that differ."""
+    """Date, code, versions and machine of the results, one row per combination."""
     keys = ["git_revision", "effvit", "torch", "python", "platform", "device", "processor", "threads", "gpu"]
     rows = []
     for key, group in study.provenance.groupby(keys, sort=False, dropna=False):

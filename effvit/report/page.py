@@ -33,18 +33,18 @@ _CAPTIONS = {
     "gates": "Mean share of each branch in the hybrid's gate, by layer",
     "fidelity": "Error to exact attention against cost, and accuracy where attention is replaced without training",
     "hardware": "Latency, accuracy, file size and memory with one thread and one image at a time",
-    "efficiency": "Sequence length from which each mechanism is cheaper than fused, measured and foretold by MACs",
+    "efficiency": "Sequence length from which each mechanism is cheaper than fused, measured and predicted from MACs",
     "scaling": "Time and peak memory of one attention block against sequence length, one sample at a time",
-    "scaling_tokens": "Time and peak memory of one block against sequence length, batches of as many tokens",
+    "scaling_tokens": "Time and peak memory of one block against sequence length, batches of equal tokens",
     "scaling_model": "Time and peak memory of a model against sequence length, one image at a time",
-    "scaling_model_tokens": "Time and peak memory of a model against sequence length, batches of as many tokens",
+    "scaling_model_tokens": "Time and peak memory of a model against sequence length, batches of equal tokens",
 }
 _TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of the study, whole, as it stands in the page; `path` is where its file is."""
+    """A whole figure of the study for the page; `path` is its file."""
 
     path: Path
     caption: str
@@ -90,7 +90,7 @@ def _verify(path: Path) -> None:
         if isinstance(error, OSError) and error.errno is not None:  # of the system, which says what it is
             raise
         kind = path.suffix[1:].upper()
-        raise UserError(f"{path}: not a whole {kind} file; `dvc repro -f plot` makes it anew") from error
+        raise UserError(f"{path}: not a whole {kind} file; `dvc repro -f plot` makes it again") from error
 
 
 def _order(picture: Picture) -> tuple[int, str]:
@@ -99,7 +99,7 @@ def _order(picture: Picture) -> tuple[int, str]:
 
 
 def html(study: Study, figures: dict[str, list[Picture]]) -> str:
-    """The page: text, tables, figures, charts and the library that draws them."""
+    """The page: text, tables, figures, charts and the script library for them."""
     content = _content(study, figures)
     specs = {chart.id: list(chart.specs.values()) for chart in _all_charts(content)}
     safe = json.dumps(specs, ensure_ascii=False, allow_nan=False, sort_keys=True).replace("<", "\\u003c")
@@ -110,12 +110,12 @@ def html(study: Study, figures: dict[str, list[Picture]]) -> str:
     )
 
 
-def markdown(study: Study, figures: dict[str, list[Picture]], beside: Path) -> str:
-    """The same without charts; figures are links from the directory `beside`."""
+def markdown(study: Study, figures: dict[str, list[Picture]], directory: Path) -> str:
+    """The same without charts; figures are links relative to `directory`."""
     return (
         _environment(autoescape=False)
         .get_template("report.md.jinja")
-        .render(**_content(study, figures), link=lambda picture: Path(relpath(picture.path, beside)).as_posix())
+        .render(**_content(study, figures), link=lambda picture: Path(relpath(picture.path, directory)).as_posix())
     )
 
 

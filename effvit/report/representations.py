@@ -1,4 +1,4 @@
-"""How alike the mechanisms' layers are, where their heads look, and how near each is to exact attention."""
+"""How similar the mechanisms' layers are, where their heads look, and how close each is to exact attention."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 
 from effvit.report import wording as w
+from effvit.report.compare import NO_COMPARISON
 from effvit.report.tables import Study, records
 
 _EXACT = ["standard", "fused"]
@@ -13,7 +14,7 @@ _VARIANT = ["attention", "option", "value"]
 
 
 def representations(study: Study, dataset: str) -> Iterator[str]:
-    """Similarity to `fused` beside that of the same function; where heads look; what stands in for exact attention."""
+    """Similarity to `fused`, where heads look, and how well each approximates exact attention."""
     yield from _similarity(study.of("cka", dataset))
     yield from _distances(study.of("heads", dataset))
     yield from _fidelity(study.of("fidelity", dataset), study.of("replaced", dataset))
@@ -31,47 +32,37 @@ def _similarity(cka: pd.DataFrame) -> Iterator[str]:
         return
     mean = similarity_to_fused(cka)
     if mean.empty:
-        yield "There is no comparison: this needs Fused and at least one other mechanism among those selected."
+        yield NO_COMPARISON
         return
     other = mean.drop("standard", errors="ignore")
-    listed = {str(a): f"{w.name(str(a))} {similarity:.2f}" for a, similarity in other.items()}
-    if "standard" not in mean:
-        yield (
-            "Not known: what two trainings of the same function share, which Standard beside Fused would tell, was not "
-            f"measured. Linear CKA with Fused, mean over layers: {w.ranked(listed.values())}."
-        )
+    listed = w.ranked(f"{w.name(str(a))} {similarity:.2f}" for a, similarity in other.items()) if len(other) else ""
+    similar = f"Similarity to Fused (linear CKA, mean over layers): {listed}. " if listed else ""
+    if "standard" in mean:
+        retrained = mean["standard"]
+        lower = w.names([str(a) for a in other[other < retrained].index]) if (other < retrained).any() else "none"
+        below = f" Below that: {lower}." if listed else ""
+        yield f"{similar}For scale: retraining exact attention gives {retrained:.2f}.{below}"
     else:
-        less = [text for attention, text in listed.items() if other[attention] < mean["standard"]]
-        rest = [text for text in listed.values() if text not in less]
-        found = (
-            f"less with Fused has {w.ranked(less)}" if less else "no other mechanism is shown to share less with Fused"
-        )
-        yield (
-            "Two trainings of the same function, Standard and Fused, share a linear CKA of "
-            f"{mean['standard']:.2f}, mean over layers; {found}. From one training of each, whether that would repeat "
-            "is not known."
-        )
-        if rest:
-            yield f"As much as two trainings of the same function or more: {w.ranked(rest)}."
-    images = int(cka["n_images"].iloc[0])
-    yield f"That is one training of each, on {w.count(images, 'image')}."
+        yield f"{similar}There is no scale: Standard, which is exact attention trained again, was not measured."
+    images = w.count(int(cka["n_images"].iloc[0]), "image")
+    yield f"This is one training of each, on {images}. Other seeds may differ."
 
 
 def _distances(heads: pd.DataFrame) -> Iterator[str]:
     if heads.empty:
-        yield "How far the heads look was not measured."
+        yield "Attention distance and entropy were not measured."
         return
     measures = {"distance": ("distance_px", "in pixels", ".1f"), "entropy": ("entropy_nats", "in nats", ".2f")}
     for name, (column, unit, digits) in measures.items():
         mean = heads.groupby("attention", sort=False)[column].mean().sort_values(kind="stable")
         listed = w.ranked(f"{w.name(str(a))} {x:{digits}}" for a, x in mean.items())
         uniform = heads[f"uniform_{column}"].iloc[0]
-        yield f"Mean attention {name} over all heads, {unit}: {listed}; uniform attention has {uniform:{digits}}."
+        yield f"Mean attention {name} over all heads, {unit}: {listed}; uniform attention: {uniform:{digits}}."
 
 
 def _fidelity(fidelity: pd.DataFrame, replaced: pd.DataFrame) -> Iterator[str]:
     if fidelity.empty:
-        yield "The distance from exact attention was not measured."
+        yield "The error to exact attention was not measured."
         return
     trained = fidelity[fidelity["source"] == "trained"]
     rows = trained if len(trained) else fidelity
@@ -80,18 +71,17 @@ def _fidelity(fidelity: pd.DataFrame, replaced: pd.DataFrame) -> Iterator[str]:
         return
     cheaper = rows[rows["mixing_macs"] < rows["fused_macs"]]
     if cheaper.empty:
-        yield "At no size tried does any mix with fewer multiply-adds than exact attention."
+        yield "No size tried needs fewer multiply-adds than exact attention."
         return
     errors = cheaper.groupby(_VARIANT, sort=False, dropna=False)["error"].mean().reset_index()
     best = errors.sort_values("error", kind="stable").drop_duplicates("attention")
-    listed = w.ranked(f"{w.name(row['attention'])} {w.percent(row['error'])}{_setting(row)}" for row in records(best))
-    whose = "q, k, v of the trained Fused" if len(trained) else "random q, k, v"
-    dearer = [a for a in pd.unique(rows["attention"]) if a not in set(best["attention"])]
-    none = f"; no such size of {w.names(dearer)} was tried" if dearer else ""
-    yield (
-        f"Least relative error to exact attention for {whose}, among the sizes that mix with fewer multiply-adds "
-        f"than it: {listed}{none}."
+    listed = w.ranked(
+        f"{w.name(row['attention'])} {w.percent(row['error'])} error{_setting(row)}" for row in records(best)
     )
+    whose = "Fused's attention" if len(trained) else "exact attention on random q, k, v"
+    costlier = [a for a in pd.unique(rows["attention"]) if a not in set(best["attention"])]
+    none = f"; no cheaper size of {w.names(costlier)} was tried" if costlier else ""
+    yield f"Best approximation of {whose} at lower cost: {listed}{none}."
     if len(replaced):
         yield from _replaced(replaced.merge(cheaper[_VARIANT].drop_duplicates(), on=_VARIANT))
 
@@ -107,6 +97,6 @@ def _replaced(rows: pd.DataFrame) -> Iterator[str]:
     listed = w.ranked(f"{w.name(row['attention'])} {w.percent(row['top1'])}{_setting(row)}" for row in records(best))
     fused = w.percent(float(rows["top1_fused"].iloc[0]))
     yield (
-        f"Put into the trained Fused ({fused} on {w.count(rows['n_images'].iloc[0], 'image')}) without training "
-        f"anything, at the one of these sizes that keeps most: {listed}."
+        f"Swapped into the trained Fused model ({fused} on {w.count(rows['n_images'].iloc[0], 'image')}) without "
+        f"retraining, validation accuracy at the best of these sizes is: {listed}."
     )

@@ -7,13 +7,13 @@ from typing import Any
 import pandas as pd
 
 from effvit.report import wording as w
-from effvit.report.compare import cost_verdicts
+from effvit.report.compare import NO_COMPARISON, cost_verdicts
 from effvit.report.tables import Study, records
 
 PASSES = {"forward": "the forward pass", "train": "a training step"}
 QUANTITIES = {"time": "time", "memory": "peak memory"}
 HOW_LENGTHS_ARE_KNOWN = (
-    "Lengths are interpolated between the measured ones, and their intervals cover the timing noise of one run alone"
+    "Lengths are interpolated between measured ones; their intervals cover timing noise within one run only"
 )
 
 
@@ -21,12 +21,12 @@ def resolution(study: Study) -> Iterator[str]:
     """One attention block over sequence length, one sample at a time."""
     rows = one_block(study.scaling)
     if "fused" not in set(rows["attention"]) or rows["attention"].nunique() == 1:
-        yield "There is no comparison: this needs Fused and at least one other mechanism among those selected."
+        yield NO_COMPARISON
         return
     forward = rows[(rows["mode"] == "forward") & (rows["quantity"] == "time")].dropna(subset=["ratio_to_fused"])
     done = forward.loc[forward["attention"] != "fused", "tokens"]
     if done.empty:
-        yield "No time could be measured beside Fused at any length."
+        yield "No time relative to Fused could be measured at any length."
     else:
         ends = [_at(forward, int(tokens)) for tokens in sorted({done.min(), done.max()})]
         yield f"In the forward pass of one block {w.measured_on(records(forward))}: {'; '.join(ends)}."
@@ -36,7 +36,7 @@ def resolution(study: Study) -> Iterator[str]:
 
 
 def one_block(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of one attention block with one sample, or of whatever is there in its place."""
+    """Rows of one attention block with one sample, or of what is there instead."""
     for column, wanted in (("scope", "block"), ("batch", "one")):
         if wanted in set(table[column]):
             table = table[table[column] == wanted]
@@ -59,7 +59,7 @@ def _at(forward: pd.DataFrame, tokens: int) -> str:
 def _efficiency(study: Study) -> Iterator[str]:
     table = one_block(study.efficiency)
     if table.empty:
-        yield "From which length on each mechanism pays off was not computed."
+        yield "Efficiency lengths were not computed."
         return
     shortest = int(study.scaling["tokens"].min())
     for quantity, noun in QUANTITIES.items():
@@ -68,7 +68,7 @@ def _efficiency(study: Study) -> Iterator[str]:
             if len(rows):
                 yield f"Less {noun} than Fused in {text}: {'; '.join(_pays(rows, shortest))}."
     measured = w.several(f"{tokens:,}" for tokens in sorted(one_block(study.scaling)["tokens"].unique()))
-    yield f"{HOW_LENGTHS_ARE_KNOWN}; measured were {measured} tokens."
+    yield f"{HOW_LENGTHS_ARE_KNOWN}. Measured: {measured} tokens."
     yield from _slopes(table[(table["quantity"] == "time") & (table["mode"] == "forward")])
 
 
@@ -95,12 +95,12 @@ def _length(row: dict[str, Any], shortest: int) -> str:
 
 
 def length_text(length: float, shortest: int) -> str:
-    """A length of which no more is known than that it is not above the shortest measured one says so."""
+    """A length at or below the shortest measured one is written as such: its value is unknown."""
     return f"≤{w.SPACE}{shortest:,}" if length <= shortest else w.about(length)
 
 
 def length_interval(row: dict[str, Any], shortest: int) -> str:
-    """The interval of an efficiency length in brackets; empty where it is the length itself, as that of memory is."""
+    """The interval of an efficiency length in brackets; empty if it is the length itself, as for memory."""
     low, high = row["length_low"], row["length_high"]
     if not isfinite(low):
         return ""
@@ -123,7 +123,7 @@ def _slopes(rows: pd.DataFrame) -> Iterator[str]:
 
 
 def slope(row: dict[str, Any], digits: int) -> str:
-    """An exponent with its interval, which two points do not have."""
+    """An exponent with its interval; two points have none."""
     low, high = row["slope_low"], row["slope_high"]
     interval = f" ({low:.{digits}f} to {high:.{digits}f})" if isfinite(low) and isfinite(high) else ""
     return f"{row['slope']:.{digits}f}{interval}".replace("-", w.MINUS)
@@ -131,8 +131,8 @@ def slope(row: dict[str, Any], digits: int) -> str:
 
 def _contended(rows: pd.DataFrame) -> Iterator[str]:
     timed = rows[(rows["quantity"] == "time") & (rows["status"] == "ok")]
-    if beside := int(timed["contended"].sum()):
-        yield f"Not to be trusted, as measured beside other work: {beside} of the {len(timed)} times here."
+    if contended := int(timed["contended"].sum()):
+        yield f"Do not trust {contended} of the {len(timed)} times here: other programs were running."
 
 
 def _stopped(rows: pd.DataFrame) -> Iterator[str]:

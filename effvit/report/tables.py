@@ -140,7 +140,7 @@ def read(data_dir: Path) -> Study:
 
 
 def _refuse_missing(path: Path, table: str, frame: pd.DataFrame, accuracy: pd.DataFrame) -> None:
-    """Every mechanism whose accuracy is known must have a row; `fused` beside itself is no pair."""
+    """Every mechanism whose accuracy is known must have a row; `fused` is not paired with itself."""
     key = ["attention"] if table in _OF_STUDY else list(_KEY)
     wanted = accuracy[accuracy["attention"] != "fused"] if table == "paired" else accuracy
     for name in (column for column in frame if str(column).startswith("attention")):

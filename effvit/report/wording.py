@@ -38,7 +38,7 @@ def times(value: float, low: float = float("nan"), high: float = float("nan")) -
     return f"{ratio(value)}×" + (f" ({ratio(low)} to {ratio(high)})" if isfinite(low) and isfinite(high) else "")
 
 
-def beside_fused(row: Mapping[str, Any], runtime: str = "") -> str:
+def relative_to_fused(row: Mapping[str, Any], runtime: str = "") -> str:
     """The ratio of a row of a measured table, with its interval; `runtime` is what its columns begin with."""
     return times(*(row[f"{runtime}ratio_{end}"] for end in ("to_fused", "low", "high")))
 
@@ -84,7 +84,7 @@ def several(words: Iterable[str]) -> str:
 
 
 def ranked(words: Iterable[str]) -> str:
-    """What is said of each mechanism, from least to most: all of it of a few; of many their number and both ends."""
+    """Join phrases about mechanisms that run from least to most: a few in full, of many the number and both ends."""
     every = list(words)
     if len(every) <= FEW:
         return several(every)
@@ -92,7 +92,7 @@ def ranked(words: Iterable[str]) -> str:
 
 
 def names(attentions: Sequence[str]) -> str:
-    """Labels of mechanisms as a list; of many their number."""
+    """Labels of mechanisms as a list; for many, their number."""
     return several(name(a) for a in attentions) if len(attentions) <= FEW else f"{len(attentions)} mechanisms"
 
 

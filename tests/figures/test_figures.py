@@ -252,17 +252,17 @@ def test_scaling_draws_the_scope_and_batch_asked_for_and_says_what_the_batches_a
     assert not figures.scaling(table, "model").get_supxlabel()
 
 
-def test_what_was_measured_beside_other_work_is_hollow_and_in_the_legend(tables):
+def test_contended_points_are_hollow_and_in_the_legend(tables):
     def hollow(figure):
         return [x for axes in figure.axes for line in axes.lines for x in line.get_xdata()
                 if line.get_markerfacecolor() == "white"]  # fmt: skip
 
-    for attention, beside in (("hybrid", True), ("performer", False)):
+    for attention, contended in (("hybrid", True), ("performer", False)):
         figure = figures.scaling(of(tables.scaling, "fused", attention))
-        assert hollow(figure) == ([577] * 2 if beside else [])  # times of both passes
-        assert ("beside other work" in [t.get_text() for t in figure.legends[0].get_texts()]) is beside
+        assert hollow(figure) == ([577] * 2 if contended else [])  # times of both passes
+        assert ("other programs ran" in [t.get_text() for t in figure.legends[0].get_texts()]) is contended
         lengths = figures.efficiency_lengths(of(tables.efficiency, "fused", attention))
-        assert bool(hollow(lengths)) is beside
+        assert bool(hollow(lengths)) is contended
 
 
 def efficiency_row(**changes):

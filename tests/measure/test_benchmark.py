@@ -52,7 +52,7 @@ def measure(config=SMALL, batch_size=4, memory_mib=4.0, budget_s=0.02):
 
 
 @pytest.mark.parametrize("attention", available_attention())
-def test_every_quantity_is_measured_beside_fused(attention):
+def test_every_quantity_is_measured_relative(attention):
     options = {"k": 3} if attention == "linformer" else {"window_size": 2} if attention == "hybrid" else {}
     table = measure(SMALL.model_copy(update={"attention": attention, "attention_options": options}))
     assert (table["status"] == "ok").all() and (table[NUMBERS] > 0).all().all()

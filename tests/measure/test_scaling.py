@@ -86,7 +86,7 @@ def test_another_token_count_is_an_error_that_names_right_ones(tokens):
 
 
 @pytest.mark.parametrize("attention", available_attention())
-def test_every_point_has_time_and_memory_of_both_passes_beside_fused(attention):
+def test_every_point_has_time_and_memory_of_both_passes_relative(attention):
     table = measure(attention, **({"k": 9} if attention == "linformer" else {}))
     assert len(table) == 2 * 2 * 2 and (table["status"] == "ok").all()
     assert (table[[*NUMBERS, "p90"]] > 0).all().all()

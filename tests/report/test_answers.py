@@ -93,16 +93,20 @@ def best(study):
 @pytest.mark.parametrize(
     ("accuracy", "latency", "expected"),
     [
-        (SAME, FAST, "Faster than Fused: Linformer (0.50×; +1.0 points). Whether that costs more than 1 point"),
+        (SAME, FAST, "Faster than Fused: Linformer (0.50×; +1.0 points). With 3 seeds the data cannot tell"),
         (
             SAME | {"linformer": (0.95, 0.97)},
             FAST,
             "Linformer: 0.50× (0.45 to 0.55) the latency of Fused, more accurate",
         ),
-        (SAME | {"linformer": (0.80, 0.82)}, FAST, "None is shown to beat Fused here: Linformer saves time and loses"),
-        (SAME, SLOW, "None is shown to beat Fused here: none is faster beyond the noise"),
-        (SAME | {"performer": (0.95, 0.97)}, SLOW, "more accurate, for more time, is Performer (2.00× its latency)"),
-        (SAME, SLOW | {"linformer": (0.97, 0.95, 0.99)}, "none is faster beyond the noise"),
+        (
+            SAME | {"linformer": (0.80, 0.82)},
+            FAST,
+            "No mechanism is shown to beat Fused here: Linformer saves time and loses",
+        ),
+        (SAME, SLOW, "No mechanism is shown to beat Fused here: none is faster beyond timing noise"),
+        (SAME | {"performer": (0.95, 0.97)}, SLOW, "More accurate but not faster: Performer (2.00× its latency)"),
+        (SAME, SLOW | {"linformer": (0.97, 0.95, 0.99)}, "none is faster beyond timing noise"),
     ],
     ids=["faster", "faster and better", "faster and worse", "slower", "slower and better", "within the noise"],
 )
@@ -115,7 +119,7 @@ def test_best_trade_off_with_several_seeds(one_seed, accuracy, latency, expected
     [
         (
             (-0.009, 0.011),
-            "Linformer: 0.50× (0.45 to 0.55) the latency of Fused, a loss above 1 point excluded "
+            "Linformer: 0.50× (0.45 to 0.55) the latency of Fused, a loss of more than 1 point excluded "
             "(+0.1 points, −0.9 to +1.1, 2 seeds).",
         ),
         (
@@ -125,10 +129,10 @@ def test_best_trade_off_with_several_seeds(one_seed, accuracy, latency, expected
         ),
         (
             (-0.25, 0.05),
-            "Faster than Fused: Linformer (0.50×; −10.0 points, −25.0 to +5.0). Whether that costs more than 1 point "
-            "of accuracy, the data cannot tell with 2 seeds.",
+            "Faster than Fused: Linformer (0.50×; −10.0 points, −25.0 to +5.0). With 2 seeds the data cannot tell "
+            "whether that costs more than 1 point of accuracy.",
         ),
-        ((-0.03, -0.02), "None is shown to beat Fused here: Linformer saves time and loses accuracy"),
+        ((-0.03, -0.02), "No mechanism is shown to beat Fused here: Linformer saves time and loses accuracy"),
     ],
     ids=["loss excluded", "better", "too wide", "worse"],
 )
@@ -143,7 +147,9 @@ def test_recommended_mechanisms_each_have_their_interval(one_seed):
     fast = FAST | {"performer": (0.7, 0.6, 0.8)}
     study = with_latency(with_accuracy(one_seed, **SAME), **QUIET, **fast)
     said = best(with_difference(study, linformer=(-0.002, 0.004), performer=(-0.01, 0.02)))
-    assert said.startswith("Linformer: ") and "; likewise Performer (0.70×; +0.5 points, −1.0 to +2.0)." in said
+    assert (
+        said.startswith("Linformer: ") and "; the same holds for Performer (0.70×; +0.5 points, −1.0 to +2.0)." in said
+    )
 
 
 def test_one_seed_ranks_nothing_and_says_how_many_images_a_difference_is(one_seed):
@@ -151,11 +157,11 @@ def test_one_seed_ranks_nothing_and_says_how_many_images_a_difference_is(one_see
     accuracy = {"fused": (0.9, 0.9), "linformer": (0.9 + nine, 0.9 + nine), "performer": (0.9, 0.9)}
     study = with_latency(with_accuracy(one_seed, seeds=1, **accuracy), **QUIET, **SLOW)
     said = text(answers.tradeoff(study, "digits"))
-    assert "one seed ranks no two mechanisms by accuracy" in said
+    assert "one seed cannot rank accuracies" in said
     assert "9 images apart" in said and f"{IMAGES} test images" in said
     assert "ore accurate" not in said and "ess accurate" not in said
     faster = text(answers.tradeoff(with_latency(study, **QUIET, **FAST), "digits"))
-    assert faster.startswith("Faster than Fused: Linformer (0.50×). What that costs in accuracy, one seed cannot say.")
+    assert faster.startswith("Faster than Fused: Linformer (0.50×). One seed cannot show what that costs in accuracy.")
 
 
 def test_paired_differences_decide_over_overlapping_intervals(one_seed):
@@ -168,12 +174,15 @@ def test_paired_differences_decide_over_overlapping_intervals(one_seed):
     tested = with_accuracy(one_seed, seeds=1, **SAME)
     models = replace(tested, paired=paired.assign(verdict="one seed", n_seeds=1, p_holm=0.01))
     said = text(answers.tradeoff(with_latency(models, **QUIET, **SLOW), "digits"))
-    assert "Linformer (+1.0 points) differs from Fused beyond chance" in said and "More accurate" not in said
+    assert "the accuracy difference to Fused is significant for Linformer (+1.0 points) (McNemar" in said
+    assert "More accurate" not in said
     both = pd.concat([models.paired, models.paired.assign(attention="performer")])
     said = text(answers.tradeoff(with_latency(replace(models, paired=both), **QUIET, **SLOW), "digits"))
-    assert "Linformer (+1.0 points) and Performer (+1.0 points) differ from Fused" in said
+    assert "significant for Linformer (+1.0 points) and Performer (+1.0 points) (" in said
     chance = replace(models, paired=models.paired.assign(p_holm=0.2))
-    assert "none of them differs from Fused beyond chance" in text(answers.tradeoff(chance, "digits"))
+    assert "no accuracy difference to Fused is significant (McNemar, Holm-corrected)" in text(
+        answers.tradeoff(chance, "digits")
+    )
     worse = paired.assign(difference=-0.01, difference_low=-0.015, difference_high=-0.005, verdict="worse")
     assert "Less accurate than Fused: Linformer" in text(answers.tradeoff(replace(study, paired=worse), "digits"))
 
@@ -192,22 +201,22 @@ def test_a_time_is_a_difference_only_beyond_the_noise_of_the_baseline_and_bytes_
         ],
         columns=["attention", "ratio_to_fused", "ratio_low", "ratio_high"],
     )
-    same, shown = "no difference shown", {"b": "cheaper", "c": "dearer", "f": "cheaper"}
+    same, shown = "no difference shown", {"b": "cheaper", "c": "more expensive", "f": "cheaper"}
     assert cost_verdicts(rows) == dict.fromkeys("ade", same) | shown
 
 
 def test_without_fused_nothing_is_compared(tmp_path):
     study = study_of(tmp_path, ["linformer", "hybrid"])
     for answer in answers.answers(study)[:2]:
-        assert "this needs Fused" in text(answer.findings[0].sentences)
-    assert "nothing to hold it against" in text(answers.hybrid(study, "digits"))
+        assert "it needs Fused" in text(answer.findings[0].sentences)
+    assert "There is no comparison: Fused is not among" in text(answers.hybrid(study, "digits"))
 
 
 def test_one_mechanism_alone_has_a_report(tmp_path):
     study = study_of(tmp_path, ["fused"])
     said = [text(finding.sentences) for answer in answers.answers(study) for finding in answer.findings]
     assert len(said) == 5 and all(said)
-    assert "not among the mechanisms selected" in said[3]
+    assert "not among the selected mechanisms" in said[3]
 
 
 def test_tables_that_are_absent_are_said_to_be(one_seed):
@@ -254,7 +263,7 @@ def test_an_efficiency_length_is_at_every_length_from_one_on_in_between_or_never
 
 def test_lengths_come_with_what_they_were_measured_at_and_what_their_interval_covers(full):
     said = text(resolution(full))
-    assert "noise of one run alone; measured were 65, 145, 257, 577, 1,025, 2,305 and 4,097 tokens." in said
+    assert "noise within one run only. Measured: 65, 145, 257, 577, 1,025, 2,305 and 4,097 tokens." in said
 
 
 def test_each_mechanism_is_never_cheaper_up_to_its_own_longest_point(full):
@@ -297,19 +306,19 @@ def test_resolution_speaks_of_one_block_and_one_sample(full):
     assert list(resolution(both)) == list(resolution(full))
 
 
-def test_how_many_times_were_measured_beside_other_work_is_said_where_any_were(full):
-    assert "Not to be trusted, as measured beside other work: 2 of the 82 times here." in text(resolution(full))
+def test_how_many_times_are_contended_is_said_where_any_are(full):
+    assert "Do not trust 2 of the 82 times here: other programs were running." in text(resolution(full))
     all_busy = replace(full, scaling=full.scaling.assign(contended=True))
-    assert "other work: 82 of the 82 times here." in text(resolution(all_busy))
-    assert "other work" not in text(resolution(replace(full, scaling=full.scaling.assign(contended=False))))
+    assert "trust 82 of the 82 times here" in text(resolution(all_busy))
+    assert "other programs" not in text(resolution(replace(full, scaling=full.scaling.assign(contended=False))))
 
 
-def test_the_scaling_chart_marks_what_was_measured_beside_other_work_where_anything_was(full):
+def test_the_scaling_chart_marks_contended_points_where_there_are_any(full):
     busy = charts.scaling(full).specs.values()
     marked = {(v["attention"], v["tokens"]) for spec in busy for v in spec["data"]["values"]
-              if v.get("contended") == "beside other work"}  # fmt: skip
+              if v.get("contended") == "while other programs ran"}  # fmt: skip
     assert marked == {("hybrid", 577)}
-    assert any(spec.get("title", {}).get("text") == "Hollow: measured beside other work" for spec in busy)
+    assert any(spec.get("title", {}).get("text") == "Hollow: measured while other programs ran" for spec in busy)
     for spec in charts.scaling(replace(full, scaling=full.scaling.assign(contended=False))).specs.values():
         assert "title" not in spec and all("contended" not in value for value in spec["data"]["values"])
 
@@ -325,39 +334,43 @@ def with_similarity(study, **to_fused):
     return replace(study, cka=pd.DataFrame(rows))
 
 
-def test_similarity_is_held_against_that_of_two_trainings_of_the_same_function(full):
+def test_similarity_is_compared_with_that_of_exact_attention_trained_again(full):
     study = with_similarity(full, standard=0.68, linformer=0.33, performer=0.63, hybrid=0.70)
     said = text(representations(study, "digits"))
-    assert said.startswith("Two trainings of the same function, Standard and Fused, share")
-    assert (
-        "a linear CKA of 0.68, mean over layers; less with Fused has Linformer 0.33 and Performer 0.63. From one"
-        in said
+    assert said.startswith(
+        "Similarity to Fused (linear CKA, mean over layers): Linformer 0.33, Performer 0.63 and Hybrid 0.70. "
+        "For scale: retraining exact attention gives 0.68. Below that: Linformer and Performer."
     )
-    assert "As much as two trainings of the same function or more: Hybrid 0.70." in said
-    assert "whether that would repeat is not known" in said
+    assert "This is one training of each, on 145 images. Other seeds may differ." in said
     none = text(representations(with_similarity(full, standard=0.6, linformer=0.7), "digits"))
-    assert "no other mechanism is shown to share less with Fused" in none
+    assert "gives 0.60. Below that: none." in none
+    pair = text(representations(with_similarity(full, standard=0.6), "digits"))
+    assert pair.startswith("For scale: retraining exact attention gives 0.60. This is one")
     alone = text(representations(with_similarity(full, linformer=0.7, hybrid=0.6), "digits"))
-    assert alone.startswith("Not known: ") and "Hybrid 0.60 and Linformer 0.70." in alone
+    assert "Hybrid 0.60 and Linformer 0.70. There is no scale: Standard" in alone
 
 
 def test_where_heads_look_is_held_against_uniform_attention(full):
     said = text(representations(full, "digits"))
     assert "distance over all heads, in pixels: Standard 5.5," in said
-    assert "Hybrid 10.5; uniform attention has 16.5." in said
-    assert "entropy over all heads, in nats: Standard 3.50," in said and "uniform attention has 4.17." in said
+    assert "Hybrid 10.5; uniform attention: 16.5." in said
+    assert "entropy over all heads, in nats: Standard 3.50," in said and "uniform attention: 4.17." in said
 
 
 def test_only_sizes_that_cost_less_than_exact_attention_stand_in_for_it(full):
     said = text(representations(full, "digits"))
-    assert "Least relative error to exact attention for q, k, v of the trained Fused, among the sizes that mix" in said
-    # place / 8 at k = 8: 320 multiply-adds beside 500; k = 32, with a lesser error, takes 1,280
-    assert "Linformer 25.0 % (k = 8)" in said and "k = 32" not in said and "no such size of Hybrid was tried" in said
-    assert "Put into the trained Fused (97.0 % on 145 images)" in said and "Linformer 72.0 % (k = 8)" in said
-    dear = replace(full, fidelity=full.fidelity.assign(mixing_macs=full.fidelity["fused_macs"]))
-    said = text(representations(dear, "digits"))
-    assert "At no size tried does any mix with fewer multiply-adds than exact attention." in said
-    assert "Least relative error" not in said and "Put into" not in said
+    assert "Best approximation of Fused's attention at lower cost: " in said
+    # place / 8 at k = 8: 320 multiply-adds, exact attention 500; k = 32, with a smaller error, takes 1,280
+    assert "Linformer 25.0 % error (k = 8)" in said and "k = 32" not in said
+    assert "; no cheaper size of Hybrid was tried." in said
+    assert (
+        "Swapped into the trained Fused model (97.0 % on 145 images) without retraining" in said
+        and "Linformer 72.0 % (k = 8)" in said
+    )
+    costly = replace(full, fidelity=full.fidelity.assign(mixing_macs=full.fidelity["fused_macs"]))
+    said = text(representations(costly, "digits"))
+    assert "No size tried needs fewer multiply-adds than exact attention." in said
+    assert "Best approximation" not in said and "Swapped into" not in said
 
 
 def test_hybrid_says_what_it_adds_and_where_its_gate_goes(full):
@@ -386,9 +399,10 @@ def test_hardware_tells_losses_in_images_and_what_is_not_exported(full):
     assert "1.0 MiB (Standard) to 6.0 MiB (Hybrid)" in said
     assert "outputs within 3e-06 of PyTorch's" in said  # 2.1e-6 is not within 2e-6
     assert (
-        "eight-bit weights, beside PyTorch's Fused: Standard 0.12× (0.11 to 0.14), Fused 0.25× (0.23 to 0.28)" in said
+        "eight-bit weights, relative to Fused in PyTorch: Standard 0.12× (0.11 to 0.14), Fused 0.25× (0.23 to 0.28)"
+        in said
     )
-    assert "than the same model in PyTorch, by: Standard 2.00× (1.80 to 2.20)" in said
+    assert "Speed relative to the same model in PyTorch: Standard 2.00× (1.80 to 2.20)" in said
     table = full.hardware.copy()
     table.loc[table["attention"] == "performer", "onnx_error"] = np.nan
     table["int8_top1"] = table["top1"]
@@ -399,7 +413,7 @@ def test_hardware_tells_losses_in_images_and_what_is_not_exported(full):
     )
     assert "Linformer is faster than Fused" in text(constrained_hardware(replace(full, hardware=ratios), "digits"))
     unknown = replace(full, hardware=table.assign(ratio_to_fused=np.nan))
-    assert text(constrained_hardware(unknown, "digits")).startswith("How fast they are on one thread beside Fused was")
+    assert text(constrained_hardware(unknown, "digits")).startswith("Latency on one thread relative to Fused was not")
 
 
 def test_hardware_names_all_that_tie(full):
