@@ -1,8 +1,11 @@
 """Write the tables of docs/machines into README.md and docs/choosing.md, between their marks: `make tables`."""
 
+import json
 from pathlib import Path
 
 import pandas as pd
+
+from effvit.attention import attention_class
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- made by `make tables` -->\n", "<!-- end -->"
@@ -36,10 +39,22 @@ def choice(file: Path, *, intervals: bool) -> str:
     where = first["machine"] if pd.isna(first["threads"]) else f"{first['machine']}, {first['threads']:.0f} threads"
     caption = (
         f"Time of one forward pass of {MODEL}, one image, relative to `fused` (lower is faster; bold: fastest). "
-        f"{where}, {first['precision']}, default options, random weights"
+        f"{where}, {first['precision']}, random weights{_options(rows)}"
     )
     caption += ", 95 % intervals of the timing." if intervals else "."
     return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", caption, ""])
+
+
+def _options(rows: pd.DataFrame) -> str:
+    """Options that differ from today's defaults; nothing where the file does not record them."""
+    if "options" not in rows:
+        return ""
+    differ = []
+    for attention, given in rows.drop_duplicates("attention").set_index("attention")["options"].items():
+        defaults = attention_class(str(attention)).Options().model_dump(mode="json")
+        changed = {key: value for key, value in json.loads(given).items() if value != defaults[key]}
+        differ += [f"`{attention}` `{key}={value}`" for key, value in changed.items()]
+    return f", options {', '.join(differ)}" if differ else ", default options"
 
 
 def placed(text: str, table: str) -> str:

@@ -99,7 +99,7 @@ def test_index_lists_every_page():
     assert {page for page in pages if f"]({page})" not in PAGES["docs/index.md"]} == set()
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/") and "mechanisms" not in page])
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/")])
 def test_pages_are_short_but_for_tables_and_code(page):
     text = re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL)
     assert len(" ".join(line for line in text.splitlines() if not line.lstrip().startswith("|")).split()) <= 1200
@@ -207,7 +207,25 @@ def test_a_table_of_a_machine_has_its_ratios_and_names_the_fastest(tmp_path):
     lines = choice(tmp_path / "gpu.csv", intervals=True).splitlines()
     assert lines[0] == "| mechanism | 224 px, 197 tokens |"
     assert lines[2:5] == ["| `fused` | 1.00 (10 ms) |", "| `pooled` | **0.80** (0.79 to 0.81) |", "| `window` | – |"]
-    assert "A GPU, float32" in lines[6] and "thread" not in lines[6]
+    assert "A GPU, float32, random weights, 95" in lines[6] and "thread" not in lines[6]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [("{}", ", default options."), ('{"pool_size": 7}', ", options `pooled` `pool_size=7`.")]
+)
+def test_a_table_of_a_machine_names_options_that_are_not_the_default(tmp_path, given, said):
+    from stages.tables import choice
+
+    row = {"scope": "model", "image_size": 224, "tokens": 197, "median": 10.4, "status": "ok", "threads": 2}
+    row |= dict.fromkeys(("ratio_to_fused", "ratio_low", "ratio_high"), 1.0)
+    row |= {"model": "deit_tiny", "batch_size": 1, "machine": "A CPU", "device": "cpu", "precision": "float32"}
+    rows = [row | {"attention": "fused", "options": "{}"}, row | {"attention": "pooled", "options": given}]
+    pd.DataFrame(rows).to_csv(tmp_path / "cpu.csv", index=False)
+    assert (
+        choice(tmp_path / "cpu.csv", intervals=False)
+        .rstrip()
+        .endswith(f"A CPU, 2 threads, float32, random weights{said}")
+    )
 
 
 def test_the_table_of_cifar10_says_what_the_data_say():

@@ -55,9 +55,7 @@ def accuracy_tradeoff(tradeoff: pd.DataFrame) -> Figure:
     panels[0].yaxis.set(major_locator=MaxNLocator(6), major_formatter=StrMethodFormatter("{x:.1%}"))
     legend(figure, tradeoff, [Line2D([], [], color="0.82", linewidth=3, label="Pareto front")])
     if tradeoff["top1_images_low"].notna().any():
-        note = (
-            "One seed. Dotted: 95 % interval of each trained model over test images (Wilson); no seed-to-seed variation"
-        )
+        note = "One seed. Dotted: 95 % interval of each model over test images (Wilson), without seed-to-seed variation"
         figure.supxlabel(note, fontsize=7)
     return figure
 

@@ -190,11 +190,11 @@ def _noise(latency: pd.DataFrame) -> str:
 def _exact_costs(study: Study, dataset: str) -> Iterator[str]:
     accuracy = study.of("accuracy", dataset).set_index("attention")
     macs = accuracy["gmacs"] / accuracy["gmacs"]["fused"]
-    yield f"Exact multiply-adds of the whole model: {_less_and_more(macs)}."
+    yield f"Exact multiply-adds of the whole model. {_less_and_more(macs)}."
     memory = at_largest_batch(study.of("cost", dataset), "train_memory").dropna(subset=["ratio_to_fused"])
     if len(memory):
         ratios = memory.set_index("attention")["ratio_to_fused"]
-        yield f"Peak memory of a training step {w.measured_on(records(memory))}: {_less_and_more(ratios)}."
+        yield f"Peak memory of a training step {w.measured_on(records(memory))}. {_less_and_more(ratios)}."
 
 
 def _less_and_more(ratios: "pd.Series[float]") -> str:
@@ -210,7 +210,8 @@ def _less_and_more(ratios: "pd.Series[float]") -> str:
             exact = text.startswith("equal")
             listed = (f"{w.name(str(a))} ({w.times(r)})" for a, r in group.items())
             parts.append(f"{text} {w.names([str(a) for a in group.index]) if exact else w.ranked(listed)}")
-    return "; ".join(parts)
+    sentence = "; ".join(parts)
+    return sentence[:1].upper() + sentence[1:]
 
 
 def hybrid(study: Study, dataset: str) -> Iterator[str]:
@@ -229,7 +230,9 @@ def hybrid(study: Study, dataset: str) -> Iterator[str]:
         yield "There is no comparison: Fused is not among the selected mechanisms."
     gates = study.of("gates", dataset)
     gates = gates[gates["attention"] == "hybrid"]
-    if not gates.empty:  # with heads dealt to the branches there is no gate
+    if gates.empty:
+        yield "No shares of its branches were measured; with fusion=heads there is no gate to measure."
+    else:
         yield from _gates(gates)
     yield "Every set of its branches is compared by make ablation (docs/hardware.md)."
 
