@@ -226,9 +226,7 @@ def hybrid(study: Study, dataset: str) -> Iterator[str]:
         yield "There is nothing to hold it against: Fused is not among the mechanisms selected."
     gates = study.of("gates", dataset)
     gates = gates[gates["attention"] == "hybrid"]
-    if gates.empty:
-        yield "How its gate divides the tokens between its branches was not measured."
-    else:
+    if len(gates):
         yield from _gates(gates)
     yield "What each set of its branches is worth is measured apart, by make ablation (docs/hardware.md)."
 

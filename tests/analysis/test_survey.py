@@ -22,7 +22,7 @@ MECHANISMS = {
     "linformer": {"k": 6},
     "performer": {"num_features": 8},
     "nystromformer": {"num_landmarks": 5},
-    "hybrid": {"window_size": 2},
+    "hybrid": {"window_size": 2, "fusion": "gate"},
 }
 
 
