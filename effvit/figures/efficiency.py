@@ -1,4 +1,4 @@
-"""From which sequence length a mechanism is cheaper than `fused`, as measured and as its MACs foretell."""
+"""From which sequence length a mechanism is cheaper than `fused`, as measured and as its MACs predict."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -39,7 +39,7 @@ def efficiency_lengths(table: pd.DataFrame) -> Figure:
     if table.empty:
         panels[0, 0].text(0.5, 0.5, "Fused alone", transform=panels[0, 0].transAxes, ha="center", color="0.4")
     handles = [Line2D([], [], color="0.3", marker=marker, label=case) for case, marker in _CASES.items()]
-    handles.append(Line2D([], [], color="0.6", marker="|", ls="", markersize=11, mew=2, label="foretold by MACs"))
+    handles.append(Line2D([], [], color="0.6", marker="|", ls="", markersize=11, mew=2, label="predicted by MACs"))
     handles.append(Line2D([], [], color="0.3", marker=">", ls="", label="not up to there"))
     if table["cheaper_to"].notna().any():
         handles.append(Line2D([], [], color="0.3", marker=".", ls=":", label="in between only"))

@@ -33,7 +33,7 @@ _CAPTIONS = {
     "gates": "Mean share of each branch in the hybrid's gate, by layer",
     "fidelity": "Error to exact attention against cost, and accuracy where attention is replaced without training",
     "hardware": "Latency, accuracy, file size and memory with one thread and one image at a time",
-    "efficiency": "Sequence length from which each mechanism is cheaper than fused, measured and foretold by MACs",
+    "efficiency": "Sequence length from which each mechanism is cheaper than fused, measured and predicted by MACs",
     "scaling": "Time and peak memory of one attention block against sequence length, one sample at a time",
     "scaling_tokens": "Time and peak memory of one block against sequence length, batches of as many tokens",
     "scaling_model": "Time and peak memory of a model against sequence length, one image at a time",
