@@ -136,7 +136,7 @@ def test_devices_starts_as_many_processes_and_a_stopped_run_goes_on(tmp_path, co
         _, error = process.communicate()
     assert process.returncode == 143, error
     assert "stopped at epoch" in error and "Traceback" not in error
-    assert "going on at epoch" in finished(*command("run"), env=environment).stderr
+    assert "resuming at epoch" in finished(*command("run"), env=environment).stderr
     finished(*command("whole"), env=environment)
     for path in ("{}/model.safetensors", "{}-log/history.csv"):
         assert len({(tmp_path / path.format(name)).read_bytes() for name in ("run", "whole")}) == 1

@@ -135,7 +135,7 @@ def test_twenty_kills_change_no_byte(tmp_path, digits_dir):
         whole, killed = files(tmp_path / f"whole{part}"), files(tmp_path / f"killed{part}")
         assert whole and whole.keys() == killed.keys()
         assert [name for name in whole if whole[name] != killed[name]] == []
-    assert "going on at" in result.stderr
+    assert "resuming at" in result.stderr
     steps = [int(step) for step in (tmp_path / "killed-steps").read_text().split()]
     again = [last - first + 1 for last, first in itertools.pairwise(steps)]
     assert max(again) >= 3, "some kills fall several steps after the state was saved"
@@ -403,7 +403,7 @@ def test_a_terminated_command_says_where_it_goes_on_and_does(tmp_path, digits_di
     assert process.returncode == 143, error
     assert error.splitlines()[-1].startswith("stopped at epoch") and "Traceback" not in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["state"]
-    assert finished(*command, env=env).stderr.startswith("going on at epoch")
+    assert finished(*command, env=env).stderr.startswith("resuming at epoch")
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
@@ -438,7 +438,7 @@ def test_a_run_whose_whole_group_is_terminated_is_saved_though_workers_decode_fo
     assert error.splitlines()[-1].startswith("stopped at epoch") and "Traceback" not in error
     with pytest.raises(ProcessLookupError):  # no worker outlives it
         os.killpg(process.pid, 0)
-    assert finished(*command, env=env).stderr.startswith("going on at epoch")
+    assert finished(*command, env=env).stderr.startswith("resuming at epoch")
 
 
 @forks
