@@ -57,7 +57,6 @@ def bench_peers(
 
     from effvit.attention import available_attention
     from effvit.device import pick_device, this_machine
-    from effvit.errors import UserError
     from effvit.figures.peers import peer_ratios
     from effvit.figures.style import save
     from effvit.files import staged_dir, write_csv
@@ -69,8 +68,6 @@ def bench_peers(
     from effvit.provenance import version_of, write_provenance
 
     require_positive(tokens_per_batch=tokens_per_batch, budget_s=budget_s, threads=threads)
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"dtype={dtype!r}: expected float32 or bfloat16")
     mechanisms = attention or list(available_attention())
     require_peers(mechanisms)
     counts = tokens or list(_TOKENS)

@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 import typer
 
 from effvit.cli import options
-from effvit.errors import UserError
 
 
 def export(
@@ -36,13 +35,11 @@ def export(
     from effvit.data.loading.prepared import PreparedDataset
     from effvit.deploy.export import OPSET, check_output, export_onnx
     from effvit.deploy.rounding import rounded_up
-    from effvit.deploy.state_dict import LIBRARIES, export_state_dict
+    from effvit.deploy.state_dict import export_state_dict
     from effvit.evaluation.predict import check_fits
     from effvit.model.checkpoint import load_model
     from effvit.model.trained_on import TrainedOn
 
-    if format not in ("onnx", *LIBRARIES):
-        raise UserError(f"--format {format}: unknown, expected onnx, {' or '.join(LIBRARIES)}")
     check_output(output, ".onnx" if format == "onnx" else ".safetensors")
     model = load_model(model_dir)
     dataset = check_fits(model, PreparedDataset.load(dataset_dir)) if dataset_dir else None
