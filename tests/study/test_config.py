@@ -120,6 +120,13 @@ def test_bad_value_is_told_in_one_line_with_its_key(tmp_path, changes, parts):
         assert part in message
 
 
+def test_fewer_epochs_than_the_warm_up_are_valid_by_themselves(tmp_path):
+    train = load(tmp_path, train__epochs=1).train
+    assert train.warmup_epochs == 1 and train.with_warmup_that_fits().warmup_epochs == 0.1
+    unchanged = load(tmp_path).train
+    assert unchanged.with_warmup_that_fits() is unchanged
+
+
 @pytest.mark.parametrize("text", ["[1, 2]", "", "just words", "a: [1", "1: 2", "attention: *missing"])
 def test_file_that_is_no_study_is_a_user_error(tmp_path, text):
     (tmp_path / "params.yaml").write_text(text)

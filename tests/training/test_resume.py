@@ -504,3 +504,20 @@ def test_a_run_that_fails_ends_though_workers_decode_for_it(train_with_workers):
     assert error.splitlines()[-1] == "ZeroDivisionError: as a bug would"
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
+
+
+def test_a_run_is_finished_where_and_as_it_was_written_and_nowhere_else(tmp_path, monkeypatch):
+    monkeypatch.setenv("EFFVIT_STATE", str(tmp_path / "state"))
+    outputs = tmp_path / "run", tmp_path / "run-log"
+    for directory in outputs:
+        directory.mkdir()
+        (directory / "file").write_text("content")
+    assert not resume.is_finished("a", *outputs)
+    resume.record_finished("a", *outputs)
+    assert resume.is_finished("a", *outputs)
+    assert not resume.is_finished("b", *outputs) and not resume.is_finished("a", *reversed(outputs))
+    (outputs[1] / "file").write_text("changed")
+    assert not resume.is_finished("a", *outputs)
+    resume.record_finished("b", *outputs)
+    assert resume.is_finished("b", *outputs)
+    assert len(list((tmp_path / "state" / "finished").iterdir())) == 1, "of what was there before nothing is kept"
