@@ -1,18 +1,19 @@
-"""Errors that a user can mend, told in one line."""
+"""Errors that a user can mend, reported in one line."""
 
 import errno
 import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib import metadata
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 if TYPE_CHECKING:
-    from pydantic import ValidationError
+    from pydantic import BaseModel, ValidationError
 
 
 # Packages by the module that is imported, where the names differ.
@@ -31,14 +32,23 @@ class UserError(ValueError):
     """Something the user gave is wrong; the message says what, where, and what would be right, in one line."""
 
 
-def explain(error: "ValidationError", prefix: str = "") -> str:
-    """One line for a pydantic error: ``prefix.key=value: what is wrong``, keys as one writes them after ``-S``."""
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """``" (did you mean linformer?)"`` where one of the known names is close to ``name``, else nothing."""
+    close = get_close_matches(name, known, 1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def explain(error: "ValidationError", prefix: str = "", model: "type[BaseModel] | None" = None) -> str:
+    """One line for a pydantic error: ``prefix.key=value: what is wrong``, keys as one writes them after ``-S``.
+
+    With ``model``, the class that was validated, an unknown key is answered with the valid ones.
+    """
     parts = []
     for e in _of_one_choice(error.errors()):
         key = ".".join(str(p) for p in (*filter(None, [prefix]), *e["loc"]))
         message = e["msg"].removeprefix("Value error, ")
         if e["type"] == "extra_forbidden":
-            parts.append(f"{key}: unknown option")
+            parts.append(f"{key}: unknown option{_instead_of(e['loc'], model)}")
         elif e["type"] == "missing":
             parts.append(f"{key}: missing")
         elif isinstance(e["input"], dict) or not e["loc"]:  # a rule over several keys, which names them itself, or all
@@ -62,11 +72,35 @@ def _of_one_choice(errors: list[Any]) -> list[Any]:
     return chosen
 
 
+def _instead_of(loc: tuple[Any, ...], model: "type[BaseModel] | None") -> str:
+    """Name the valid keys at the place of an unknown one."""
+    known = _keys_at(loc[:-1], model)
+    if known is None:
+        return ""
+    return (
+        f", expected one of {', '.join(known)}{did_you_mean(str(loc[-1]), known)}"
+        if known
+        else ", there are no options"
+    )
+
+
+def _keys_at(loc: tuple[Any, ...], model: Any) -> list[str] | None:
+    """Keys that a model takes under ``loc``; None where that is no model."""
+    for part in loc:
+        fields = getattr(model, "model_fields", None)
+        if fields is not None:
+            model = fields[part].annotation if part in fields else None
+        else:  # a dictionary: any key, values of one type
+            model = next(iter(get_args(model)[1:]), None)
+    fields = getattr(model, "model_fields", None)
+    return None if fields is None else list(fields)
+
+
 def _shorten(text: str) -> str:
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
-def tell(message: str) -> None:
+def print_error(message: str) -> None:
     """Print ``error: message`` as one line on stderr, with escapes for what is no text, as in some file names."""
     line = f"error: {' '.join(message.split())}"
     encoding = sys.stderr.encoding or "utf-8"
@@ -105,7 +139,7 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(130) from None
     else:
         return
-    tell(message)
+    print_error(message)
     raise SystemExit(1)
 
 
@@ -140,12 +174,12 @@ def _ended_by_signals() -> Iterator[None]:
         if ours:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if main and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-            # What libraries still do while the interpreter exits would tell it in tracebacks.
+            # What libraries still do while the interpreter exits would report it in tracebacks.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _cause(error: BaseException) -> str | None:
-    """What is told of errors that are nobody's bug; None for the others."""
+    """The message for errors that are no bug; None for others."""
     if "torch" not in sys.modules:  # which has hardly a class for its own
         return _OUT_OF_MEMORY if isinstance(error, MemoryError) else None
     from torch import distributed

@@ -1,4 +1,4 @@
-"""benchmark(dataset, attention): the cost of one model, beside the same model with fused attention."""
+"""benchmark(dataset, attention): the cost of one model, vs the same model with fused attention."""
 
 from effvit.cli.benchmark import benchmark
 from effvit.errors import one_line_errors

@@ -21,6 +21,11 @@ def model_dir(dataset: str, attention: str, seed: str | int) -> Path:
     return Path("models", dataset, attention, f"seed{seed}")
 
 
+def live_dir(dataset: str, attention: str, seed: str) -> Path:
+    """Curves of one cell while it trains. Not ignored by Git: DVC would not show them."""
+    return Path("live", dataset, attention, f"seed{seed}")
+
+
 def deployed_dir(dataset: str, attention: str) -> Path:
     """Files of one cell's model for each runtime."""
     return Path("models/deployed", dataset, attention)

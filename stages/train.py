@@ -21,5 +21,8 @@ if __name__ == "__main__":  # not again in processes that decode images
             horizontal_flip=data.horizontal_flip,
             init_from=Path(params.model.init_from) if params.model.init_from else None,
             **params.model.vit_fields(),
+            logger=params.train.logger,
+            live_dir=study.live_dir(dataset, attention, seed),
+            overwrite=True,  # DVC has decided that it is to run
             **params.train.model_dump(),
         )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from effvit.errors import UserError, explain, one_line_errors
+from effvit.errors import UserError, did_you_mean, explain, one_line_errors
 
 
 class Inner(BaseModel):
@@ -42,6 +42,46 @@ def test_validation_error_is_told_in_one_line_with_the_key_as_one_writes_it(valu
     with pytest.raises(ValidationError) as caught:
         Outer(**values)
     assert explain(caught.value, "study") == told
+
+
+class Study(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+    outer: Outer
+    cells: dict[str, Inner] = {}
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"outer": {"inner": {"kk": 1}}}, "outer.inner.kk: unknown option, expected one of k (did you mean k?)"),
+        (
+            {"outer": {"inner": {}}, "cell": 1},
+            "cell: unknown option, expected one of outer, cells (did you mean cells?)",
+        ),
+        ({"outer": {"inner": {}}, "cells": {"a": {"x": 1}}}, "cells.a.x: unknown option, expected one of k"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_those_that_are_known_at_its_place(values, told):
+    with pytest.raises(ValidationError) as caught:
+        Study(**values)
+    assert explain(caught.value, model=Study) == told
+
+
+class NoOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+def test_where_there_are_no_options_that_is_said():
+    with pytest.raises(ValidationError) as caught:
+        NoOptions(k=1)
+    assert explain(caught.value, "attention.fused", NoOptions) == (
+        "attention.fused.k: unknown option, there are no options"
+    )
+
+
+def test_a_close_name_is_proposed_and_a_far_one_not():
+    assert did_you_mean("lineformer", ["fused", "linformer"]) == " (did you mean linformer?)"
+    assert did_you_mean("flash", ["standard", "linformer"]) == ""
 
 
 class Several(BaseModel):

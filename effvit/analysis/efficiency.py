@@ -1,4 +1,4 @@
-"""How each mechanism's cost grows, from which length it is below that of ``fused``, and what its MACs foretell."""
+"""How each mechanism's cost grows, from which length it is below that of ``fused``, and what its MACs predict."""
 
 from typing import Any
 

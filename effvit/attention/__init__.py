@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from effvit.attention.base import Attention, AttentionOptions, Grid, registered
-from effvit.errors import UserError, explain
+from effvit.errors import UserError, did_you_mean, explain
 
 __all__ = ["Attention", "attention_class", "available_attention", "build_attention", "check_options"]
 
@@ -36,8 +36,10 @@ def attention_class(name: str) -> type[Attention]:
     Raises:
         UserError: there is none of that name.
     """
-    if name not in available_attention():
-        raise UserError(f"attention={name!r}: unknown mechanism, expected one of {', '.join(available_attention())}")
+    known = available_attention()
+    if name not in known:
+        hint = did_you_mean(name, known)
+        raise UserError(f"attention={name!r}: unknown mechanism, expected one of {', '.join(known)}{hint}")
     import_module(f"effvit.attention.{name}")
     return registered(name)
 
@@ -50,10 +52,11 @@ def check_options(
     Raises:
         UserError: an option is unknown, of the wrong type, out of range or does not fit the grid.
     """
+    kind = attention_class(name).Options
     try:
-        checked = attention_class(name).Options(**options)
+        checked = kind(**options)
     except ValidationError as error:
-        raise UserError(explain(error, f"attention.{name}")) from error
+        raise UserError(explain(error, f"attention.{name}", kind)) from error
     if grid_size is not None:
         checked.check_grid(grid_size, prefix_tokens)
     return checked

@@ -1,4 +1,4 @@
-"""``effvit ablation``: what the hybrid's branches are worth, from a sweep of experiments."""
+"""``effvit ablation``: what each of the hybrid's branches contributes, from a sweep of experiments."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,11 +10,13 @@ from effvit.cli import options
 
 def ablation(
     output_dir: options.OutputDir,
-    repository: Annotated[Path, typer.Option(help="DVC repository whose experiments to gather.")] = Path(),
+    repository: Annotated[
+        Path, typer.Option(rich_help_panel=options.FILES, help="DVC repository whose experiments to gather.")
+    ] = Path(),
 ) -> None:
-    """Gather the experiments of `make ablation`: accuracy and cost by set of branches, gate shares by layer.
+    """Gather the experiments of `make ablation`: accuracy and cost per set of branches, gate shares per layer.
 
-    Writes accuracy.csv and gates.csv (always the same), cost.csv (measured) and a picture a data set.
+    Writes accuracy.csv and gates.csv (always the same), cost.csv (measured) and one figure per data set.
     """
     import pandas as pd
 

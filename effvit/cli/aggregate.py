@@ -5,17 +5,22 @@ from typing import Annotated
 
 import typer
 
-from effvit.cli.options import Attentions, Datasets, MetricsDir
+from effvit.cli import options
 
 
 def aggregate(
-    metrics_dir: MetricsDir,
-    plots_data_dir: Annotated[Path, typer.Option(help="Directory to write the tables to; replaced as a whole.")],
-    datasets: Datasets,
-    attentions: Attentions,
-    seeds: Annotated[list[int], typer.Option("--seed", help="Seed of the comparison; repeatable.")],
+    metrics_dir: options.MetricsDir,
+    plots_data_dir: Annotated[
+        Path, typer.Option(rich_help_panel=options.FILES, help="Directory to write the tables to; it is replaced.")
+    ],
+    datasets: options.Datasets,
+    attentions: options.Attentions,
+    seeds: options.Seeds,
 ) -> None:
-    """Gather the named cells, and no others, into METRICS_DIR/summary.json and tidy CSV tables."""
+    """Gather the results of the named cells into METRICS_DIR/summary.json and tidy CSV tables.
+
+    A cell is one training: a data set, a mechanism and a seed.
+    """
     from effvit.study.aggregate import aggregate as write_tables
 
     write_tables(metrics_dir, plots_data_dir, datasets, attentions, seeds)

@@ -9,39 +9,26 @@ from typing import Annotated, Any
 import typer
 
 from effvit import __version__
-from effvit.errors import one_line_errors, tell
+from effvit.cli.command import Command, Group
+from effvit.errors import one_line_errors, print_error
 
-COMMANDS = (
-    "prepare",
-    "samples",
-    "train",
-    "evaluate",
-    "predict",
-    "attention_map",
-    "export",
-    "deploy",
-    "hardware",
-    "benchmark",
-    "scaling",
-    "fidelity",
-    "representations",
-    "bench_peers",
-    "bench_data",
-    "choose",
-    "aggregate",
-    "plot",
-    "ablation",
-    "report",
-    "mechanisms",
-    "machine",
-)
+GROUPS = {
+    "Data": ("prepare", "samples"),
+    "Train and use": ("train", "evaluate", "predict", "attention_map", "export", "deploy"),
+    "Measure": ("choose", "benchmark", "scaling", "hardware", "bench_peers", "bench_data", "mechanisms", "machine"),
+    "Analyse": ("fidelity", "representations", "aggregate", "ablation"),
+    "Report": ("plot", "report"),
+}
+COMMANDS = tuple(name for names in GROUPS.values() for name in names)
+_SETTINGS = {"help_option_names": ["-h", "--help"]}
 
 # Of the Click that Typer uses, which is the installed one or its own.
 _ClickException: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 app = typer.Typer(
-    help="Efficient attention in Vision Transformers, trained and measured under one protocol.",
-    add_completion=False,
+    cls=Group,
+    context_settings=_SETTINGS,
+    rich_markup_mode=None,  # its tables of six columns leave the help texts none at 80 characters
     pretty_exceptions_enable=False,
 )
 
@@ -61,8 +48,12 @@ def _options(
     """Efficient attention in Vision Transformers, trained and measured under one protocol."""
 
 
-for _name in COMMANDS:
-    app.command(_name.replace("_", "-"))(getattr(import_module(f"effvit.cli.{_name}"), _name))
+for _title, _names in GROUPS.items():
+    for _name in _names:
+        _register = app.command(
+            _name.replace("_", "-"), cls=Command, context_settings=_SETTINGS, rich_help_panel=_title
+        )
+        _register(getattr(import_module(f"effvit.cli.{_name}"), _name))
 
 
 def main() -> None:
@@ -75,6 +66,6 @@ def main() -> None:
             if status == 128 + signal.SIGINT:  # Typer's for Ctrl-C, of which it says nothing
                 raise KeyboardInterrupt
         except _ClickException as error:
-            tell(error.format_message())
+            print_error(error.format_message().replace("Value error, ", ""))  # as pydantic begins, which Typer asks
             status = error.exit_code
     raise SystemExit(status)

@@ -11,11 +11,11 @@ from effvit.cli import options
 def attention_map(
     images: options.Images,
     model_dir: options.ModelDir,
-    output: Annotated[Path, typer.Option(help="PNG file to write.")],
+    output: Annotated[Path, typer.Option(rich_help_panel=options.FILES, help="PNG file to write.")],
     dataset_dir: options.DatasetDirIfNeeded = None,
     device: options.Device = "auto",
 ) -> None:
-    """Draw where a model looks: attention rollout from the class token, laid over each image."""
+    """Draw where a model looks: attention rollout from the class token, over each image."""
     import os
 
     from effvit.data.loading.prepared import PreparedDataset

@@ -1,8 +1,4 @@
-"""``effvit bench-data``: the input pipeline, the training step and the whole loop, each by itself."""
-
-from typing import Annotated
-
-import typer
+"""``effvit bench-data``: speed of the input pipeline, of the training step and of the whole loop."""
 
 from effvit.cli import options
 
@@ -28,13 +24,13 @@ def bench_data(
     workers: options.Workers = 0,
     precision: options.Precision = "32-true",
     compile: options.Compile = False,
-    budget_s: Annotated[float, typer.Option(help="Seconds of sampling.")] = 60.0,
+    budget_s: options.Budget = 60.0,
     threads: options.Threads = None,
     device: options.Device = "auto",
 ) -> None:
-    """Measure images/s of the input pipeline alone, of the step alone and of training, alternately.
+    """Measure images/s of the input pipeline alone, of the training step alone and of training, in turns.
 
-    With the `peers` extra, timm's model of the same size makes the same step. Writes throughput.csv (measured) and
+    With the `peers` extra, timm's model of the same size does the same step. Writes throughput.csv (measured) and
     provenance.json.
     """
     from importlib.util import find_spec
@@ -77,7 +73,7 @@ def bench_data(
             }
         )
     except ValidationError as error:
-        raise UserError(explain(error, "train")) from error
+        raise UserError(explain(error, "train", TrainConfig)) from error
     dataset = PreparedDataset.load(dataset_dir)
     recipe.check_image_size(dataset.image_size)
     sizes = preset(

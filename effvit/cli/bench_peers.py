@@ -1,30 +1,55 @@
-"""``effvit bench-peers``: our attention modules beside the public ones, at equal hyperparameters."""
+"""``effvit bench-peers``: our attention modules vs the public ones, at equal hyperparameters."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from effvit.cli import options
 
+_TOKENS = (65, 197, 401, 1025, 4097)
+
 
 def bench_peers(
     output_dir: options.OutputDir,
-    attention: Annotated[
-        list[str] | None, typer.Option(help="Mechanism to compare; repeatable. All if not given.")
+    attention: options.ComparedAttentions = None,
+    width: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WIDTHxHEADS,...",
+            parser=options.words,
+            callback=options.joined,
+            rich_help_panel=options.MODEL,
+            help="Widths and numbers of heads.",
+            show_default="192x3,384x6",
+        ),
     ] = None,
-    width: Annotated[list[str] | None, typer.Option(help="Width and heads, e.g. 192x3; repeatable.")] = None,
     tokens: Annotated[
-        list[int] | None, typer.Option(help="Token count 1 + n²: a class token and n x n patches; repeatable.")
+        list[int] | None,
+        typer.Option(
+            metavar="N,...",
+            parser=options.whole_numbers,
+            callback=options.joined,
+            rich_help_panel=options.MEASUREMENT,
+            help=options.TOKENS_HELP,
+            show_default=",".join(map(str, _TOKENS)),
+        ),
     ] = None,
-    tokens_per_batch: Annotated[int, typer.Option(help="Tokens of a batch, all samples together.")] = 16384,
-    budget_s: Annotated[float, typer.Option(help="Seconds of sampling each point.")] = 5.0,
-    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 under autocast.")] = "float32",
+    tokens_per_batch: Annotated[
+        int, typer.Option(rich_help_panel=options.MEASUREMENT, help="Tokens per batch, all samples together.")
+    ] = 16384,
+    budget_s: Annotated[
+        float, typer.Option(rich_help_panel=options.MEASUREMENT, help="Seconds of sampling per point.")
+    ] = 5.0,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"],
+        typer.Option(rich_help_panel=options.DEVICE, help="bfloat16 runs under autocast."),
+    ] = "float32",
     threads: options.Threads = None,
 ) -> None:
-    """Time each module and its public peer alternately on the CPU, forward and forward + backward.
+    """Time each module and its public peer in turns on the CPU, forward and forward + backward.
 
-    Needs the `peers` extra. Writes peers.csv and peers.png (measured) and provenance.json. A mechanism without a peer
-    is timed alone.
+    Needs the `peers` extra. Writes peers.csv and peers.png (measured) and provenance.json. A mechanism without a public
+    peer is timed alone.
     """
     import pandas as pd
     import torch
@@ -32,7 +57,6 @@ def bench_peers(
 
     from effvit.attention import available_attention
     from effvit.device import pick_device, this_machine
-    from effvit.errors import UserError
     from effvit.figures.peers import peer_ratios
     from effvit.figures.style import save
     from effvit.files import staged_dir, write_csv
@@ -44,11 +68,9 @@ def bench_peers(
     from effvit.provenance import version_of, write_provenance
 
     require_positive(tokens_per_batch=tokens_per_batch, budget_s=budget_s, threads=threads)
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"dtype={dtype!r}: expected float32 or bfloat16")
     mechanisms = attention or list(available_attention())
     require_peers(mechanisms)
-    counts = tokens or [65, 197, 401, 1025, 4097]
+    counts = tokens or list(_TOKENS)
     for count in counts:
         square_grid(count)
     widths = [parse_width(text) for text in width or ["192x3", "384x6"]]

@@ -1,4 +1,4 @@
-"""``effvit benchmark``: what a model costs, beside the same model with ``fused`` attention."""
+"""``effvit benchmark``: what a model costs, compared with the same model with ``fused`` attention."""
 
 from typing import Annotated
 
@@ -14,7 +14,7 @@ def benchmark(
     image_size: options.ImageSize = 32,
     model: options.Model = "tiny",
     patch_size: options.PatchSize = None,
-    num_classes: Annotated[int, typer.Option(help="Number of classes.")] = 10,
+    num_classes: Annotated[int, typer.Option(rich_help_panel=options.MODEL, help="Number of classes.")] = 10,
     hidden_size: options.HiddenSize = None,
     num_hidden_layers: options.NumLayers = None,
     num_attention_heads: options.NumHeads = None,
@@ -23,13 +23,17 @@ def benchmark(
     hidden_dropout_prob: options.HiddenDropout = 0.0,
     attention_probs_dropout_prob: options.AttentionDropout = 0.0,
     value_conv: options.ValueConv = 0,
-    batch_size: Annotated[int, typer.Option(help="Images of the benchmark batch.")] = 64,
-    memory_mib: Annotated[float, typer.Option(help="MiB that the largest batch may take.")] = 256,
-    budget_s: Annotated[float, typer.Option(help="Seconds of sampling each quantity.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(rich_help_panel=options.MEASUREMENT, help="Images per batch.")] = 64,
+    memory_mib: Annotated[
+        float, typer.Option(rich_help_panel=options.MEASUREMENT, help="MiB that the largest batch may take.")
+    ] = 256,
+    budget_s: Annotated[
+        float, typer.Option(rich_help_panel=options.MEASUREMENT, help="Seconds of sampling per quantity.")
+    ] = 1.0,
     threads: options.Threads = None,
     device: options.Device = "auto",
 ) -> None:
-    """Measure parameters, exact MACs, latency, throughput, training step and memory, each beside fused attention.
+    """Measure parameters, exact MACs, latency, throughput, training step and memory, each vs fused attention.
 
     Writes model.json (always the same), cost.csv (measured) and provenance.json.
     """
@@ -83,7 +87,7 @@ def benchmark(
         settings |= {"dtype": "float32", "model": config.model_dump()}
         write_provenance(staged, settings, this_machine(where))
     print_rows(
-        f"{attention}: {size['parameters']:,} parameters, {size['macs'] / 1e6:,.2f} M multiply-adds an image",
+        f"{attention}: {size['parameters']:,} parameters, {size['macs'] / 1e6:,.2f} M multiply-adds per image",
         rows,
         ("quantity", "batch_size"),
     )

@@ -1,7 +1,7 @@
 """``effvit choose``: which mechanism to take on this machine."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -10,44 +10,77 @@ from effvit.cli import options
 if TYPE_CHECKING:
     from effvit.measure.choose import Build
 
+_IMAGE_SIZES = (224, 384, 512)
+
 
 def choose(
     model: Annotated[
-        str | None, typer.Option(help="tiny, small, deit_tiny (if not given), deit_small or vit_base.")
+        options.Size | None,
+        typer.Option(
+            metavar="SIZE",
+            rich_help_panel=options.MODEL,
+            help="tiny, small, deit_tiny, deit_small or vit_base.",
+            show_default="deit_tiny",
+        ),
     ] = None,
     timm: Annotated[
-        str | None, typer.Option(help="In place of --model, timm's own model of that name, its attention swapped.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=options.MODEL,
+            help="Instead of --model: timm's own model of that name, with its attention swapped.",
+        ),
     ] = None,
-    image_sizes: Annotated[str, typer.Option(help="Image sizes in pixels, e.g. 224,384,512.")] = "224,384,512",
-    attention: Annotated[
-        list[str] | None, typer.Option(help="Mechanism to compare with fused; repeatable. All if not given.")
+    image_sizes: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="N,...",
+            parser=options.whole_numbers,
+            callback=options.joined,
+            rich_help_panel=options.MEASUREMENT,
+            help="Image sizes in pixels.",
+            show_default=",".join(map(str, _IMAGE_SIZES)),
+        ),
     ] = None,
+    attention: options.ComparedAttentions = None,
     option: Annotated[
         list[str] | None,
-        typer.Option("--option", "-o", metavar="NAME.KEY=VALUE", help="A mechanism's option, e.g. -o linformer.k=128."),
+        typer.Option(
+            "--option",
+            "-o",
+            metavar="NAME.KEY=VALUE",
+            rich_help_panel=options.ATTENTION,
+            help="Option of a mechanism, e.g. -o linformer.k=128; repeatable.",
+        ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 1,
-    precision: Annotated[str, typer.Option(help="float32, or bfloat16 by autocast.")] = "float32",
-    budget_s: Annotated[float, typer.Option(help="Seconds of measuring, all image sizes together.")] = 100.0,
+    batch_size: Annotated[int, typer.Option(rich_help_panel=options.MEASUREMENT, help="Images per batch.")] = 1,
+    precision: Annotated[
+        Literal["float32", "bfloat16"],
+        typer.Option(rich_help_panel=options.DEVICE, help="bfloat16 runs under autocast."),
+    ] = "float32",
+    budget_s: Annotated[
+        float, typer.Option(rich_help_panel=options.MEASUREMENT, help="Seconds of measuring, all image sizes together.")
+    ] = 100.0,
     threads: options.Threads = None,
     device: options.Device = "auto",
     output: Annotated[
         Path | None,
         typer.Option(
-            help="CSV file to write, or a directory for one named after this machine, which rows are added to."
+            rich_help_panel=options.FILES,
+            help="CSV file to write, or a directory for a file named after this machine; rows are added to it.",
         ),
     ] = None,
 ) -> None:
-    """Time whole models and attention blocks of all mechanisms in turns, and say which is fastest at each image size.
+    """Say which mechanism is fastest on this machine at each image size.
 
-    Every time is also a ratio to `fused`, taken in the same rounds, with its 95 % interval. Two minutes for deit_tiny
-    at 224, 384 and 512 pixels on two cores.
+    It times whole models and attention blocks of all mechanisms in turns. Every time is also given as a ratio to
+    `fused` from the same rounds, with its 95 % interval. The defaults take two minutes on two cores.
     """
     import pandas as pd
     import torch
     from rich.progress import Progress
 
-    from effvit.attention import attention_class, available_attention
+    from effvit.attention import attention_class, available_attention, check_options
     from effvit.cli.options import parse_options
     from effvit.device import measuring_device, this_machine
     from effvit.errors import UserError
@@ -61,10 +94,10 @@ def choose(
     if timm is not None and model is not None:
         raise UserError(f"--model {model} --timm {timm}: expected one of them")
     if timm == "":
-        raise UserError("--timm '': expected the name of a model of timm's, e.g. deit_tiny_patch16_224")
+        raise UserError("--timm '': expected the name of a model in timm, e.g. deit_tiny_patch16_224")
     subject = timm or model or "deit_tiny"
     require_positive(batch_size=batch_size, budget_s=budget_s, threads=threads)
-    sizes = _numbers(image_sizes)
+    sizes = sorted(set(image_sizes or _IMAGE_SIZES))
     where = measuring_device(device)
     names = attention or list(available_attention())
     for name in names:
@@ -75,6 +108,8 @@ def choose(
         if not dot or name not in names:
             raise UserError(f"--option {key}={value}: expected NAME.KEY=VALUE with NAME one of {', '.join(names)}")
         settings.setdefault(name, {})[field] = value
+    for name, given in settings.items():
+        check_options(name, given)
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -85,11 +120,18 @@ def choose(
     with measuring_alone(), Progress(transient=True) as bar:
         task = bar.add_task(f"measuring {subject}", total=1.0)
 
-        def tell(share: float, what: str) -> None:
+        def progress(share: float, what: str) -> None:
             bar.update(task, completed=share, description=what)
 
         points = measure_choice(
-            build, names, sizes, batch_size=batch_size, precision=precision, budget_s=budget_s, device=where, tell=tell
+            build,
+            names,
+            sizes,
+            batch_size=batch_size,
+            precision=precision,
+            budget_s=budget_s,
+            device=where,
+            progress=progress,
         )
         for of_size in points:
             rows += of_size
@@ -110,15 +152,6 @@ def choose(
     if file is not None:
         add_rows(file, earlier, table)
         typer.echo(f"written: {file}")
-
-
-def _numbers(text: str) -> list[int]:
-    from effvit.errors import UserError
-
-    try:
-        return sorted({int(part) for part in text.split(",")})
-    except ValueError as error:
-        raise UserError(f"--image-sizes {text}: expected numbers of pixels, e.g. 224,384,512") from error
 
 
 def _timm_builder(name: str, settings: dict[str, dict[str, Any]]) -> "Build":

@@ -13,14 +13,17 @@ def deploy(
     dataset_dir: options.DatasetDir,
     output_dir: options.OutputDir,
     log_dir: Annotated[
-        Path | None, typer.Option(help="Directory for deployment.json; <output-dir>-log if not given.")
+        Path | None,
+        typer.Option(
+            rich_help_panel=options.FILES, help="Directory for deployment.json.", show_default="<output-dir>-log"
+        ),
     ] = None,
 ) -> None:
     """Write a trained model for PyTorch, onnxruntime and onnxruntime with int8 weights; compare size and accuracy.
 
     Writes model.safetensors, config.json, onnx.onnx and int8.onnx to the output directory, and deployment.json and
-    provenance.json to the log directory. Accuracy is of the validation split. What a runtime does not support is said
-    in its status.
+    provenance.json to the log directory. Accuracy is that of the validation split. If a runtime does not support the
+    model, its status says so.
     """
     from effvit.data.loading.prepared import PreparedDataset
     from effvit.deploy.accuracy import sizes_and_accuracy

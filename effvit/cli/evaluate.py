@@ -1,7 +1,5 @@
 """``effvit evaluate``."""
 
-from typing import Annotated
-
 import typer
 
 from effvit.cli import options
@@ -11,7 +9,7 @@ def evaluate(
     model_dir: options.ModelDir,
     dataset_dir: options.DatasetDir,
     output_dir: options.OutputDir,
-    batch_size: Annotated[int, typer.Option(min=1, max=2**31 - 1, help="Images a forward pass.")] = 256,
+    batch_size: options.ImagesPerPass = 256,
     device: options.Device = "auto",
 ) -> None:
     """Score a trained model on the test split: accuracy, calibration, confusion, attention maps."""

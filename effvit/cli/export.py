@@ -1,43 +1,45 @@
 """``effvit export``: a trained model for use without effvit."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from effvit.cli import options
-from effvit.errors import UserError
 
 
 def export(
     model_dir: options.ModelDir,
-    output: Annotated[Path, typer.Option(help="File to write, .onnx or .safetensors.")],
+    output: Annotated[Path, typer.Option(rich_help_panel=options.FILES, help="File to write, .onnx or .safetensors.")],
     format: Annotated[
-        str, typer.Option(help="onnx; timm or transformers for a state dict under that library's names.")
+        Literal["onnx", "timm", "transformers"],
+        typer.Option(
+            rich_help_panel=options.FILES,
+            help="onnx, or a state dict with the names of timm or transformers.",
+        ),
     ] = "onnx",
     dataset_dir: Annotated[
         Path | None,
         typer.Option(
-            help="Directory that `effvit prepare` wrote; its class names and normalisation go into the file of a model "
-            "that does not know them."
+            rich_help_panel=options.FILES,
+            help="Directory written by `effvit prepare`; its class names and normalisation go into the file if the "
+            "model does not record them.",
         ),
     ] = None,
 ) -> None:
     """Write a trained model as ONNX, or as a state dict for the ViT of timm or transformers.
 
-    An ONNX file takes any batch size, and its output is PyTorch's within 1e-4. A state dict can be written of models
-    with `fused` or `standard` attention, which is what the other library's model computes.
+    An ONNX file takes any batch size and reproduces PyTorch's logits within 1e-4. A state dict needs a model with
+    `fused` or `standard` attention, because that is what the other library's model computes.
     """
     from effvit.data.loading.prepared import PreparedDataset
     from effvit.deploy.export import OPSET, check_output, export_onnx
     from effvit.deploy.rounding import rounded_up
-    from effvit.deploy.state_dict import LIBRARIES, export_state_dict
+    from effvit.deploy.state_dict import export_state_dict
     from effvit.evaluation.predict import check_fits
     from effvit.model.checkpoint import load_model
     from effvit.model.trained_on import TrainedOn
 
-    if format not in ("onnx", *LIBRARIES):
-        raise UserError(f"--format {format}: unknown, expected onnx, {' or '.join(LIBRARIES)}")
     check_output(output, ".onnx" if format == "onnx" else ".safetensors")
     model = load_model(model_dir)
     dataset = check_fits(model, PreparedDataset.load(dataset_dir)) if dataset_dir else None

@@ -1,7 +1,6 @@
-"""``effvit fidelity``: how near mechanisms come to exact attention, against what that costs."""
+"""``effvit fidelity``: how close mechanisms come to exact attention, and at what cost."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -16,17 +15,15 @@ _REPLACED = ["attention", "option", "value", "top1", "top1_fused", "n_images"]
 
 
 def fidelity(
-    model_dirs: Annotated[
-        list[Path], typer.Option("--model-dir", help="Directory that `effvit train` wrote; one of each mechanism.")
-    ],
+    model_dirs: options.ModelDirs,
     dataset_dir: options.DatasetDir,
     output_dir: options.OutputDir,
     device: options.Device = "auto",
 ) -> None:
-    """Measure each mechanism's error to exact attention for the same q, k, v, over its size, and its accuracy in place.
+    """Measure each mechanism's error relative to exact attention for the same q, k, v, at several sizes.
 
-    Random q, k, v have the shape of the models. If one of the models has `fused` attention, so have q, k, v of its
-    layers on validation images, and its attention is replaced by each mechanism without training anything. Writes
+    Random q, k, v have the shape of the models. If one of the models has `fused` attention, q, k, v of its layers on
+    validation images are used too, and its attention is replaced by each mechanism without retraining. Writes
     fidelity.csv, replaced.csv and provenance.json, always the same for the same models.
     """
     import pandas as pd
@@ -72,8 +69,6 @@ def fidelity(
         write_csv(directory / "replaced.csv", pd.DataFrame(replaced, columns=_REPLACED).astype({"value": "Int64"}))
         settings = {"dataset": dataset.name, "models": {a: str(p) for a, p in places.items()}}
         write_provenance(directory, settings, this_machine(where))
-    typer.echo(f"{len(tried)} variants of {len(models)} mechanisms beside exact attention on {', '.join(qkv)} q, k, v")
+    typer.echo(f"{len(tried)} variants of {len(models)} mechanisms vs exact attention on {', '.join(qkv)} q, k, v")
     if not fused:
-        typer.echo(
-            "no model with fused attention among them: nothing said of trained q, k, v or of replacing attention"
-        )
+        typer.echo("no model with fused attention given: trained q, k, v and replaced attention were not measured")

@@ -9,13 +9,15 @@ from effvit.cli import options
 
 
 def hardware(
-    deployed_dir: Annotated[Path, typer.Option(help="Directory that `effvit deploy` wrote.")],
+    deployed_dir: Annotated[
+        Path, typer.Option(rich_help_panel=options.FILES, help="Directory written by `effvit deploy`.")
+    ],
     output_dir: options.OutputDir,
-    budget_s: Annotated[float, typer.Option(help="Seconds of sampling latencies.")] = 1.0,
+    budget_s: options.Budget = 1.0,
 ) -> None:
     """Measure latency and memory under PyTorch, onnxruntime and onnxruntime with int8 weights.
 
-    Writes hardware.json and provenance.json. What a runtime does not support has no figures.
+    Writes hardware.json and provenance.json. A runtime that does not support the model has no figures.
     """
     from dataclasses import replace
 

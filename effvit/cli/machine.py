@@ -11,12 +11,13 @@ from effvit.cli import options
 def machine(
     device: options.Device = "auto",
     output: Annotated[
-        Path | None, typer.Option(help="JSON file for the record; one with the same content is left as it is.")
+        Path | None,
+        typer.Option(rich_help_panel=options.FILES, help="JSON file to write; left alone if nothing changed."),
     ] = None,
 ) -> None:
-    """Describe this machine: processor, threads, GPU, driver and versions, as they are recorded with every result.
+    """Describe this machine: processor, threads, GPU, driver and versions, as recorded with every result.
 
-    With auto it is the device that measurements take. With --output, say whether the machine in the file is another.
+    --device auto is the device that measurements use. With --output, it also reports what changed since the record.
     """
     from dataclasses import asdict
 

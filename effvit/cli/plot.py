@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from effvit.cli.options import Attentions, Datasets, MetricsDir, OutputDir
+from effvit.cli import options
 from effvit.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,18 +50,25 @@ _COLUMNS: dict[str, dict[str, Any]] = {
 
 
 def plot(
-    data_dir: Annotated[Path, typer.Option(help="Directory of the tables that `effvit aggregate` wrote.")],
-    metrics_dir: MetricsDir,
-    prepared_dir: Annotated[Path, typer.Option(help="Directory that holds a prepared data set of each name.")],
-    output_dir: OutputDir,
-    vector_dir: Annotated[Path, typer.Option(help="Directory to write the charts to as SVG; replaced as a whole.")],
-    datasets: Datasets,
-    attentions: Attentions,
-    seed: Annotated[int, typer.Option(help="The seed whose attention maps are drawn.")] = 0,
+    data_dir: Annotated[
+        Path, typer.Option(rich_help_panel=options.FILES, help="Directory of the tables written by `effvit aggregate`.")
+    ],
+    metrics_dir: options.MetricsDir,
+    prepared_dir: Annotated[
+        Path, typer.Option(rich_help_panel=options.FILES, help="Directory with one prepared data set per name.")
+    ],
+    output_dir: options.OutputDir,
+    vector_dir: Annotated[
+        Path,
+        typer.Option(rich_help_panel=options.FILES, help="Directory to write the charts to as SVG; it is replaced."),
+    ],
+    datasets: options.Datasets,
+    attentions: options.Attentions,
+    seed: Annotated[int, typer.Option(rich_help_panel=options.STUDY, help="Seed whose attention maps are drawn.")] = 0,
 ) -> None:
     """Draw the figures of a comparison.
 
-    All are PNG files in OUTPUT_DIR; those that are not made of pixels are SVG files in VECTOR_DIR as well.
+    All are PNG files in OUTPUT_DIR. Charts are also SVG files in VECTOR_DIR.
     """
     from effvit import figures
     from effvit.data.loading.prepared import PreparedDataset

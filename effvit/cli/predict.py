@@ -11,12 +11,12 @@ def predict(
     images: options.Images,
     model_dir: options.ModelDir,
     dataset_dir: options.DatasetDirIfNeeded = None,
-    top: Annotated[int, typer.Option(min=1, help="Classes to name for each image.")] = 3,
+    top: Annotated[int, typer.Option(min=1, help="Classes to name per image.")] = 3,
     device: options.Device = "auto",
 ) -> None:
     """Name the classes of image files, most likely first.
 
-    The model knows its classes and how images are normalised. With a data set both are compared with that.
+    The model records its classes and normalisation. If a data set is given, both must match it.
     """
     from effvit.data.loading.prepared import PreparedDataset
     from effvit.device import pick_device

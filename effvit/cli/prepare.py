@@ -5,34 +5,49 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from effvit.cli.options import OutputDir
+from effvit.cli import options
 
 if TYPE_CHECKING:
     from effvit.data.loading.prepared import PreparedDataset
 
 
 def prepare(
-    dataset: Annotated[str, typer.Option(help="Name of the data set; a wrong one is answered with the known ones.")],
-    output_dir: OutputDir,
+    dataset: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            autocompletion=options.complete_dataset,
+            rich_help_panel=options.FILES,
+            help="digits, cifar10, cifar100, imagenet100 or folder.",
+        ),
+    ],
+    output_dir: options.OutputDir,
     root: Annotated[
         Path | None,
         typer.Option(
-            help="Where the original files are or go.", show_default="$EFFVIT_DATA/DATASET, or the user's cache"
+            rich_help_panel=options.FILES,
+            help="Directory of the original files; downloads go there.",
+            show_default="$EFFVIT_DATA/DATASET, or the user's cache",
         ),
     ] = None,
     image_size: Annotated[int, typer.Option(help="Height and width of the prepared images in pixels.")] = 32,
     classes: Annotated[
-        Path | None, typer.Option(help="File with the classes to take, one a line, of imagenet100 or folder.")
+        Path | None,
+        typer.Option(
+            help="File with one class to take per line; for imagenet100 and folder.", show_default="all classes"
+        ),
     ] = None,
-    num_classes: Annotated[int | None, typer.Option(help="How many classes there must be.", show_default="any")] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(help="Fail unless there are this many classes.", show_default="any number")
+    ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes that read image files.", show_default="as many as there are cores"),
+        typer.Option(min=1, help="Processes that read image files.", show_default="one per core"),
     ] = None,
 ) -> None:
-    """Write a data set with splits and normalisation, downloading it where needed.
+    """Download a data set if needed and write it with its splits and normalisation.
 
-    Started again after an interruption, it goes on from what was finished.
+    After an interruption, the same command resumes with what is missing.
     """
     import time
 
@@ -64,7 +79,7 @@ def _describe(prepared: "PreparedDataset") -> str:
         f"{prepared.name}: {len(prepared.classes)} classes, {prepared.image_size}x{prepared.image_size} RGB",
         f"source: {prepared.source}",
         f"images: {counts}, stored as {prepared.storage}",
-        f"mean {prepared.mean}, standard deviation {prepared.std} of the training part",
+        f"mean {prepared.mean}, standard deviation {prepared.std} of the training split",
     ]
     for split, notes in prepared.notes.items():
         lines += [f"{split}: {count:,} {what}" for what, count in notes.items()]

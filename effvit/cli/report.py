@@ -5,16 +5,25 @@ from typing import Annotated
 
 import typer
 
-from effvit.cli.options import OutputDir
+from effvit.cli import options
 
 
 def report(
-    data_dir: Annotated[Path, typer.Option(help="Directory of the tables that `effvit aggregate` wrote.")],
-    figures_dir: Annotated[Path, typer.Option(help="Directory of the figures that `effvit plot` wrote.")],
-    output_dir: OutputDir,
-    vector_dir: Annotated[Path | None, typer.Option(help="Directory of the same figures as SVG, if any.")] = None,
+    data_dir: Annotated[
+        Path, typer.Option(rich_help_panel=options.FILES, help="Directory of the tables written by `effvit aggregate`.")
+    ],
+    figures_dir: Annotated[
+        Path, typer.Option(rich_help_panel=options.FILES, help="Directory of the figures written by `effvit plot`.")
+    ],
+    output_dir: options.OutputDir,
+    vector_dir: Annotated[
+        Path | None, typer.Option(rich_help_panel=options.FILES, help="Directory of the same figures as SVG.")
+    ] = None,
 ) -> None:
-    """Answer the research questions from the tables and write index.html, which needs no network, and report.md."""
+    """Answer the research questions from the tables, as index.html and report.md.
+
+    index.html is self-contained and needs no network.
+    """
     from effvit.files import check_apart, staged_dir
     from effvit.report import page, tables
 

@@ -1,7 +1,4 @@
-"""``effvit representations``: what models that differ in attention have in common, and where they look."""
-
-from pathlib import Path
-from typing import Annotated
+"""``effvit representations``: how similar models with different attention are, and where they look."""
 
 import typer
 
@@ -11,12 +8,10 @@ _LOOKED_AT, _SHOWN = 1000, 3  # validation images at most, and of how many a pic
 
 
 def representations(
-    model_dirs: Annotated[
-        list[Path], typer.Option("--model-dir", help="Directory that `effvit train` wrote; one of each mechanism.")
-    ],
+    model_dirs: options.ModelDirs,
     dataset_dir: options.DatasetDir,
     output_dir: options.OutputDir,
-    batch_size: Annotated[int, typer.Option(min=1, max=2**31 - 1, help="Images a forward pass.")] = 64,
+    batch_size: options.ImagesPerPass = 64,
     device: options.Device = "auto",
 ) -> None:
     """Compare layers and heads of trained models on the same validation images.

@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from effvit.cli.options import DatasetDir
+from effvit.cli import options
 
 
 def samples(
-    dataset_dir: DatasetDir,
-    output: Annotated[Path, typer.Option(help="PNG file to write.")],
-    per_class: Annotated[int, typer.Option(help="Images of each class, where there are at most 20 classes.")] = 8,
+    dataset_dir: options.DatasetDir,
+    output: Annotated[Path, typer.Option(rich_help_panel=options.FILES, help="PNG file to write.")],
+    per_class: Annotated[int, typer.Option(help="Images per class, if there are at most 20 classes.")] = 8,
 ) -> None:
     """Draw a labelled sheet of training images."""
     from effvit.data.loading.prepared import PreparedDataset

@@ -1,4 +1,4 @@
-"""``effvit scaling``: what one attention block and a whole model cost as tokens grow, beside ``fused``."""
+"""``effvit scaling``: cost of one attention block and of a whole model against the number of tokens, vs ``fused``."""
 
 from typing import Annotated, Any
 
@@ -10,7 +10,7 @@ from effvit.cli import options
 def scaling(
     attention: options.Attention,
     output_dir: options.OutputDir,
-    tokens: Annotated[list[int], typer.Option(help="Token count 1 + n²: a class token and n x n patches; repeatable.")],
+    tokens: Annotated[list[int], options.Tokens],
     option: options.AttentionOptions = None,
     model: options.Model = "tiny",
     patch_size: options.PatchSize = None,
@@ -23,20 +23,20 @@ def scaling(
     value_conv: options.ValueConv = 0,
     tokens_per_batch: Annotated[
         int,
-        typer.Option(help="Tokens of the batches measured beside a single sample, where these are several samples."),
+        typer.Option(rich_help_panel=options.MEASUREMENT, help="Also measure batches of about this many tokens."),
     ] = 4096,
-    memory_mib: Annotated[float, typer.Option(help="MiB that a pass may take; larger ones are not tried.")] = 2048,
-    budget_s: Annotated[
-        float, typer.Option(help="Seconds of sampling each point; passes over 4 times that are not tried.")
-    ] = 1.0,
+    memory_mib: Annotated[
+        float, typer.Option(rich_help_panel=options.MEASUREMENT, help="Skip passes that need more MiB.")
+    ] = 2048,
+    budget_s: options.BudgetOfPoint = 1.0,
     threads: options.Threads = None,
     device: options.Device = "auto",
 ) -> None:
     """Measure time and peak memory of a forward and a training pass against the number of tokens.
 
-    Of one attention block and of the whole model, whose images grow while its patches keep their size; one sample at a
+    It measures one attention block and the whole model, whose images grow while the patch size stays; one sample at a
     time, and in batches of a fixed number of tokens. Writes macs.csv (always the same), scaling.csv (measured) and
-    provenance.json. Points beyond the memory or time budget are rows that say so.
+    provenance.json. A point beyond the memory or time limit is a row that says so.
     """
     import pandas as pd
     import torch

@@ -1,11 +1,17 @@
 """``effvit train``."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from effvit.cli import options
+
+if TYPE_CHECKING:
+    from effvit.model.vit import ViTConfig
+    from effvit.training.run import Summary
+
+_MANY_TOKENS, _TOKENS_OF_224 = 1100, 197
 
 
 def train(
@@ -13,13 +19,28 @@ def train(
     output_dir: options.OutputDir,
     attention: options.Attention = "fused",
     option: options.AttentionOptions = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of weights, data order and augmentation.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0, max=2**32 - 1, rich_help_panel=options.RECIPE, help="Seed of weights, data order and augmentation."
+        ),
+    ] = 0,
     log_dir: Annotated[
-        Path | None, typer.Option(help="Directory for history.csv, timing.csv; <output-dir>-log if not given.")
+        Path | None,
+        typer.Option(
+            rich_help_panel=options.FILES,
+            help="Directory for history.csv, timing.csv and provenance.json.",
+            show_default="<output-dir>-log",
+        ),
     ] = None,
     model: options.Model = "tiny",
     timm: Annotated[
-        str | None, typer.Option(help="In place of --model, a ViT of timm's: e.g. vit_small_patch16_224.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=options.MODEL,
+            help="Instead of --model: the size of a ViT in timm, e.g. vit_small_patch16_224.",
+        ),
     ] = None,
     patch_size: options.PatchSize = None,
     hidden_size: options.HiddenSize = None,
@@ -28,44 +49,104 @@ def train(
     intermediate_size: options.IntermediateSize = None,
     prefix_tokens: options.PrefixTokens = None,
     initializer_range: Annotated[
-        float | None, typer.Option(help="Deviation of the truncated normal start; the size's own if not given.")
+        float | None,
+        typer.Option(
+            rich_help_panel=options.MODEL,
+            help="Standard deviation of the initial weights (truncated normal).",
+            show_default="that of --model",
+        ),
     ] = None,
-    hidden_dropout_prob: Annotated[float, typer.Option(help="Dropout of embeddings, projections, MLP.")] = 0.0,
-    attention_probs_dropout_prob: Annotated[float, typer.Option(help="Dropout of attention.")] = 0.0,
+    hidden_dropout_prob: options.HiddenDropout = 0.0,
+    attention_probs_dropout_prob: options.AttentionDropout = 0.0,
     value_conv: options.ValueConv = 0,
     init_from: Annotated[
         Path | None,
-        typer.Option(help="Weights to start from: a model directory, or a ViT of timm, transformers, torchvision."),
+        typer.Option(
+            rich_help_panel=options.FILES,
+            help="Weights to start from: a model directory, or a ViT of timm, transformers or torchvision.",
+        ),
     ] = None,
-    epochs: Annotated[int, typer.Option(help="Passes over the training images.")] = 10,
+    epochs: Annotated[int, typer.Option(rich_help_panel=options.RECIPE, help="Passes over the training images.")] = 10,
     batch_size: options.BatchSize = 128,
     optimizer: options.Optimizer = "adamw",
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
-    weight_decay: Annotated[float, typer.Option(help="Decay of weight matrices.")] = 0.05,
-    warmup_epochs: Annotated[float, typer.Option(help="Epochs of linear warm-up before the cosine.")] = 0.0,
-    label_smoothing: Annotated[float, typer.Option(help="Share of the target spread over all classes.")] = 0.0,
+    lr: Annotated[float, typer.Option(rich_help_panel=options.RECIPE, help="Peak learning rate.")] = 1e-3,
+    weight_decay: Annotated[
+        float, typer.Option(rich_help_panel=options.RECIPE, help="Weight decay of matrices.")
+    ] = 0.05,
+    warmup_epochs: Annotated[
+        float,
+        typer.Option(rich_help_panel=options.RECIPE, help="Epochs of linear warm-up, before the cosine decay."),
+    ] = 0.0,
+    label_smoothing: Annotated[
+        float, typer.Option(rich_help_panel=options.RECIPE, help="Share of the target spread over all classes.")
+    ] = 0.0,
     clip_norm: options.ClipNorm = 0.0,
     crop_padding: options.CropPadding = 0,
     min_crop_area: options.MinCropArea = 1.0,
     horizontal_flip: options.HorizontalFlip = False,
     randaugment: options.RandAugment = 0,
-    random_erasing: Annotated[float, typer.Option(help="Probability that a box of an image is erased.")] = 0.0,
-    mixup: Annotated[float, typer.Option(help="Alpha of mixup.")] = 0.0,
-    cutmix: Annotated[float, typer.Option(help="Alpha of CutMix; with mixup, either by turns of chance.")] = 0.0,
-    ema_decay: Annotated[float, typer.Option(help="Validate and keep a running mean of weights, as 0.999.")] = 0.0,
-    save_every: Annotated[int, typer.Option(help="Also keep the weights of every n-th epoch; 0 for none.")] = 0,
+    random_erasing: Annotated[
+        float,
+        typer.Option(rich_help_panel=options.AUGMENTATION, help="Probability that a box of an image is erased."),
+    ] = 0.0,
+    mixup: Annotated[float, typer.Option(rich_help_panel=options.AUGMENTATION, help="Alpha of mixup.")] = 0.0,
+    cutmix: Annotated[
+        float,
+        typer.Option(
+            rich_help_panel=options.AUGMENTATION,
+            help="Alpha of CutMix; with --mixup, one of the two at random per batch.",
+        ),
+    ] = 0.0,
+    ema_decay: Annotated[
+        float,
+        typer.Option(
+            rich_help_panel=options.RECIPE,
+            help="Validate and keep an exponential moving average of the weights, e.g. 0.999; 0 for none.",
+        ),
+    ] = 0.0,
+    save_every: Annotated[
+        int,
+        typer.Option(rich_help_panel=options.OUTPUT, help="Also keep the weights of every n-th epoch; 0 for none."),
+    ] = 0,
     precision: options.Precision = "32-true",
     compile: options.Compile = False,
     device: options.Device = "auto",
-    devices: Annotated[int, typer.Option(help="Devices on this machine, one process each; not under torchrun.")] = 1,
-    micro_batch_size: Annotated[int, typer.Option(help="Images at once on a device; 0 for all of a step.")] = 0,
+    devices: Annotated[
+        int,
+        typer.Option(
+            rich_help_panel=options.DEVICE, help="Devices on this machine, one process each; ignored under torchrun."
+        ),
+    ] = 1,
+    micro_batch_size: Annotated[
+        int, typer.Option(rich_help_panel=options.DEVICE, help="Images at once on a device; 0 for the whole batch.")
+    ] = 0,
     workers: options.Workers = 0,
-    checkpoint_s: Annotated[float, typer.Option(help="Seconds between savings of an unfinished run.")] = 60.0,
+    checkpoint_s: Annotated[
+        float, typer.Option(rich_help_panel=options.OUTPUT, help="Seconds between checkpoints.")
+    ] = 60.0,
+    logger: Annotated[
+        Literal["csv", "tensorboard", "dvclive"],
+        typer.Option(
+            rich_help_panel=options.OUTPUT,
+            help="csv writes history.csv at the end; the others also show curves while training runs.",
+        ),
+    ] = "csv",
+    live_dir: Annotated[
+        Path | None,
+        typer.Option(
+            rich_help_panel=options.OUTPUT,
+            help="Directory for the curves of --logger tensorboard or dvclive.",
+            show_default="<log-dir>-live",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", rich_help_panel=options.OUTPUT, help="Train again even if finished.")
+    ] = False,
 ) -> None:
-    """Train one model; keep the weights that are best on the validation split.
+    """Train one model and keep the weights of the epoch with the best validation accuracy.
 
-    Writes model.safetensors, config.json and a model card to the output directory; the test split is not read. A run
-    that was stopped or killed goes on when the same command is given again.
+    Writes model.safetensors, config.json and a model card to the output directory. The test split is not read. A run
+    that was stopped or killed resumes when the same command is given again; a finished one is not repeated.
     """
     from pydantic import ValidationError
 
@@ -78,7 +159,7 @@ def train(
     from effvit.training.run import train_to
 
     if timm == "":
-        raise UserError("--timm '': expected the name of a model of timm's, e.g. vit_small_patch16_224")
+        raise UserError("--timm '': expected the name of a model in timm, e.g. vit_small_patch16_224")
     log = log_dir or Path(f"{output_dir}-log")
     start = init_from.expanduser() if init_from else None
     check_apart(output_dir, dataset_dir, log, *filter(None, [start]))
@@ -88,7 +169,7 @@ def train(
         recipe = TrainConfig(
             epochs=epochs,
             batch_size=batch_size,
-            optimizer=optimizer,  # type: ignore[arg-type]
+            optimizer=optimizer,
             lr=lr,
             weight_decay=weight_decay,
             warmup_epochs=warmup_epochs,
@@ -102,16 +183,17 @@ def train(
             cutmix=cutmix,
             ema_decay=ema_decay,
             save_every=save_every,
-            precision=precision,  # type: ignore[arg-type]
+            precision=precision,
             compile=compile,
-            device=device,  # type: ignore[arg-type]
+            device=device,
             devices=devices,
             micro_batch_size=micro_batch_size,
             workers=workers,
             checkpoint_s=checkpoint_s,
+            logger=logger,
         )
     except ValidationError as error:
-        raise UserError(explain(error, "train")) from error
+        raise UserError(explain(error, "train", TrainConfig)) from error
     dataset = PreparedDataset.load(dataset_dir)
     recipe.check_image_size(dataset.image_size)
     sizes = preset(
@@ -136,4 +218,42 @@ def train(
             "attention_options": mechanism_options,
         }
     )
-    train_to(output_dir, log, config, dataset, recipe, seed=seed, horizontal_flip=horizontal_flip, init_from=start)
+    if config.num_tokens > _MANY_TOKENS:
+        typer.echo(_remark_on_tokens(config), err=True)
+    summary = train_to(
+        output_dir,
+        log,
+        config,
+        dataset,
+        recipe,
+        seed=seed,
+        horizontal_flip=horizontal_flip,
+        init_from=start,
+        overwrite=overwrite,
+        live_dir=live_dir,
+    )
+    if summary:
+        typer.echo(_block(summary, attention, output_dir, log))
+
+
+def _remark_on_tokens(config: "ViTConfig") -> str:
+    return (
+        f"{config.num_tokens:,} tokens per image: exact attention's cost grows with the square of their number, here "
+        f"{(config.num_tokens / _TOKENS_OF_224) ** 2:,.0f} times that of a 224-pixel image in patches of 16; "
+        "`effvit choose` compares the mechanisms, a larger patch size means fewer tokens"
+    )
+
+
+def _block(summary: "Summary", attention: str, output_dir: Path, log_dir: Path) -> str:
+    rows = {
+        "best epoch": f"{summary.best_epoch} of {summary.epochs}",
+        "validation accuracy": f"{summary.val_accuracy:.2%}",
+        "attention": attention,
+        "parameters": f"{summary.parameters:,}",
+        "MACs per image": f"{summary.macs:,}",
+        "device": summary.device,
+        "training time": f"{summary.seconds:,.1f} s",
+        "model": str(output_dir),
+        "log": str(log_dir),
+    }
+    return "\n".join(f"{name:<21}{value}" for name, value in rows.items())

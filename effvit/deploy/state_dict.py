@@ -11,7 +11,6 @@ from effvit.files import staged_file
 from effvit.model.names import standard_to_fused, to_transformers
 from effvit.model.vit import ViT, ViTConfig
 
-LIBRARIES = ("timm", "transformers")
 _SAME_ATTENTION = ("standard", "fused")
 _TIMMS_EPSILON = 1e-6  # unless another norm is asked for
 

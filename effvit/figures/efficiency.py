@@ -1,4 +1,4 @@
-"""From which sequence length a mechanism is cheaper than `fused`, as measured and as its MACs foretell."""
+"""From which sequence length a mechanism is cheaper than `fused`, as measured and as its MACs predict."""
 
 from collections.abc import Sequence
 from typing import Any

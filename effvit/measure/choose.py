@@ -48,7 +48,7 @@ class Candidate:
         return json.dumps(options.model_dump(mode="json") if options else {})
 
 
-Tell = Callable[[float, str], object]
+Progress = Callable[[float, str], object]
 """Called with the share of the work that is done, and what is being done."""
 Build = Callable[[str, int], Candidate]
 """A candidate by mechanism and image size in pixels."""
@@ -77,7 +77,7 @@ def measure_choice(
     precision: str,
     budget_s: float,
     device: torch.device,
-    tell: Tell = lambda share, what: None,
+    progress: Progress = lambda share, what: None,
 ) -> Iterator[list[Row]]:
     """Time a forward pass of the whole model and of its first attention block, every mechanism beside ``fused``.
 
@@ -89,7 +89,7 @@ def measure_choice(
         precision: ``float32``, or ``bfloat16`` by autocast.
         budget_s: seconds of sampling for all image sizes together.
         device: cpu or cuda.
-        tell: called as the work goes on.
+        progress: called as the work goes on.
 
     Yields:
         For each image size a row for each scope (``model``, ``block``) and mechanism: ``image_size, tokens, scope,
@@ -109,7 +109,7 @@ def measure_choice(
     for number, size in enumerate(image_sizes):
         candidates = {}
         for name in names:
-            tell(number / len(image_sizes), f"building {name}, {size} px")
+            progress(number / len(image_sizes), f"building {name}, {size} px")
             candidates[name] = _built_if_memory_suffices(build, name, size)
         rows: list[Row] = []
         done = 0.0  # of this image size
@@ -118,7 +118,7 @@ def measure_choice(
                 name: partial(_call, candidate, scope, batch_size, PRECISIONS[precision], device)
                 for name, candidate in candidates.items()
             }
-            within = partial(_tell_within, tell, number + done, share, len(image_sizes), f"{scope}, {size} px")
+            within = partial(_progress_within, progress, number + done, share, len(image_sizes), f"{scope}, {size} px")
             timed = _timed(makes, batch_size, share * budget_s / len(image_sizes), device, within)
             done += share
             for name in names:
@@ -133,8 +133,10 @@ def measure_choice(
         yield rows
 
 
-def _tell_within(tell: Tell, start: float, share: float, sizes: int, where: str, done: float, what: str) -> None:
-    tell((start + share * done) / sizes, f"{what}, {where}")
+def _progress_within(
+    progress: Progress, start: float, share: float, sizes: int, where: str, done: float, what: str
+) -> None:
+    progress((start + share * done) / sizes, f"{what}, {where}")
 
 
 def _built_if_memory_suffices(build: Build, attention: str, image_size: int) -> Candidate | None:
@@ -173,16 +175,16 @@ def _call(candidate: Candidate | None, scope: str, batch_size: int, dtype: torch
 
 
 def _timed(
-    makes: dict[str, MakeCall], batch_size: int, budget_s: float, device: torch.device, tell: Tell
+    makes: dict[str, MakeCall], batch_size: int, budget_s: float, device: torch.device, progress: Progress
 ) -> dict[str, Row]:
     """By mechanism: columns of time, ratio, status and contention."""
     statuses, able = {}, {}
     for number, (name, make) in enumerate(makes.items()):
-        tell(_TRYING * number / len(makes), f"trying {name}")
+        progress(_TRYING * number / len(makes), f"trying {name}")
         statuses[name], call = try_out(make, _SLOWEST * budget_s, device)
         if call is not None:
             able[name] = call
-    stopwatch = _telling(stopwatch_for(device), budget_s, tell)
+    stopwatch = _with_progress(stopwatch_for(device), budget_s, progress)
     meanwhile = Load()
     samples = (
         interleaved(able, budget_s=budget_s, device=device, min_rounds=_MIN_ROUNDS, stopwatch=stopwatch) if able else {}
@@ -202,7 +204,7 @@ def _timed(
     return rows
 
 
-def _telling(measure: Stopwatch, budget_s: float, tell: Tell) -> Stopwatch:
+def _with_progress(measure: Stopwatch, budget_s: float, progress: Progress) -> Stopwatch:
     """A stopwatch that tells which part of the budget it has measured."""
     spent = 0.0
 
@@ -210,7 +212,7 @@ def _telling(measure: Stopwatch, budget_s: float, tell: Tell) -> Stopwatch:
         nonlocal spent
         seconds = measure(call, repeats)
         spent += seconds
-        tell(_TRYING + (1 - _TRYING) * min(1.0, spent / budget_s), "timing all in turns")
+        progress(_TRYING + (1 - _TRYING) * min(1.0, spent / budget_s), "timing all in turns")
         return seconds
 
     return stopwatch

@@ -1,4 +1,4 @@
-"""Foretelling what more tokens will cost, so that what cannot be afforded is never tried."""
+"""Predicting what more tokens will cost, so that what cannot be afforded is never tried."""
 
 from dataclasses import dataclass, field
 
@@ -8,7 +8,7 @@ from effvit.measure.compare import LONGEST_CALL, OK, OUT_OF_MEMORY, OVER_BUDGET,
 from effvit.measure.memory import MIB
 
 
-def foretell(points: list[tuple[int, float]], tokens: int) -> float:
+def predict(points: list[tuple[int, float]], tokens: int) -> float:
     """Cost at ``tokens`` from costs at fewer tokens, on the curve a·N² + b·N (a, b ≥ 0) through the last two points.
 
     Attention grows no faster than N². One point is taken as all quadratic, the worst case; without points nothing
@@ -52,10 +52,10 @@ class Budget:
         """
         if (one := self.one_sample) is not None and not (self.peaks or self.times):
             self.stop(one.status)
-            peak, seconds = foretell(one.peaks, tokens), foretell(one.times, tokens)
+            peak, seconds = predict(one.peaks, tokens), predict(one.times, tokens)
             self._judge(batch_size * peak, batch_size * seconds / _OVERHEAD)
-        seconds = foretell(self.times, tokens) if len(self.times) > 1 else 0.0
-        self._judge(batch_size * foretell(self.peaks, tokens), batch_size * seconds)
+        seconds = predict(self.times, tokens) if len(self.times) > 1 else 0.0
+        self._judge(batch_size * predict(self.peaks, tokens), batch_size * seconds)
         return self.status
 
     def learn(self, tokens: int, batch_size: int, peak: Samples | None, seconds: Samples | None) -> None:

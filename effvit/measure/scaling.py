@@ -70,7 +70,7 @@ def measure_scaling(
 def with_probes(subject: Subject, tokens: Sequence[int]) -> list[int]:
     """Add token counts so that none has more than four times the patches of the one before, from 65 tokens on.
 
-    What is measured there foretells what the larger ones need, before they are tried.
+    From these the needs of larger ones are predicted before they are tried.
     """
     counts: list[int] = []
     for count in sorted(set(tokens)):

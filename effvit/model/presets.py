@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from effvit.errors import UserError
+from effvit.errors import UserError, did_you_mean
 from effvit.model.vit import ViT, ViTConfig
 
 # tiny and small are for images of 32 pixels; the others are DeiT's and ViT's (arXiv 2012.12877, 2010.11929).
@@ -45,7 +45,8 @@ def preset(name: str | dict[str, Any], **changes: Any) -> dict[str, Any]:
     """
     if isinstance(name, str):
         if name not in _SIZES:
-            raise UserError(f"model={name!r}: unknown size, expected one of {', '.join(_SIZES)}")
+            hint = did_you_mean(name, _SIZES)
+            raise UserError(f"model={name!r}: unknown size, expected one of {', '.join(_SIZES)}{hint}")
         name = dict(zip(_FIELDS, _SIZES[name], strict=True))
     return name | {key: value for key, value in changes.items() if value is not None}
 

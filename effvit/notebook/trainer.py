@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from effvit.data.loading.loaders import Loaders, length_of
 from effvit.data.loading.prepared import PreparedDataset
-from effvit.errors import UserError, explain
+from effvit.errors import UserError, did_you_mean, explain
 from effvit.model.checkpoint import unwrapped
 from effvit.model.trained_on import TrainedOn
 from effvit.notebook.inputs import check_classes, count_classes, first_batch
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from effvit.training.run import Best
 
-_OF_RUNS = ("checkpoint_s", "devices", "save_every")
+_OF_RUNS = ("checkpoint_s", "devices", "logger", "save_every")
 _OF_PREPARED = (
     "batch_size",
     "crop_padding",
@@ -140,7 +140,7 @@ class Trainer:
                 self.recipe,
                 seed=self.seed,
                 horizontal_flip=self._flip,
-                tell=lambda line: console.print(line, highlight=False, soft_wrap=True),
+                report=lambda line: console.print(line, highlight=False, soft_wrap=True),
             )
             if training.place.world > 1:
                 raise UserError("Trainer: works in one process; `effvit train` takes several devices")
@@ -181,11 +181,12 @@ class Trainer:
 
 
 def _require_fields(fields: dict[str, Any]) -> None:
+    known = ["horizontal_flip", *(name for name in TrainConfig.model_fields if name not in _OF_RUNS)]
     for name in fields:
         if name in _OF_RUNS:
             raise UserError(f"{name}: of `effvit train`, which keeps its runs on disk; Trainer does not")
-        if name not in TrainConfig.model_fields and name != "horizontal_flip":
-            raise UserError(f"{name}: unknown option")
+        if name not in known:
+            raise UserError(f"{name}: unknown option, expected one of {', '.join(known)}{did_you_mean(name, known)}")
 
 
 def _require_none_of_prepared(fields: dict[str, Any]) -> None:

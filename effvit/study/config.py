@@ -7,7 +7,7 @@ import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from effvit.data.sources import available_datasets
-from effvit.errors import UserError, explain
+from effvit.errors import UserError, did_you_mean, explain
 from effvit.model.presets import of_timm
 from effvit.model.vit import Depth, Size, ViTConfig
 from effvit.training.recipe import Count, Fraction, Strict, TrainConfig
@@ -105,7 +105,9 @@ class Study(Strict):
     def _every_cell_is_possible(self) -> "Study":
         for dataset in self.dataset:
             if dataset not in available_datasets():
-                raise ValueError(f"dataset={dataset!r}: unknown, expected one of {', '.join(available_datasets())}")
+                known = available_datasets()
+                hint = did_you_mean(dataset, known)
+                raise ValueError(f"dataset={dataset!r}: unknown, expected one of {', '.join(known)}{hint}")
             self.train.check_image_size(self.dataset[dataset].image_size)
             patch_size = self.dataset[dataset].patch_size
             if self.model.name and of_timm(self.model.name)["patch_size"] != patch_size:
@@ -133,7 +135,7 @@ class Study(Strict):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise UserError(explain(error)) from error
+            raise UserError(explain(error, model=cls)) from error
 
     def vit(self, dataset: str, attention: str) -> ViTConfig:
         """Return the model of one cell.

@@ -1,7 +1,7 @@
 """The training loop: one recipe for every mechanism, on whatever devices Lightning Fabric finds.
 
 What is random in a step derives from (seed, epoch, step) alone (see `effvit.seeding`), so that a run can stop after any
-step and go on from its `state` with the same numbers, and so that processes agree without talking about it.
+step and resume from its `state` with the same numbers, and so that processes agree without talking about it.
 """
 
 import math
@@ -28,7 +28,7 @@ from effvit.model.vit import ViT, ViTConfig
 from effvit.seeding import Purpose, derive, torch_generator
 from effvit.training.allocator import keep_freed_memory
 from effvit.training.optimizer import build_optimizer, schedule
-from effvit.training.parallel import make_fabric, place_of, sum_gradients
+from effvit.training.parallel import make_fabric, process_place, sum_gradients
 from effvit.training.recipe import TrainConfig
 
 M = TypeVar("M", bound=nn.Module)
@@ -78,7 +78,7 @@ class Training(Generic[M, D]):
         seed: of weights, data order, augmentation and random features.
         horizontal_flip: whether mirrored images are still of their class; loaders mirror their own.
         init: called with the model, to change the weights that it starts from.
-        tell: called with one line where something is changed by itself.
+        report: called with one line when a setting is adjusted.
         should_stop: asked in each step whether all processes shall stop after it.
 
     Raises:
@@ -94,15 +94,21 @@ class Training(Generic[M, D]):
         seed: int,
         horizontal_flip: bool,
         init: Callable[[M], object] = lambda model: None,
-        tell: Callable[[str], None] = lambda line: None,
+        report: Callable[[str], None] = lambda line: None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
+        given, recipe = recipe, recipe.with_warmup_that_fits()
         self.dataset, self.recipe, self.seed = dataset, recipe, seed
         self.augmentation = recipe.augmentation(horizontal_flip)
-        self._tell, self._should_stop = tell, should_stop
+        self._report, self._should_stop = report, should_stop
         keep_freed_memory()
         self.fabric: Fabric = make_fabric(recipe.device, recipe.devices, recipe.precision)
-        self.place = place_of(self.fabric)
+        self.place = process_place(self.fabric)
+        if recipe.warmup_epochs != given.warmup_epochs and self.fabric.is_global_zero:
+            report(
+                f"warmup_epochs={given.warmup_epochs:g} is not less than epochs={recipe.epochs}: "
+                f"warm-up shortened to {recipe.warmup_epochs:g} epochs"
+            )
         seed_everything(seed, verbose=False)
         torch.use_deterministic_algorithms(True)
         # Every buffer here is written before it is read.
@@ -143,7 +149,7 @@ class Training(Generic[M, D]):
         return self.epoch * count + min(self.step * self.recipe.batch_size, count)
 
     def run(self) -> Iterator[Step | Epoch]:
-        """Go on to the end of the recipe, giving what each step and each epoch came to.
+        """Train to the end of the recipe, giving what each step and each epoch came to.
 
         Raises:
             DivergedError: the loss is not finite; names epoch, step and learning rate.
@@ -228,9 +234,10 @@ class Training(Generic[M, D]):
             if self.place.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.micro_batch_size = -(-size // 2)
-            self._tell(
-                f"out of memory with {size} images at a time: going on with {self.micro_batch_size} "
-                f"(train.micro_batch_size; the batch stays {self.recipe.batch_size})"
+            self._report(
+                f"out of memory with {size} images at a time: retrying with {self.micro_batch_size} "
+                f"(micro_batch_size={self.micro_batch_size} skips the failed attempt; "
+                f"the batch stays {self.recipe.batch_size})"
             )
 
     def _accumulate(self, batch: Batch, size: int) -> Tensor:
@@ -311,7 +318,7 @@ class Training(Generic[M, D]):
         return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return all that `restore` needs to go on from here: copies of tensors on the CPU, and numbers for JSON."""
+        """Return all that `restore` needs to resume here: copies of tensors on the CPU, and numbers for JSON."""
         self._settle()
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
@@ -323,7 +330,7 @@ class Training(Generic[M, D]):
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}, numbers
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
-        """Go on from where `state` was taken in a run with the same arguments."""
+        """Resume where `state` was taken in a run with the same arguments."""
         self.model.load_state_dict(_part(tensors, "model."))
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in _part(tensors, "optimizer.").items():

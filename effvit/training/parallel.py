@@ -27,7 +27,7 @@ def make_fabric(device: str, devices: int = 1, precision: str = "32-true") -> Fa
     Raises:
         UserError: there is no such device, or it does not have the precision.
     """
-    # Before Fabric is built, which would tell of another precision in lines of its own.
+    # Before Fabric is built, which would report another precision in lines of its own.
     if precision == "16-mixed" and device != "cuda" and (device != "auto" or not torch.cuda.is_available()):
         raise UserError("precision=16-mixed: needs a CUDA device; try bf16-mixed or 32-true")
     # cuBLAS is deterministic only with a workspace of fixed size, set before its first call.
@@ -79,7 +79,7 @@ def _leave_with(leader: int) -> None:
     os._exit(1)
 
 
-def place_of(fabric: Fabric) -> Place:
+def process_place(fabric: Fabric) -> Place:
     """Where this process stands among Fabric's."""
     return Place(fabric.device, fabric.global_rank, fabric.world_size)
 

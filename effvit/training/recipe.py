@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from effvit.data.loading.augmentation import Augmentation
 from effvit.errors import UserError
@@ -10,6 +10,7 @@ from effvit.errors import UserError
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 CountOrNone = Annotated[int, Field(ge=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+_SHORTENED_WARMUP = 0.1  # of the epochs
 
 
 class Strict(BaseModel):
@@ -44,12 +45,13 @@ class TrainConfig(Strict):
     micro_batch_size: CountOrNone = 0  # images at once on a device
     workers: int = Field(0, ge=0, le=1024)
     checkpoint_s: float = Field(60.0, ge=0)
+    logger: Literal["csv", "tensorboard", "dvclive"] = Field("csv", exclude=True)  # moves no result: not recorded
 
-    @model_validator(mode="after")
-    def _warms_up_in_time(self) -> "TrainConfig":
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs={self.warmup_epochs}: must be less than epochs={self.epochs}")
-        return self
+    def with_warmup_that_fits(self) -> "TrainConfig":
+        """Return the recipe with a warm-up of a tenth of the epochs, if it would take all of them or more."""
+        if self.warmup_epochs < self.epochs:
+            return self
+        return self.model_copy(update={"warmup_epochs": self.epochs * _SHORTENED_WARMUP})
 
     def check_image_size(self, image_size: int) -> None:
         """Raise ``UserError`` where the recipe does not suit images of so many pixels a side."""

@@ -1,9 +1,10 @@
-"""What a run needs to go on after it was killed: kept outside its outputs, found again by what it is a run of.
+"""What a run needs to resume after it was killed: kept outside its outputs, found again by what it is a run of.
 
 The state of a run is one file, tensors and numbers together, replaced as a whole: at any moment there is a whole one or
 none. It is safetensors with the numbers as metadata, and a checksum behind it. Directories of runs lie under
-``$EFFVIT_STATE``, by default the user's directory for state, so that a run goes on in another checkout as well (as
-``dvc exp run --temp`` makes one for each attempt), and are removed when the run has written its outputs.
+``$EFFVIT_STATE``, by default the user's directory for state, so that a run resumes in another checkout as well (as
+``dvc exp run --temp`` makes one for each attempt), and are removed when the run has written its outputs. A small file
+then remembers that they are complete.
 """
 
 import hashlib
@@ -104,9 +105,9 @@ def _code(attention: str) -> Iterator[Path]:
 class Store:
     """The directory of one run."""
 
-    def __init__(self, directory: Path, tell: Callable[[str], None]) -> None:
+    def __init__(self, directory: Path, report: Callable[[str], None]) -> None:
         self.directory = directory
-        self._tell = tell
+        self._report = report
         self._file = directory / "state"
 
     def save(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
@@ -131,7 +132,7 @@ class Store:
             return None
         state = _read(self._file)
         if state is None:
-            self._tell(f"{self._file}: damaged, so the run starts from the beginning")
+            self._report(f"{self._file}: damaged, so the run starts from the beginning")
         return state
 
     def kept(self, epoch: int) -> Path:
@@ -144,13 +145,13 @@ class Store:
 
 
 @contextmanager
-def open_store(name: str, tell: Callable[[str], None]) -> Iterator[Store]:
+def open_store(name: str, report: Callable[[str], None]) -> Iterator[Store]:
     """Give the directory of the run of this name to this process alone.
 
     If another process trains the same at the same time, each has a directory of its own; the one that is started again
     after a kill gets back a directory with a state, whichever of them is over.
     """
-    root = Path(os.environ.get("EFFVIT_STATE") or user_state_path("effvit")) / "runs"
+    root = _state_dir() / "runs"
     root.mkdir(parents=True, exist_ok=True)
     _remove_forgotten(root)
     earlier = sorted(root.glob(f"{name}-*"))
@@ -164,10 +165,46 @@ def open_store(name: str, tell: Callable[[str], None]) -> Iterator[Store]:
         except Timeout:
             continue
         try:
-            yield Store(directory, tell)
+            yield Store(directory, report)
         finally:
             lock.release()
         return
+
+
+def record_finished(name: str, *outputs: Path) -> None:
+    """Remember that the run of this name has written these directories."""
+    file = _record_of(name, outputs)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for other in file.parent.glob(f"*-{file.name.rpartition('-')[2]}"):
+        other.unlink()  # of a run that was here before
+    file.write_text(_digest(outputs), encoding="utf-8")
+
+
+def is_finished(name: str, *outputs: Path) -> bool:
+    """Whether the run of this name wrote these directories, and they are as it left them."""
+    file = _record_of(name, outputs)
+    return file.exists() and file.read_text(encoding="utf-8") == _digest(outputs)
+
+
+def _record_of(name: str, outputs: tuple[Path, ...]) -> Path:
+    where = hashlib.blake2b("\n".join(str(path.resolve()) for path in outputs).encode(), digest_size=8).hexdigest()
+    return _state_dir() / "finished" / f"{name}-{where}"
+
+
+def _digest(directories: tuple[Path, ...]) -> str:
+    """Digest of all files in directories, by name and content."""
+    digest = hashlib.blake2b(digest_size=16)
+    for directory in directories:
+        for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+            digest.update(f"{path.relative_to(directory).as_posix()}\n{path.stat().st_size}\n".encode())
+            with path.open("rb") as file:
+                while chunk := file.read(2**22):
+                    digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _state_dir() -> Path:
+    return Path(os.environ.get("EFFVIT_STATE") or user_state_path("effvit"))
 
 
 def _remove_forgotten(root: Path) -> None:

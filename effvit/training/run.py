@@ -23,9 +23,10 @@ from effvit.model.pretrained import StartReport, start_from
 from effvit.model.vit import ViT, ViTConfig
 from effvit.provenance import write_provenance
 from effvit.training.interrupts import Request, noted_interrupts
+from effvit.training.logger import Curves, check_logger, how_to_watch, open_curves
 from effvit.training.loop import DivergedError, Epoch, Step, Training
 from effvit.training.recipe import TrainConfig
-from effvit.training.resume import Store, fingerprint, open_store
+from effvit.training.resume import Store, fingerprint, is_finished, open_store, record_finished
 
 _HISTORY = "history.csv"
 _LOGS = (_HISTORY, "timing.csv", "start.json", "provenance.json")
@@ -62,10 +63,15 @@ class Best:
 
 
 class Run:
-    """A training with its record: the epochs so far and the best model; ``store`` is of the process that leads."""
+    """A training with its record: the epochs so far and the best model.
 
-    def __init__(self, training: Training[ViT, PreparedDataset], store: Store | None, console: Console) -> None:
-        self.training, self.store, self.console = training, store, console
+    The leading process alone has ``store`` and ``curves``.
+    """
+
+    def __init__(
+        self, training: Training[ViT, PreparedDataset], store: Store | None, curves: Curves | None, console: Console
+    ) -> None:
+        self.training, self.store, self.curves, self.console = training, store, curves, console
         self.history: list[Epoch] = []
         self.best = Best()
         self._saved = time.monotonic()
@@ -83,6 +89,8 @@ class Run:
             self.history.append(event)
             chosen = self.best.offer(event, self.training.weights)
             self.console.print(epoch_line(event, recipe.epochs, chosen), highlight=False, soft_wrap=True)
+            if self.curves:
+                self.curves.log(event)
             if self.store and event.epoch in self.kept_epochs():
                 with staged_dir(self.store.kept(event.epoch)) as kept:
                     _save(self.training.weights, event, self.training, kept)
@@ -101,7 +109,7 @@ class Run:
             return
         tensors, numbers = self.training.state()
         if not math.isfinite(numbers["loss_sum"]):
-            return  # about to be told: nothing to go on from
+            return  # about to be reported: nothing to resume from
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.weights.items()}
         best = self.best.epoch.epoch if self.best.epoch else None
         history = [asdict(epoch) for epoch in self.history]
@@ -109,7 +117,7 @@ class Run:
         self._saved = time.monotonic()
 
     def restore(self) -> None:
-        """Go on from the state of an earlier process, if there is one."""
+        """Resume from the state of an earlier process, if there is one."""
         saved = self.training.fabric.broadcast(self.store.load() if self.store else None)
         if saved is None:
             return
@@ -119,7 +127,10 @@ class Run:
         if numbers["best"]:
             self.best.epoch = self.history[numbers["best"] - 1]
             self.best.weights = {n.removeprefix("best."): t for n, t in tensors.items() if n.startswith("best.")}
-        self.console.print(f"going on at {self.where}", highlight=False, soft_wrap=True)
+        if self.curves:
+            for epoch in self.history:
+                self.curves.log(epoch)
+        self.console.print(f"resuming at {self.where}", highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -128,6 +139,19 @@ class Before:
 
     val_loss_before: float
     val_accuracy_before: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished run came to; ``macs`` are those of one image, ``seconds`` those of training alone."""
+
+    best_epoch: int
+    epochs: int
+    val_accuracy: float
+    parameters: int
+    macs: int
+    device: str
+    seconds: float
 
 
 def train_to(
@@ -140,23 +164,31 @@ def train_to(
     seed: int,
     horizontal_flip: bool,
     init_from: Path | None = None,
-) -> None:
+    overwrite: bool = True,
+    live_dir: Path | None = None,
+) -> Summary | None:
     """Train, and write the best model to ``output_dir`` and the log to ``log_dir``.
 
     With ``init_from`` the model starts from those weights, and the log says what became of each (``start.json``).
-    A run that was killed goes on where it was saved last, and ends with the bytes that it would have had anyway. If
-    training diverges, the best model so far is left in ``<output_dir>.diverged`` and nothing else is written.
+    A run that was killed resumes where it was saved last, and ends with the bytes that it would have had anyway. If
+    training diverges, the best model so far is left in ``<output_dir>.diverged`` and nothing else is written. Without
+    ``overwrite``, a run that has already written both directories is not trained again. Curves that can be watched
+    while it trains go to ``live_dir``, by default ``<log_dir>-live``.
+
+    Returns:
+        What it came to; None if there was nothing to do, and in processes other than the leading one.
 
     Raises:
         DivergedError: the loss is not finite.
-        UserError: ``init_from`` has no weights that fit.
+        UserError: ``init_from`` has no weights that fit, or the package of the logger is missing.
         SystemExit: after SIGINT or SIGTERM, with status 130 or 143, when the run has been saved. After the last step
             there is none: the run is written in full.
     """
     check_replaceable(output_dir, is_model_dir)
     check_replaceable(log_dir, _LOGS)
+    check_logger(recipe.logger)
     console = Console(stderr=True)
-    tell = partial(console.print, highlight=False, soft_wrap=True)
+    report = partial(console.print, highlight=False, soft_wrap=True)
     start: StartReport | None = None
 
     def init(model: ViT) -> None:
@@ -172,25 +204,36 @@ def train_to(
             seed=seed,
             horizontal_flip=horizontal_flip,
             init=init,
-            tell=tell,
+            report=report,
             should_stop=lambda: request.number is not None,
         )
         leads = training.fabric.is_global_zero
-        store = None
+        store = name = None
         if leads:
             weights = start.sha256 if start else None
             machine = this_machine(training.place.device)
             name = fingerprint(
-                config, dataset, recipe, machine, seed=seed, horizontal_flip=horizontal_flip, start=weights
+                config, dataset, training.recipe, machine, seed=seed, horizontal_flip=horizontal_flip, start=weights
             )
-            store = stack.enter_context(open_store(name, tell))
         console.quiet = not leads
+        finished = name is not None and not overwrite and is_finished(name, output_dir, log_dir)
+        if training.fabric.broadcast(finished):
+            report(f"{output_dir}: already trained with these settings, nothing to do (--overwrite trains it again)")
+            return None
+        curves = None
+        if name is not None:
+            store = stack.enter_context(open_store(name, report))
+            live = (live_dir or log_dir.with_name(f"{log_dir.name}-live")) / recipe.logger
+            curves = open_curves(recipe.logger, live)
+            if curves:
+                stack.callback(curves.close)
+                report(how_to_watch(recipe.logger, live))
         before = None
         if start:
             before = Before(*training.validate())
             lines = [*start.lines(), f"  validation accuracy before training: {before.val_accuracy_before:.1%}"]
             console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
-        run = Run(training, store, console)
+        run = Run(training, store, curves, console)
         run.restore()
         try:
             _follow(run, request)
@@ -200,12 +243,29 @@ def train_to(
                 store.remove()  # it would only diverge again
             training.fabric.barrier()
             if not leads:
-                raise SystemExit(1) from None  # the one that leads tells it
+                raise SystemExit(1) from None  # the leading one reports it
             raise
         if store:
             _write(run, store, (start, before) if start and before else None, output_dir, log_dir)
             store.remove()
+        if name is not None:
+            record_finished(name, output_dir, log_dir)
         training.fabric.barrier()
+        return _summary(run) if leads else None
+
+
+def _summary(run: Run) -> Summary:
+    best, model = run.best.epoch, run.training.model
+    assert best is not None
+    return Summary(
+        best_epoch=best.epoch,
+        epochs=len(run.history),
+        val_accuracy=best.val_accuracy,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        macs=model.macs(),
+        device=str(run.training.place.device.type),
+        seconds=sum(epoch.seconds for epoch in run.history),
+    )
 
 
 def _follow(run: Run, request: Request) -> None:
@@ -230,7 +290,7 @@ def _follow(run: Run, request: Request) -> None:
         else:
             return
     training.fabric.barrier()  # none ends before the state is written
-    run.console.print(f"stopped at {run.where}: the same command goes on from there", highlight=False, soft_wrap=True)
+    run.console.print(f"stopped at {run.where}: the same command resumes there", highlight=False, soft_wrap=True)
     raise SystemExit(request.status)
 
 
@@ -266,9 +326,9 @@ def _write(run: Run, store: Store, start: tuple[StartReport, Before] | None, out
         write_csv(logs / "timing.csv", table[["epoch", *_MEASURED]].round(3))
         settings: dict[str, Any] = {"model": config.model_dump(), "train": training.recipe.model_dump()}
         if start:
-            report, before = start
-            write_json(logs / "start.json", asdict(report) | asdict(before))
-            settings["start"] = {"from": report.source, "sha256": report.sha256}
+            loaded, before = start
+            write_json(logs / "start.json", asdict(loaded) | asdict(before))
+            settings["start"] = {"from": loaded.source, "sha256": loaded.sha256}
         write_provenance(
             logs,
             {**settings, "dataset": training.dataset.name, "seed": training.seed, "processes": training.place.world},

@@ -112,7 +112,7 @@ def test_the_slope_is_that_of_the_longest_sixteenfold():
     assert efficiency(table)["slope"].tolist() == pytest.approx([2])
 
 
-def test_macs_foretell_no_memory():
+def test_macs_predict_no_memory():
     found = efficiency(pd.concat([rows("linformer", 500 / TOKENS, quantity="memory")]))
     assert found[["macs_slope", "predicted_length"]].isna().all(axis=None) and found["length"].notna().all()
 

@@ -71,7 +71,15 @@ def test_every_command_and_option_is_explained(effvit):
         (["predict"], "Missing"),
         (["predict", "x.png", "--model-dir", "m", "--dataset-dir", "d", "--top", "0"], "'--top'"),
         (["evaluate", "--model-dir", "m", "--batch-size", "0"], "'--batch-size'"),
+        (["train", "--dataset-dir", "d", "--output-dir", "o", "--device", "tpu"], "'--device'"),
+        (["train", "--dataset-dir", "d", "--output-dir", "o", "--optimizer", "sgd"], "'adamw', 'muon'"),
+        (["train", "--dataset-dir", "d", "--output-dir", "o", "--attenton", "fused"], "--attention"),
         (["nonsense"], "No such command 'nonsense'"),
+        (["export", "--model-dir", "m", "--output", "a.onnx", "--format", "torch"], "'onnx', 'timm', 'transformers'"),
+        (["bench-peers", "--output-dir", "o", "--dtype", "int8"], "'float32', 'bfloat16'"),
+        (["trian"], "Did you mean 'train'?"),
+        (["scaling", "--attention", "fused", "--output-dir", "o", "--tokens", "197,many"], "197 or 197,577"),
+        (["bench-peers", "--output-dir", "o", "--attention", "fused,,linformer"], "'--attention'"),
     ],
 )
 def test_wrong_usage_is_one_clear_message(effvit, tmp_path, arguments, part):
@@ -86,7 +94,7 @@ def test_the_installed_script_ends_in_one_line(tmp_path, digits_dir):
     command = [SCRIPT, "train", "--dataset-dir", digits_dir, "--output-dir", "out", "--attention", "magic"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert result.returncode == 1 and result.stdout == ""
-    assert result.stderr.startswith("error: attention='magic'") and len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("error: --attention 'magic'") and len(result.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -214,7 +222,6 @@ def test_evaluate_writes_every_file_and_says_the_scores(effvit, trained, digits_
     [
         ({"--model-dir": "nowhere"}, "nowhere"),
         ({"--dataset-dir": "nowhere"}, "nowhere"),
-        ({"--device": "tpu"}, "device='tpu'"),
         ({"--output-dir": "model"}, "model"),
         ({"--output-dir": "."}, "replaced as a whole"),
     ],

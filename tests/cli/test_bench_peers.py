@@ -142,7 +142,7 @@ def test_the_picture_has_a_panel_a_width_and_mode_and_shows_ratios_with_their_in
 
 def test_bad_input_leaves_nothing_behind(tmp_path):
     command = ["bench-peers", "--output-dir", str(tmp_path / "out")]
-    for bad in (["--dtype", "int8"], ["--tokens", "66"], ["--width", "7"], ["--budget-s", "-1"], ["--attention", "x"]):
+    for bad in (["--tokens", "66"], ["--width", "7"], ["--budget-s", "-1"], ["--attention", "x"]):
         result = CliRunner().invoke(app, command + bad)
         assert isinstance(result.exception, UserError)
     assert not (tmp_path / "out").exists()

@@ -42,5 +42,5 @@ def test_a_damaged_record_is_replaced(effvit, tmp_path):
 def test_a_device_that_is_not_there_is_one_line(effvit, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     outcome = effvit("machine", "--device", "cuda", "--output", "machine.json")
-    assert outcome.code == 1 and outcome.err == "error: device=cuda: not available on this machine; try auto or cpu\n"
+    assert outcome.code == 1 and outcome.err == "error: --device cuda: not available on this machine; try auto or cpu\n"
     assert not (tmp_path / "machine.json").exists()

@@ -1,5 +1,7 @@
 import json
+import re
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +13,7 @@ from conftest import TINY_FLAGS
 from PIL import Image
 from safetensors.torch import save_file
 
+from effvit.measure.macs import count_macs
 from effvit.model.checkpoint import load_model
 
 pytestmark = pytest.mark.slow
@@ -76,45 +79,43 @@ def test_one_line_an_epoch_in_a_log(train):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--attention", "lineformer"], ["attention='lineformer'", "linformer", "hybrid"]),
-        (["--attention", "../fused"], ["attention='../fused'"]),
-        (["--num-attention-heads", 3], ["num_attention_heads=3", "hidden_size=16"]),
-        (["--num-attention-heads", 0], ["num_attention_heads=0"]),
-        (["--patch-size", 5], ["patch_size=5", "image_size=16"]),
-        (["--patch-size", 0], ["patch_size=0"]),
-        (["--hidden-size", -16], ["hidden_size=-16"]),
-        (["--hidden-dropout-prob", 1], ["hidden_dropout_prob=1"]),
-        (["--attention", "linformer", "-o", "k=0"], ["attention.linformer.k=0"]),
-        (["--attention", "linformer", "-o", "k=-1"], ["attention.linformer.k=-1"]),
-        (["--attention", "linformer", "-o", "k=18"], ["attention.linformer.k=18", "17"]),
-        (["--attention", "linformer", "-o", "k=1.5"], ["attention.linformer.k=1.5", "integer"]),
-        (["--attention", "linformer", "-o", "k=many"], ["attention.linformer.k='many'", "integer"]),
-        (["--attention", "linformer", "-o", "k="], ["attention.linformer.k=None", "integer"]),
-        (["--attention", "linformer", "-o", "m=3"], ["attention.linformer.m", "unknown option"]),
-        (["--attention", "linformer", "-o", "k"], ["--option k", "KEY=VALUE"]),
+        (["--attention", "lineformer"], ["--attention 'lineformer'", "linformer", "hybrid"]),
+        (["--attention", "../fused"], ["--attention '../fused'"]),
+        (["--num-attention-heads", 3], ["--num-attention-heads 3", "--hidden-size 16"]),
+        (["--num-attention-heads", 0], ["--num-attention-heads 0"]),
+        (["--patch-size", 5], ["--patch-size 5", "image_size=16"]),
+        (["--patch-size", 0], ["--patch-size 0"]),
+        (["--hidden-size", -16], ["--hidden-size -16"]),
+        (["--hidden-dropout-prob", 1], ["--hidden-dropout-prob 1"]),
+        (["--attention", "linformer", "-o", "k=0"], ["--option k=0"]),
+        (["--attention", "linformer", "-o", "k=-1"], ["--option k=-1"]),
+        (["--attention", "linformer", "-o", "k=18"], ["--option k=18", "17"]),
+        (["--attention", "linformer", "-o", "k=1.5"], ["--option k=1.5", "integer"]),
+        (["--attention", "linformer", "-o", "k=many"], ["--option k='many'", "integer"]),
+        (["--attention", "linformer", "-o", "k="], ["--option k=None", "integer"]),
+        (["--attention", "linformer", "-o", "m=3"], ["--option m: ", "unknown option"]),
+        (["--attention", "linformer", "-o", "k"], ["--option k: ", "KEY=VALUE"]),
         (["--attention", "linformer", "-o", "k=[1"], ["--option k=[1"]),
         (["--attention", "linformer", "-o", "k=1", "-o", "k=2"], ["--option k=2", "k is given twice"]),
-        (["--hidden-size", 4 * 10**9], ["hidden_size=4000000000", "65536"]),
-        (["--crop-padding", 16], ["train.crop_padding=16", "image_size=16"]),
-        (["--batch-size", 10**26], ["train.batch_size=1"]),
-        (["--attention", "performer", "-o", "num_features=0"], ["attention.performer.num_features=0"]),
-        (["--attention", "performer", "-o", "num_features=2.5"], ["attention.performer.num_features=2.5"]),
-        (["--attention", "nystromformer", "-o", "num_landmarks=-4"], ["attention.nystromformer.num_landmarks=-4"]),
-        (["--attention", "nystromformer", "-o", "num_landmarks=0"], ["attention.nystromformer.num_landmarks=0"]),
-        (["--attention", "hybrid", "-o", "window_size=5"], ["attention.hybrid.window_size=5", "4"]),
-        (["-o", "k=4"], ["attention.fused.k", "unknown option"]),
-        (["--epochs", 0], ["train.epochs=0"]),
-        (["--epochs", -3], ["train.epochs=-3"]),
-        (["--batch-size", 0], ["train.batch_size=0"]),
-        (["--lr", 0], ["train.lr=0"]),
-        (["--lr", "nan"], ["train.lr=nan"]),
-        (["--lr", "inf"], ["train.lr=inf"]),
-        (["--clip-norm", "inf"], ["train.clip_norm=inf"]),
-        (["--warmup-epochs", 10, "--epochs", 10], ["warmup_epochs=10", "epochs=10"]),
-        (["--save-every", -1], ["train.save_every=-1"]),
-        (["--device", "tpu"], ["device='tpu'", "auto", "cpu"]),
+        (["--hidden-size", 4 * 10**9], ["--hidden-size 4000000000", "65536"]),
+        (["--crop-padding", 16], ["--crop-padding 16", "image_size=16"]),
+        (["--batch-size", 10**26], ["--batch-size 1"]),
+        (["--attention", "performer", "-o", "num_features=0"], ["--option num_features=0"]),
+        (["--attention", "performer", "-o", "num_features=2.5"], ["--option num_features=2.5"]),
+        (["--attention", "nystromformer", "-o", "num_landmarks=-4"], ["--option num_landmarks=-4"]),
+        (["--attention", "nystromformer", "-o", "num_landmarks=0"], ["--option num_landmarks=0"]),
+        (["--attention", "hybrid", "-o", "window_size=5"], ["--option window_size=5", "4"]),
+        (["-o", "k=4"], ["--option k: ", "unknown option"]),
+        (["--epochs", 0], ["--epochs 0"]),
+        (["--epochs", -3], ["--epochs -3"]),
+        (["--batch-size", 0], ["--batch-size 0"]),
+        (["--lr", 0], ["--lr 0"]),
+        (["--lr", "nan"], ["--lr nan"]),
+        (["--lr", "inf"], ["--lr inf"]),
+        (["--clip-norm", "inf"], ["--clip-norm inf"]),
+        (["--save-every", -1], ["--save-every -1"]),
         (["--timm", ""], ["--timm '': expected the name"]),
-        (["--prefix-tokens", -1], ["prefix_tokens=-1"]),
+        (["--prefix-tokens", -1], ["--prefix-tokens -1"]),
         (["--dataset-dir", "nowhere"], ["nowhere", "effvit prepare"]),
         (["--output-dir", "."], ["replaced as a whole"]),
         (["--log-dir", "run"], ["run", "replaced as a whole"]),
@@ -131,11 +132,55 @@ def test_bad_input_ends_in_one_line_and_writes_nothing(train, tmp_path, argument
     assert visible(tmp_path) == []
 
 
+def test_a_warm_up_as_long_as_the_run_is_shortened_and_the_one_used_is_recorded(train, tmp_path):
+    outcome = train("--epochs", 1, "--warmup-epochs", 2, "--device", "cpu")
+    assert outcome.code == 0, outcome.err
+    assert "warmup_epochs=2 is not less than epochs=1: warm-up shortened to 0.1 epochs" in outcome.err
+    record = json.loads((tmp_path / "run-log" / "provenance.json").read_text())["config"]["train"]
+    assert record["warmup_epochs"] == 0.1 and "logger" not in record
+
+
+def test_it_ends_with_what_the_run_came_to_and_a_finished_run_is_not_repeated(train, tmp_path):
+    arguments = ["--epochs", 2, "--device", "cpu"]
+    outcome = train(*arguments)
+    block = dict(re.split(r"\s{2,}", line) for line in outcome.out.splitlines())
+    history = pd.read_csv(tmp_path / "run-log" / "history.csv")
+    timing = pd.read_csv(tmp_path / "run-log" / "timing.csv")
+    model = load_model(tmp_path / "run")
+    best = history["val_accuracy"].idxmax()
+    assert block["best epoch"] == f"{best + 1} of 2"
+    assert block["validation accuracy"] == f"{history['val_accuracy'][best]:.2%}"
+    assert block["parameters"] == f"{sum(p.numel() for p in model.parameters()):,}"
+    assert block["MACs per image"] == f"{count_macs(model, torch.empty(1, 3, 16, 16)):,}"
+    assert block["device"] == "cpu" and block["model"] == "run" and block["log"] == "run-log"
+    assert float(block["training time"].removesuffix(" s")) == pytest.approx(timing["seconds"].sum(), abs=0.06)
+
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    again = train(*arguments)
+    assert again.code == 0 and again.out == "" and "run: already trained with these settings" in again.err
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == written
+    assert "epoch   2/2" in train(*arguments, "--overwrite").err
+    assert "epoch   1/1" in train("--epochs", 1, "--device", "cpu").err, "other settings"
+    shutil.rmtree(tmp_path / "run")
+    assert "epoch   1/1" in train("--epochs", 1, "--device", "cpu").err, "its model is gone"
+
+
+def test_many_tokens_are_remarked_before_training(effvit, digits_dir, tmp_path):
+    large = tmp_path / "large"
+    assert effvit("prepare", "--dataset", "digits", "--image-size", 34, "--output-dir", large).code == 0
+    flags = [*TINY_FLAGS, "--patch-size", 1, "--device", "cpu", "--lr", "1e30", "--epochs", 1]
+    outcome = effvit("train", "--dataset-dir", large, "--output-dir", "run", *flags, "--batch-size", 4)
+    first = outcome.err.splitlines()[0]
+    assert first.startswith("1,157 tokens per image") and "square" in first and "34 times" in first
+    small = effvit("train", "--dataset-dir", digits_dir, "--output-dir", "run", *flags, "--patch-size", 4)
+    assert "tokens per image" not in small.err
+
+
 def test_device_that_is_not_there_ends_in_one_line(train, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     outcome = train("--device", "cuda")
-    assert outcome.code == 1 and outcome.err.strip().startswith("error: device=cuda")
+    assert outcome.code == 1 and outcome.err.strip().startswith("error: --device cuda")
     assert visible(tmp_path) == []
 
 

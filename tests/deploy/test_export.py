@@ -122,7 +122,6 @@ def test_logits_that_differ_are_an_error_and_no_file(exported, tmp_path, monkeyp
         (["--output", "model.safetensors"], "model.safetensors: expected a file name that ends in .onnx"),
         (["--output", "there.onnx"], "there.onnx: is a directory, expected a file to write"),
         (["--output", "file/model.onnx"], "file"),
-        (["--output", "m.onnx", "--format", "torch"], "--format torch: unknown, expected onnx, timm or transformers"),
         (["--output", "m.onnx", "--model-dir", "nowhere"], "nowhere/model.safetensors: no such file"),
         (["--output", "m.onnx", "--dataset-dir", "nowhere"], "nowhere: not a prepared data set"),
     ],

@@ -101,7 +101,6 @@ def test_what_was_exported_comes_back(effvit, tmp_path, library):
             "transformers has no linformer attention",
         ),
         ({"prefix_tokens": 0}, ["transformers"], "prefix_tokens=0: a ViT of transformers has exactly one, the class"),
-        ({}, ["torchvision"], "--format torchvision: unknown, expected onnx, timm or transformers"),
         ({}, ["timm", "--output", "a.onnx"], "a.onnx: expected a file name that ends in .safetensors"),
     ],
 )

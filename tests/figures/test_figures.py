@@ -279,7 +279,7 @@ def drawn(table):
     return lines, [text.get_text() for text in axes.texts]
 
 
-def test_an_efficiency_length_stands_with_its_interval_beside_what_macs_foretell():
+def test_an_efficiency_length_stands_with_its_interval_beside_what_macs_predict():
     assert drawn(efficiency_row()) == ({"None": [400, 700], "s": [500], "|": [300]}, [])
     assert set(drawn(efficiency_row(quantity="memory"))[0]) == {"None", "D", "|"}
 

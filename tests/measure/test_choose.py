@@ -102,7 +102,7 @@ def test_what_runs_out_of_memory_while_it_is_built_is_a_result_too():
 
 def test_progress_goes_on_within_an_image_size_and_names_each_mechanism():
     told = []
-    rows_of(["linformer", "performer"], [16, 24], tell=lambda share, what: told.append((share, what)))
+    rows_of(["linformer", "performer"], [16, 24], progress=lambda share, what: told.append((share, what)))
     shares = [share for share, _ in told]
     assert shares == sorted(shares) and shares[0] == 0 and 0.9 < shares[-1] <= 1
     assert len({share for share in shares if share < 0.5}) > 6
@@ -168,18 +168,18 @@ def test_the_command_writes_one_file_named_after_the_machine(effvit, tmp_path):
     assert "16 px, 17 tokens: " in outcome.out and "32 px, 65 tokens: " in outcome.out
 
 
-QUICK = ("--image-sizes", "16", "--attention", "performer", "--budget-s", "0.2", "--threads", "1")
+QUICK = ("--attention", "performer", "--budget-s", "0.2", "--threads", "1")
 
 
 def test_rows_of_other_models_stay_in_the_machines_file_and_the_same_ones_are_replaced(effvit, tmp_path):
-    def run(*flags):
-        outcome = effvit("choose", *QUICK, *flags, "--output", "machines")
+    def run(*flags, size="16"):
+        outcome = effvit("choose", *QUICK, "--image-sizes", size, *flags, "--output", "machines")
         assert outcome.code == 0, outcome.err
         (file,) = (tmp_path / "machines").iterdir()
         return file.read_text().splitlines()
 
     heading, *first = run("--model", "tiny")
-    again, *both = run("--model", "small", "--image-sizes", "32")
+    again, *both = run("--model", "small", size="32")
     assert again == heading and both[:4] == first and len(both) == 8
     _, *third = run("--model", "tiny", "--batch-size", "2")
     assert third[:8] == both and len(third) == 12
@@ -206,7 +206,7 @@ def test_a_path_that_cannot_be_written_is_told_before_anything_is_measured(effvi
     (tmp_path / "machines").mkdir()
     (tmp_path / "machines" / "here-1t-float32.csv").write_text("a,b\n1,2\n")
     (tmp_path / "folder.csv" / "table.csv" / "here-1t-float32.csv").mkdir()
-    outcome = effvit("choose", "--model", "tiny", *QUICK, "--output", output)
+    outcome = effvit("choose", "--model", "tiny", *QUICK, "--image-sizes", "16", "--output", output)
     assert outcome.code == 1 and re.search(says, outcome.err) and outcome.err.count("\n") == 1, outcome.err
     assert (tmp_path / "notes.txt").read_text() == "notes"
 
@@ -214,17 +214,28 @@ def test_a_path_that_cannot_be_written_is_told_before_anything_is_measured(effvi
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (("--image-sizes", "224,huge"), "--image-sizes 224,huge: expected numbers of pixels, e.g. 224,384,512"),
         (("-o", "k=3"), "--option k=3: expected NAME.KEY=VALUE"),
-        (("--model", "vit_huge"), "model='vit_huge': unknown size"),
-        (("--attention", "flash"), "attention='flash': unknown mechanism"),
-        (("--timm", ""), "--timm '': expected the name of a model of timm's"),
+        (("--attention", "flash"), "--attention 'flash': unknown mechanism"),
+        (("-o", "linformer.m=3"), "--option linformer.m: unknown option, expected one of k, share"),
+        (("--timm", ""), "--timm '': expected the name of a model in timm"),
         (("--timm", "vit_tiny", "--model", "tiny"), "--model tiny --timm vit_tiny: expected one of them"),
     ],
 )
 def test_wrong_flags_are_told_in_one_line(effvit, flags, says):
     outcome = effvit("choose", *flags)
     assert outcome.code == 1 and outcome.err.startswith(f"error: {says}") and outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--image-sizes", "224,huge"), "'--image-sizes': '224,huge': expected whole numbers"),
+        (("--model", "vit_huge"), "'--model': 'vit_huge' is not one of 'tiny', 'small', 'deit_tiny'"),
+    ],
+)
+def test_flags_that_are_no_values_are_told_in_one_line(effvit, flags, says):
+    outcome = effvit("choose", *flags)
+    assert outcome.code == 2 and says in outcome.err and outcome.err.count("\n") == 1
 
 
 def test_timms_own_model_is_compared_with_its_attention_swapped(effvit, tmp_path):

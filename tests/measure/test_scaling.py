@@ -13,7 +13,7 @@ from effvit.measure import compare, latency
 from effvit.measure import scaling as module
 from effvit.measure import subject as subjects
 from effvit.measure.display import print_rows
-from effvit.measure.growth import Budget, foretell
+from effvit.measure.growth import Budget, predict
 from effvit.measure.macs import count_macs
 from effvit.measure.scaling import batch_sizes, measure_scaling, with_probes
 from effvit.measure.subject import Block, Model, square_grid
@@ -198,15 +198,15 @@ def test_any_other_error_is_not_taken_for_a_result(monkeypatch):
         measure()
 
 
-def test_what_more_tokens_cost_is_foretold_exactly_on_a_parabola_and_never_too_low_from_one_point():
+def test_what_more_tokens_cost_is_predicted_exactly_on_a_parabola_and_never_too_low_from_one_point():
     def cost(n):
         return 3 * n**2 + 500 * n
 
     points = [(65, cost(65)), (257, cost(257))]
-    assert foretell(points, 1025) == pytest.approx(cost(1025))
-    assert foretell(points[:1], 1025) >= cost(1025)
-    assert foretell([(65, 65.0), (257, 257.0)], 1025) == pytest.approx(1025)
-    assert foretell([], 1025) == 0
+    assert predict(points, 1025) == pytest.approx(cost(1025))
+    assert predict(points[:1], 1025) >= cost(1025)
+    assert predict([(65, 65.0), (257, 257.0)], 1025) == pytest.approx(1025)
+    assert predict([], 1025) == 0
 
 
 def test_a_budget_once_exceeded_stays_exceeded():
@@ -298,7 +298,7 @@ def test_a_budget_judges_a_batch_by_its_samples():
     assert budget.foresee(130, 5) == "out of memory"
 
 
-def test_the_first_batch_is_foretold_from_one_sample_and_not_tried(monkeypatch):
+def test_the_first_batch_is_predicted_from_one_sample_and_not_tried(monkeypatch):
     tried = []
 
     def call(self, mode, tokens, batch_size, *rest, real=Block.call):

@@ -288,10 +288,10 @@ def test_recipe_is_recorded_beside_the_log(run, tmp_path):
     assert config["model"] == load_model(tmp_path / "run").config.model_dump()
 
 
-def epochs_of(config, dataset, tell=print, **changes):
+def epochs_of(config, dataset, report=print, **changes):
     """The epochs of a training, and the training."""
     recipe = TrainConfig(**(RECIPE | changes))
-    training = Training(config, dataset, recipe, seed=0, horizontal_flip=False, tell=tell)
+    training = Training(config, dataset, recipe, seed=0, horizontal_flip=False, report=report)
     return [event for event in training.run() if isinstance(event, Epoch)], training
 
 
@@ -320,7 +320,7 @@ def test_step_is_done_again_with_half_as_many_images_where_memory_runs_out(digit
         return forward(self, images)
 
     monkeypatch.setattr(ViT, "forward", limited)
-    parts, training = epochs_of(tiny_config(), digits, tell=lines.append)
+    parts, training = epochs_of(tiny_config(), digits, report=lines.append)
     assert_same_results(parts, whole)
     assert training.micro_batch_size == 32 and sizes[:3] == [128, 64, 32]
     assert len(lines) == 2 and "128 images" in lines[0] and "32" in lines[1]

@@ -150,7 +150,7 @@ def test_devices_starts_as_many_processes_and_a_stopped_run_goes_on(tmp_path, co
         _, error = process.communicate()
     assert process.returncode == 143, error
     assert "stopped at epoch" in error and "Traceback" not in error
-    assert "going on at epoch" in finished(*command, env=environment).stderr
+    assert "resuming at epoch" in finished(*command, env=environment).stderr
     for path in ("{}/model.safetensors", "{}-log/history.csv"):
         assert (tmp_path / path.format("run")).read_bytes() == (two_nodes / path.format("whole")).read_bytes()
     settings = json.loads((tmp_path / "run-log" / "provenance.json").read_text())["config"]

@@ -135,7 +135,7 @@ def test_twenty_kills_change_no_byte(tmp_path, digits_dir):
         whole, killed = files(tmp_path / f"whole{part}"), files(tmp_path / f"killed{part}")
         assert whole and whole.keys() == killed.keys()
         assert [name for name in whole if whole[name] != killed[name]] == []
-    assert "going on at" in result.stderr
+    assert "resuming at" in result.stderr
     steps = [int(step) for step in (tmp_path / "killed-steps").read_text().split()]
     again = [last - first + 1 for last, first in itertools.pairwise(steps)]
     assert max(again) >= 3, "some kills fall several steps after the state was saved"
@@ -408,7 +408,7 @@ def test_a_terminated_command_says_where_it_goes_on_and_does(tmp_path, digits_di
     assert process.returncode == 143, error
     assert error.splitlines()[-1].startswith("stopped at epoch") and "Traceback" not in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["state"]
-    assert finished(*command, env=env).stderr.startswith("going on at epoch")
+    assert finished(*command, env=env).stderr.startswith("resuming at epoch")
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
@@ -511,3 +511,20 @@ def test_a_run_that_fails_ends_though_workers_decode_for_it(train_with_workers):
     assert error.splitlines()[-1] == "ZeroDivisionError: as a bug would"
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
+
+
+def test_a_run_is_finished_where_and_as_it_was_written_and_nowhere_else(tmp_path, monkeypatch):
+    monkeypatch.setenv("EFFVIT_STATE", str(tmp_path / "state"))
+    outputs = tmp_path / "run", tmp_path / "run-log"
+    for directory in outputs:
+        directory.mkdir()
+        (directory / "file").write_text("content")
+    assert not resume.is_finished("a", *outputs)
+    resume.record_finished("a", *outputs)
+    assert resume.is_finished("a", *outputs)
+    assert not resume.is_finished("b", *outputs) and not resume.is_finished("a", *reversed(outputs))
+    (outputs[1] / "file").write_text("changed")
+    assert not resume.is_finished("a", *outputs)
+    resume.record_finished("b", *outputs)
+    assert resume.is_finished("b", *outputs)
+    assert len(list((tmp_path / "state" / "finished").iterdir())) == 1, "of what was there before nothing is kept"

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from effvit.errors import UserError
+from effvit.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from effvit.data.sources.base import Source
@@ -31,7 +31,8 @@ def available_datasets() -> tuple[str, ...]:
 def check_name(name: str, classes: Path | None) -> None:
     """Raise ``UserError`` where no data set has that name, or it takes no choice of classes."""
     if name not in _SOURCES:
-        raise UserError(f"{name!r}: unknown data set; expected one of {', '.join(_SOURCES)}")
+        known = ", ".join(_SOURCES)
+        raise UserError(f"dataset={name!r}: unknown data set, expected one of {known}{did_you_mean(name, _SOURCES)}")
     if classes and name not in _CHOOSE_CLASSES:
         raise UserError(f"classes={classes}: {name} has its own; only {' and '.join(_CHOOSE_CLASSES)} take a choice")
 
