@@ -50,7 +50,7 @@ def scaling(table: pd.DataFrame, scope: str = "block", batch: str = "one") -> Fi
     for axes in panels[1]:
         axes.set_xlabel("Sequence length [tokens]")
         axes.xaxis.set(minor_locator=NullLocator(), major_formatter=StrMethodFormatter("{x:,.0f}"))
-        axes.set_xticks(_apart(table["tokens"]))
+        axes.set_xticks(_apart(table["tokens"], 6 if crowded(table) else 2.5))
     more = [Line2D([], [], color="0.4", marker=m, linestyle="", label=s) for s, m in _STOPPED.items()]
     more = [handle for handle in more if handle.get_label() in set(table["status"])]
     more += [Line2D([], [], color="0.7", linestyle=line, label=f"∝ {text}") for text, (_, line) in _GROWTH.items()]
@@ -73,11 +73,11 @@ def _batch_note(table: pd.DataFrame) -> str:
     return f"Batches of about a fixed number of tokens, cost per sample: {listed}"
 
 
-def _apart(tokens: "pd.Series[int]") -> list[int]:
-    """Token counts of which no two are less than a factor of two and a half apart, the largest among them."""
+def _apart(tokens: "pd.Series[int]", factor: float) -> list[int]:
+    """Token counts of which no two are less than this factor apart, the largest among them."""
     ticks: list[int] = []
     for count in sorted(set(tokens), reverse=True):
-        if not ticks or ticks[-1] >= 2.5 * count:
+        if not ticks or ticks[-1] >= factor * count:
             ticks.append(count)
     return ticks
 
@@ -144,7 +144,8 @@ def _stop_marks(axes: Axes, rows: pd.DataFrame) -> int:
 def _length_text(searched: dict[str, float | None]) -> str:
     length, first, last = (searched[key] for key in ("length", "measured_from", "measured_to"))
     if searched["cheaper_to"] is not None:
-        return f"{searched['cheaper_from']:,.0f} to {searched['cheaper_to']:,.0f} only"
+        ends = dict.fromkeys(f"{searched[end]:,.0f}" for end in ("cheaper_from", "cheaper_to"))
+        return f"{' to '.join(ends)} only"
     if length is None:
         return "never" if last is None else f"> {last:,.0f}"
     return f"{'≤ ' if length == first else ''}{length:,.0f}"

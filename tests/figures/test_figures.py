@@ -132,7 +132,7 @@ def test_the_colour_blind_tell_colours_apart(cones):
 @pytest.fixture(scope="module")
 def field(tmp_path_factory):
     """Tables of a made-up study of all mechanisms."""
-    study = write_study(tmp_path_factory.mktemp("field"), attentions=FIELD, lengths=(65, 257, 1025))
+    study = write_study(tmp_path_factory.mktemp("field"), attentions=FIELD, lengths=(*TOKENS, 16385))
     return collect(study, ["digits"], FIELD, [0])
 
 
@@ -145,6 +145,9 @@ def overlaps(figure):
         for (a, box), (b, other) in itertools.combinations(zip(texts, boxes, strict=True), 2):
             if box.y0 + 1 < other.y1 and other.y0 + 1 < box.y1 and box.x0 < other.x1 and other.x0 < box.x1:
                 yield a.get_text(), b.get_text()
+        ticks = sorted((box.x0, box.x1) for label in axes.get_xticklabels() for box in [label.get_window_extent()])
+        if any(start - end < 4 for (_, end), (start, _) in itertools.pairwise(ticks)):
+            yield "numbers", "under the axis"
         for text, box in zip(texts, boxes, strict=True):
             if not figure.bbox.padded(2).containsx(box.x1) or not figure.bbox.padded(2).containsy(box.y1):
                 yield text.get_text(), "the border"
