@@ -17,7 +17,7 @@ MECHANISMS = ("fused", "linformer")
 TRAINING = {"epochs": 1, "warmup_epochs": 0, "batch_size": 256}
 MODEL = (
     "name: null\nhidden_size: 16\nnum_hidden_layers: 2\nnum_attention_heads: 2\nintermediate_size: 32\n"
-    "hidden_dropout_prob: 0.0\nattention_probs_dropout_prob: 0.0\ninit_from: null\n"
+    "hidden_dropout_prob: 0.0\nattention_probs_dropout_prob: 0.0\nvalue_conv: 0\ninit_from: null\n"
 )
 BENCHMARK = {"budget_s": 0.02, "memory_mib": 16, "batch_size": 8}
 SCALING = {"budget_s": 0.02, "tokens": [65, 257]}
