@@ -165,8 +165,10 @@ def _in_place_of(
         )
     _to_place_of(like, attention)
     origins = take_maps(attention, host)
-    if isinstance(host.module, Attention) and mechanism_of(host.module) is type(attention):
-        origins |= {each: each for each in carry_own_weights(host.module, attention) if each not in origins}
+    if isinstance(host.module, Attention):
+        same = mechanism_of(host.module) is type(attention)
+        carried = carry_own_weights(host.module, attention, () if same else ("value_conv.",))
+        origins |= {each: each for each in carried if each not in origins}
     unfinished = set(attention.state_dict())
     host.finish(attention)
     _keep_hooks_and_mode(attention, host)

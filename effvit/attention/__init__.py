@@ -64,8 +64,8 @@ def check_options(
 
 def check_value_conv(side: int) -> None:
     """Raise ``UserError`` where that is no side of a kernel."""
-    if side < 0 or (side and side % 2 == 0) or side > MOST_VALUE_CONV:
-        raise UserError(f"value_conv={side}: must be odd and at most {MOST_VALUE_CONV}, or 0 for no convolution")
+    if type(side) is not int or side < 0 or (side and side % 2 == 0) or side > MOST_VALUE_CONV:
+        raise UserError(f"value_conv={side!r}: must be odd and at most {MOST_VALUE_CONV}, or 0 for no convolution")
 
 
 def build_attention(

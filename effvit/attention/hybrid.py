@@ -20,9 +20,7 @@ _LINEAR = Features("elu", eps=1e-6)  # exp underflows far below 0, and the norma
 
 
 class HybridOptions(AttentionOptions):
-    """w x w windows at each of ``dilations``; ``branches``: regional (dilation 1), dilated (the rest), linear.
-    ``fusion``: ``heads`` deals heads to branches; with ``gate`` all heads are in each, mixed by a token's shares.
-    """
+    """``branches``: regional (windows of dilation 1), dilated (the rest), linear; ``fusion``: heads, or a gate."""
 
     window_size: int = Field(4, ge=1)
     dilations: Annotated[list[Annotated[int, Field(ge=1)]], DISTINCT] = Field([1, 2])
@@ -64,8 +62,7 @@ class HybridAttention(Attention):
         super().__init__(dim, num_heads, grid_size, options, **kwargs)
         used = [r for r in options.dilations if ("regional" if r == 1 else "dilated") in options.branches]
         self.windows = [Windows(*grid_size, options.window_size, r) for r in used]
-        self.branch_names = [f"window r={each.dilation}" for each in self.windows]
-        self.branch_names += ["linear"] * ("linear" in options.branches)
+        self.branch_names = [*(f"window r={r}" for r in used), *(["linear"] if "linear" in options.branches else [])]
         number, gated = len(self.branch_names), options.fusion == "gate"
         self.gate = nn.Linear(dim, number) if gated and number > 1 else None
         dealt = [(self.layer * num_heads + head) % number for head in range(num_heads)]

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from effvit.attention.base import Attention, AttentionOptions, Grid, register
-from effvit.kernels.choice import primitive
+from effvit.kernels.choice import primitive, without_autocast
 from effvit.kernels.landmarks import landmark_members
 from effvit.kernels.pseudo_inverse import MOST_ITERATIONS, pseudo_inverse
 from effvit.kernels.softmax_attention import softmax_attention
@@ -104,7 +104,7 @@ class NystromformerAttention(Attention):
 @primitive
 def landmark_product(q_m: Tensor, k_m: Tensor, y: Tensor, iterations: int) -> Tensor:
     """Z y with Z ≈ K₂⁺, of landmarks ``(B, H, m, d)`` and rows ``(B, H, m, e)``."""
-    with torch.autocast(q_m.device.type, enabled=False):  # the iteration squares the condition number
+    with without_autocast(q_m):  # the iteration squares the condition number
         dtype = torch.promote_types(q_m.dtype, torch.float32)
         k2 = (q_m.to(dtype) * q_m.shape[-1] ** -0.5 @ k_m.to(dtype).mT).softmax(dim=-1)
         return (pseudo_inverse(k2, iterations) @ y.to(dtype)).to(y.dtype)

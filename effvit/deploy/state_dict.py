@@ -32,6 +32,8 @@ def export_state_dict(model: ViT, path: Path, library: str) -> str:
         raise UserError(
             f"{library} has no {config.attention} attention; expected a model with {' or '.join(_SAME_ATTENTION)}"
         )
+    if config.value_conv:
+        raise UserError(f"value_conv={config.value_conv}: {library}'s attention has no such convolution")
     if library == "transformers" and config.prefix_tokens != 1:
         raise UserError(f"prefix_tokens={config.prefix_tokens}: a ViT of transformers has exactly one, the class token")
     state = standard_to_fused(model.state_dict())

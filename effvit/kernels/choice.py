@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
@@ -30,6 +31,11 @@ def on_cpu(*tensors: Tensor) -> bool:
     if torch._C._len_torch_dispatch_stack() or F.linear is not _LINEAR:
         return False
     return all(type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" for tensor in tensors)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Switch autocast off on the device of ``x``; there is none for tensors without numbers."""
+    return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
 
 
 def in_forward_mode() -> bool:

@@ -71,7 +71,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, features: Features, dropout_p: fl
     Dropout acts on φ(q), not on the normaliser.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):  # φ, its sums over tokens and 1 / them overflow float16
+    with choice.without_autocast(q):  # φ, its sums over tokens and 1 / them overflow float16
         phi_q, phi_k = features.of_queries(q.to(dtype)), features.of_keys(k.to(dtype))
         y = F.dropout(phi_q, dropout_p) @ (phi_k.mT @ v.to(dtype))
         if features.kernel == "softmax":
@@ -129,7 +129,7 @@ class Blockwise(torch.autograd.Function):
         # Heads first: a product writes a block directly where the block is whole in memory.
         keeps = any(ctx.needs_input_grad) and features.kernel != "identity"
         kept = q.new_empty(heads, samples, columns, m, dtype=dtype) if keeps else None
-        with torch.autocast(q.device.type, enabled=False):
+        with choice.without_autocast(q):
             for block in _blocks(k):
                 query, key, value = (tokens[block].to(dtype) for tokens in (q, k, v))
                 phi_q = _of_queries(query, features)
@@ -153,7 +153,7 @@ class Blockwise(torch.autograd.Function):
             found = iter(torch.autograd.grad(reference(q, k, v, features), inputs, gradient, create_graph=True))
             return *(next(found) if tensor.requires_grad else None for tensor in (q, k, v)), None
         d_q, d_k, d_v = (torch.empty_like(tokens) for tokens in (q, k, v))
-        with torch.autocast(k.device.type, enabled=False):
+        with choice.without_autocast(k):
             for block in _blocks(k):
                 query, key, value = (tokens[block].to(normaliser.dtype) for tokens in (q, k, v))
                 d_y, phi_k = (gradient[block], y[block], normaliser[block]), key if kept is None else kept[block[::-1]]

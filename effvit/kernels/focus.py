@@ -17,7 +17,7 @@ def reference(x: Tensor, scale: Tensor, power: float) -> Tensor:
 
     ``scale`` is of shape ``(H, 1, d)``.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with choice.without_autocast(x):
         dtype = torch.promote_types(x.dtype, torch.float32)
         x_hat = (x.to(dtype).relu() + EPS) / scale.to(dtype)
         powers = (x_hat / x_hat.detach().amax(dim=-1, keepdim=True)).pow(power)  # at most 1: φ is the same
@@ -78,7 +78,7 @@ class Blockwise(torch.autograd.Function):
 def _blocks(*tensors: Tensor) -> Iterator[list[Tensor]]:
     """Cut tensors ``(B, N, H, d)``, of which those to write are whole in memory, into blocks ``(n, H, d)``."""
     rows = [tensor.flatten(0, 1) for tensor in tensors]
-    at_once = max(1, _BLOCK_NUMBERS * torch.get_num_threads() // rows[0][0].numel())
+    at_once = max(1, _BLOCK_NUMBERS * torch.get_num_threads() // rows[0].shape[1:].numel())
     for first in range(0, len(rows[0]), at_once):
         yield [each[first : first + at_once] for each in rows]
 

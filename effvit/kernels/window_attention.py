@@ -167,7 +167,7 @@ def _with_prefix(tokens: Tensor, prefix: int, windows: Windows) -> Tensor:
 def written_out(q: Tensor, k: Tensor, v: Tensor, windows: Windows, dropout_p: float = 0.0) -> Tensor:
     """Each window's probabilities in memory: over so few tokens products are faster than PyTorch's kernel."""
     prefix = k.shape[-2] - q.shape[-2]
-    with torch.autocast(q.device.type, enabled=False):
+    with choice.without_autocast(q):
         queries, keys, values = (Gather.apply(x, s, windows) for x, s in ((q, 0), (k, prefix), (v, prefix)))
         scores = torch.baddbmm(queries.new_zeros(1), queries, keys.mT, beta=0, alpha=q.shape[-1] ** -0.5)
         if (mask := _mask(windows, 1, prefix, q.device)) is not None:

@@ -64,17 +64,18 @@ def _on_grid(old: Attention, grid_size: Grid) -> Attention:
     return new.train(old.training)
 
 
-def carry_own_weights(old: Attention, new: Attention) -> list[str]:
+def carry_own_weights(old: Attention, new: Attention, only: tuple[str, ...] = ()) -> list[str]:
     """Give a mechanism what another of its kind has been trained to, as far as shapes allow; return the names.
 
-    Weights of one shape are the same objects then; those that belong to a number of tokens are interpolated.
+    Weights of one shape are the same objects then; those that belong to a number of tokens are interpolated. With
+    ``only``, those whose names begin so.
     """
     places = dict(new.named_modules())
     stored = new.state_dict()
     carried = []
     made: dict[int, Tensor] = {}  # one for a weight under two names
     for name, tensor in (*old.named_parameters(remove_duplicate=False), *old.named_buffers()):
-        if name not in stored:
+        if name not in stored or (only and not name.startswith(only)):
             continue
         fitting = made.get(id(tensor), _fitting(name, tensor, stored[name], old, new))
         if fitting is not None:

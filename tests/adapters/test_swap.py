@@ -147,6 +147,8 @@ def test_a_convolution_of_values_is_new_and_is_what_is_added(family):
         torch.testing.assert_close(outputs(model, images()), outputs(plain, images()), rtol=0, atol=1e-5)
         swap_attention(model, "pooled", value_conv=3, **OPTIONS["pooled"])
         assert not any(attention.value_conv.weight.any() for attention in attentions(model).values())
+        assert swap_attention(model, "fused", value_conv=3).new == [], "it belongs to the model, not to a mechanism"
+        assert not any(attention.value_conv.weight.any() for attention in attentions(model).values())
         assert {key.rpartition(".value_conv")[2] for key in swap_attention(model, "fused").unused} == {".weight"}
 
 

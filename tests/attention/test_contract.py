@@ -110,6 +110,13 @@ def test_a_sample_does_not_depend_on_its_batch(name, options, half):
 
 
 @pytest.mark.parametrize("name, options", CASES)
+def test_no_sample_gives_no_sample_and_tensors_without_numbers_have_shapes(name, options):
+    attention = small(name, options)
+    assert attention(torch.zeros(0, TOKENS, WIDTH)).shape == (0, TOKENS, WIDTH)
+    assert attention.to("meta")(torch.empty(2, TOKENS, WIDTH, device="meta")).shape == (2, TOKENS, WIDTH)
+
+
+@pytest.mark.parametrize("name, options", CASES)
 def test_the_state_dict_through_safetensors_holds_all_that_the_output_depends_on(name, options, tmp_path):
     first, second = small(name, options, seed=1), small(name, options, seed=2)
     save_file({key: tensor.clone() for key, tensor in first.state_dict().items()}, tmp_path / "attention.safetensors")
@@ -327,7 +334,10 @@ def test_tokens_of_a_wrong_shape_are_refused_by_both_shapes(name, options, shape
         ("window", {"shift": 1}, r"attention\.window\.shift=1"),
         ("window", {"global_every": -1}, r"attention\.window\.global_every=-1"),
         ("uniform", {"k": 1}, r"attention\.uniform\.k: unknown"),
-        *(("fused", {"value_conv": side}, rf"value_conv={side}: must be odd") for side in (-1, 2, 1001)),
+        *(
+            ("fused", {"value_conv": side}, rf"value_conv={side!r}: must be odd")
+            for side in (-1, 2, 1001, 3.0, "3", None, True)
+        ),
         ("hybrid", {"window_size": 6}, r"attention\.hybrid\.window_size=6.*at most 5"),
         *(("hybrid", {"window_size": w}, r"attention\.hybrid\.window_size=") for w in (0, -1, 2.5)),
         ("hybrid", {"window_size": 2, "dilations": [1, 6]}, r"attention\.hybrid\.dilations=\[1, 6\].*at most 5"),

@@ -101,6 +101,7 @@ def test_what_was_exported_comes_back(effvit, tmp_path, library):
             "transformers has no linformer attention",
         ),
         ({"prefix_tokens": 0}, ["transformers"], "prefix_tokens=0: a ViT of transformers has exactly one, the class"),
+        ({"value_conv": 3}, ["timm"], "value_conv=3: timm's attention has no such convolution"),
         ({}, ["timm", "--output", "a.onnx"], "a.onnx: expected a file name that ends in .safetensors"),
     ],
 )
