@@ -265,7 +265,7 @@ def test_a_directory_of_something_else_is_kept_and_an_earlier_model_replaced(kin
     for file in (tmp_path / "README" / "README.md", tmp_path / "README" / "README.md" / "below"):
         with pytest.raises(UserError, match=f"^{file}: is or lies in a file; "):
             save_model(host(kind), file)
-    with pytest.raises(UserError, match="^directory: got NoneType, expected a path$"):
+    with pytest.raises(UserError, match=r"^directory: got NoneType, expected a path$"):
         save_model(host(kind), None)
     for earlier in ("effvit", "torchvision", kind):
         save_model(host(earlier), tmp_path / "model")
