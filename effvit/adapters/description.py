@@ -12,10 +12,13 @@ from torch import nn
 from effvit.adapters.host import Tower, comes_from
 from effvit.adapters.signature import mechanism_of
 from effvit.attention import Attention
+from effvit.errors import UserError
 from effvit.model.trained_on import TrainedOn
 
 _ACTIVATION = re.compile("GELU|ReLU|SiLU|Swish|Tanh|Mish|Sigmoid", re.IGNORECASE)
 _SIZES = ("image_size", "patch_size", "hidden_dim", "mlp_dim", "num_classes", "representation_size")  # torchvision's
+_HEADS = ("head", "heads", "classifier", "fc")
+_LIBRARIES = {"timm": "timm's", "transformers": "transformers'", "torchvision": "torchvision's"}
 
 
 class Swap(BaseModel):
@@ -134,6 +137,41 @@ def how_to_build(model: nn.Module) -> str:
             f'timm.create_model("{told["architecture"]}", num_classes={told["num_classes"]}), and what else was changed'
         )
     return f"{class_of(model)}, built as it was"
+
+
+def num_classes(model: nn.Module) -> int | None:
+    """Number of classes of another library's model, None where it cannot be told.
+
+    The head as it is counts before what is written of it, which does not change when a head is replaced.
+    """
+    for name in _HEADS:
+        if (outputs := _outputs(getattr(model, name, None))) is not None:
+            return outputs
+    if comes_from(model, "transformers", "PreTrainedModel"):  # all have num_labels, also those without a classifier
+        return model.config.num_labels if "ForImageClassification" in type(model).__name__ else None  # type: ignore
+    return _outputs(model)
+
+
+def _outputs(head: Any) -> int | None:
+    if isinstance(head, nn.Sequential) and len(head):
+        head = head[-1]
+    return head.out_features if isinstance(head, nn.Linear) else None
+
+
+def num_channels(towers: list[Tower]) -> int | None:
+    """Channels of the images that the first Vision Transformer of a model takes, None where there is none."""
+    convolutions = (module for tower in towers for module in tower.module.modules() if isinstance(module, nn.Conv2d))
+    first = next(convolutions, None)
+    return None if first is None else first.in_channels
+
+
+def require_same_library(saved: str, model: nn.Module) -> None:
+    """Raise ``UserError`` where a model is of one library and the class ``saved`` of another."""
+    here = class_of(model)
+    (of_saved, _, _), (of_model, _, _) = saved.partition("."), here.partition(".")
+    if of_saved != of_model and {of_saved, of_model} <= _LIBRARIES.keys():
+        told = (f"{_LIBRARIES[cls.partition('.')[0]]} {cls.rpartition('.')[-1]}" for cls in (saved, here))
+        raise UserError("saved as {}, given {}".format(*told))
 
 
 def _plain(value: Any) -> Any:

@@ -21,6 +21,9 @@ from effvit.adapters.description import (
     function_of,
     how_to_build,
     library_config,
+    num_channels,
+    num_classes,
+    require_same_library,
 )
 from effvit.adapters.swap import find_towers, swap_attention
 from effvit.attention import check_options
@@ -54,8 +57,8 @@ def save_model(
     Args:
         model: a `ViT`, or any other model, its attention swapped or not; it may be wrapped by ``torch.compile`` or
             DistributedDataParallel.
-        directory: where ``model.safetensors``, ``config.json`` and ``README.md``, the model card, are written; made if
-            it is not there.
+        directory: where ``model.safetensors``, ``config.json`` and ``README.md``, the model card, are written; absent,
+            empty or an earlier model's.
         classes: names of classes, by index. Where none are given, those of ``model.trained_on`` are written.
         mean: of each channel of the images that it was trained on, on a scale of 0 to 1; likewise.
         std: standard deviation of the same; likewise.
@@ -65,7 +68,8 @@ def save_model(
         license: of the weights, as the hub names licences.
 
     Raises:
-        UserError: a `ViT` that is not what its configuration says, or what is said of a model does not fit it.
+        UserError: a `ViT` that is not what its configuration says, or what is said of a model does not fit it; the
+            directory has something else in it than a model, or cannot be written.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"save_model: got {type(model).__name__}, expected a torch.nn.Module")
@@ -85,7 +89,9 @@ def save_model(
         return
     about = checkpoint.known_of(inner, classes, mean, std)
     notes = checkpoint.notes_of(dataset, accuracy, recipe, license)
-    towers = [describe_tower(tower) for tower in find_towers(inner)]
+    found = find_towers(inner)
+    about.check(num_classes(inner), num_channels(found))
+    towers = [describe_tower(tower) for tower in found]
     build = how_to_build(inner)
     settings = {
         "class": class_of(inner),
@@ -95,7 +101,7 @@ def save_model(
         "towers": [tower.model_dump(mode="json") for tower in towers],
     }
     card = write_card_of_other(inner, _mechanisms(towers), build, about, notes)
-    checkpoint.write_directory(Path(directory), _tensors(inner), settings | about.known(), card)
+    checkpoint.write_directory(directory, _tensors(inner), settings | about.known(), card)
 
 
 @overload
@@ -151,8 +157,9 @@ def load_model(
     if not is_of_other(values):
         raise UserError(f"{directory}: not of another library's model that save_model wrote; load it without into=")
     settings = _parse(directory / CONFIG, values)
+    tensors = read_safetensors(directory / WEIGHTS)
     try:
-        _load_into(into, settings, read_safetensors(directory / WEIGHTS))
+        _load_into(into, settings, tensors)
     except UserError as error:
         raise UserError(f"{directory}: this {settings.cls} does not go into the model given: {error}") from error
     about = TrainedOn(classes=settings.classes, mean=settings.mean, std=settings.std)
@@ -163,6 +170,7 @@ def load_model(
 def _load_into(model: nn.Module, settings: Settings, tensors: StateDict) -> None:
     if checkpoint.unwrapped(model) is not model:
         raise UserError(f"it is inside {type(model).__name__}; load first, then wrap it")
+    require_same_library(settings.cls, model)
     if any(tensor.is_meta for tensor in _tensors(model).values()):
         raise UserError("its weights are on the meta device; call to_empty first")
     _check(model, settings, tensors)

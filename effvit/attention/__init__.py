@@ -38,7 +38,7 @@ def attention_class(name: str) -> type[Attention]:
     """
     known = available_attention()
     if name not in known:
-        hint = did_you_mean(name, known)
+        hint = did_you_mean(name, known) if isinstance(name, str) else ""
         raise UserError(f"attention={name!r}: unknown mechanism, expected one of {', '.join(known)}{hint}")
     import_module(f"effvit.attention.{name}")
     return registered(name)

@@ -12,6 +12,7 @@ from effvit.errors import UserError
 _LAST = "Other options"
 _TEXT_AS_DEFAULT = re.compile(r"(\[default: )\((.*?)\)(?=[];])")  # which Typer puts in brackets
 _OPTION = re.compile(r"\battention\.(\w+)\.(\w+)(=?)")
+_MISSING = re.compile(r"\A\w+(?=: missing\b)")
 _KEY = re.compile(r"(?<![\w.'/-])((?:train|model)\.)?(\w+)(=?)")
 
 
@@ -49,7 +50,7 @@ class Group(TyperGroup):
 
 
 def as_typed(message: str, parameters: Iterable[Any]) -> str:
-    """Return a message with ``--flag value`` in place of ``key=value`` and of ``train.key``.
+    """Return a message with ``--flag value`` in place of ``key=value`` and of ``train.key``, and flags missing as such.
 
     Args:
         message: names arguments as Python and params.yaml do. Keys without a prefix are arguments only if it begins
@@ -73,6 +74,7 @@ def as_typed(message: str, parameters: Iterable[Any]) -> str:
 
     if "option" in flags:
         message = _OPTION.sub(option, message)
+    message = _MISSING.sub(lambda match: flags.get(match[0], match[0]), message)
     return _KEY.sub(key, message)
 
 

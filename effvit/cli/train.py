@@ -33,7 +33,15 @@ def train(
             show_default="<output-dir>-log",
         ),
     ] = None,
-    model: options.Model = "tiny",
+    model: Annotated[
+        options.Size | None,
+        typer.Option(
+            metavar="SIZE",
+            rich_help_panel=options.MODEL,
+            help="tiny, small, deit_tiny, deit_small or vit_base.",
+            show_default="tiny",
+        ),
+    ] = None,
     timm: Annotated[
         str | None,
         typer.Option(
@@ -158,6 +166,8 @@ def train(
     from effvit.training.recipe import TrainConfig
     from effvit.training.run import train_to
 
+    if timm is not None and model is not None:
+        raise UserError(f"--model {model} --timm {timm}: expected one of them")
     if timm == "":
         raise UserError("--timm '': expected the name of a model in timm, e.g. vit_small_patch16_224")
     log = log_dir or Path(f"{output_dir}-log")
@@ -197,7 +207,7 @@ def train(
     dataset = PreparedDataset.load(dataset_dir)
     recipe.check_image_size(dataset.image_size)
     sizes = preset(
-        of_timm(timm) if timm else model,
+        of_timm(timm) if timm else model or "tiny",
         patch_size=patch_size,
         hidden_size=hidden_size,
         num_hidden_layers=num_hidden_layers,

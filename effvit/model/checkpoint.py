@@ -1,7 +1,9 @@
 """A trained model on disk: ``model.safetensors``, ``config.json`` and a model card in one directory."""
 
+import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,8 +43,8 @@ def save_model(
 
     Args:
         model: a `ViT`, which may be wrapped by ``torch.compile`` or DistributedDataParallel.
-        directory: where ``model.safetensors``, ``config.json`` and ``README.md``, the model card, are written; made if
-            it is not there.
+        directory: where ``model.safetensors``, ``config.json`` and ``README.md``, the model card, are written; absent,
+            empty or an earlier model's.
         classes: names of classes, by index. Where none are given, those of ``model.trained_on`` are written.
         mean: of each channel of the images that it was trained on, on a scale of 0 to 1; likewise.
         std: standard deviation of the same; likewise.
@@ -52,7 +54,8 @@ def save_model(
         license: of the weights, as the hub names licences.
 
     Raises:
-        UserError: it is no `ViT`, is not what its configuration says, or what is said of it does not fit it.
+        UserError: it is no `ViT`, is not what its configuration says, or what is said of it does not fit it; the
+            directory has something else in it than a model, or cannot be written.
     """
     vit = unwrapped(model)
     if not isinstance(vit, ViT):
@@ -62,7 +65,7 @@ def save_model(
     notes = notes_of(dataset, accuracy, recipe, license)
     _require_as_configured(vit)
     card = write_card(vit, trained_on, notes)
-    write_directory(Path(directory), stored_once(vit), settings_of(vit.config, trained_on), card)
+    write_directory(directory, stored_once(vit), settings_of(vit.config, trained_on), card)
 
 
 def known_of(
@@ -76,7 +79,12 @@ def known_of(
     own = own if isinstance(own, TrainedOn) else TrainedOn()
     if mean is None and std is None:
         mean, std = own.mean, own.std
-    return TrainedOn.of(own.classes if classes is None else classes, mean, std)
+    about = TrainedOn.of(own.classes if classes is None else classes, mean, std)
+    if classes is not None:  # a model of others may have a name twice, as ImageNet has: that one is kept as it is
+        for name, count in Counter(about.classes or ()).items():
+            if count > 1:
+                raise UserError(f"classes: {name!r} is there {count} times; expected another name for each class")
+    return about
 
 
 def notes_of(
@@ -93,8 +101,13 @@ def notes_of(
         raise UserError(explain(error)) from error
 
 
-def write_directory(directory: Path, tensors: StateDict, settings: dict[str, Any], card: str) -> None:
-    """Write weights, ``config.json`` and model card."""
+def write_directory(directory: Path | str, tensors: StateDict, settings: dict[str, Any], card: str) -> None:
+    """Write weights, ``config.json`` and model card.
+
+    Raises:
+        UserError: the directory has something else in it than a model, or cannot be written.
+    """
+    directory = _made(path_of(directory, "directory"))
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with staged_file(directory / WEIGHTS) as aside:
         # Written here, as safetensors' own writer tells of a full disk in an error that is no OSError.
@@ -102,6 +115,42 @@ def write_directory(directory: Path, tensors: StateDict, settings: dict[str, Any
     write_json(directory / CONFIG, settings)
     with staged_file(directory / CARD) as aside:
         aside.write_bytes(card.encode("utf-8", "backslashreplace"))
+
+
+def path_of(path: Any, name: str) -> Path:
+    """The path that the argument ``name`` is; raises ``UserError`` where it is none."""
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"{name}: got {type(path).__name__}, expected a path")
+    return Path(path)
+
+
+def _made(directory: Path) -> Path:
+    """Make a directory for a model; raises ``UserError`` where that is something else's, or cannot be."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        empty = not any(directory.iterdir())
+    except OSError as error:
+        at_file = isinstance(error, FileExistsError | NotADirectoryError)
+        why = "is or lies in a file" if at_file else str(error.strerror)
+        raise UserError(f"{directory}: {why}; expected a new or an empty directory") from error
+    if not (empty or is_model_dir(directory) or _is_dir_of_other(directory)):
+        raise UserError(f"{directory}: holds something else; expected a new or an empty directory")
+    if not os.access(directory, os.W_OK):
+        raise UserError(f"{directory}: cannot be written to")
+    return directory
+
+
+def _is_dir_of_other(directory: Path) -> bool:
+    """Whether the directory is what `save_model` wrote of another library's model, and no more."""
+    try:
+        whole = {path.name for path in directory.iterdir()} == {WEIGHTS, CONFIG, CARD}
+        return (
+            whole
+            and is_of_other(read_json(directory / CONFIG))
+            and is_card((directory / CARD).read_text(encoding="utf-8"))
+        )
+    except (OSError, ValueError):
+        return False
 
 
 def is_model_dir(directory: Path) -> bool:
@@ -152,7 +201,7 @@ def load_model(path: Path | str, device: str | torch.device = "cpu", *, num_atte
 
 def directory_of(path: Path | str) -> Path:
     """The path, or the model directory where it is of the weights in one."""
-    path = Path(path)
+    path = path_of(path, "path")
     return path.parent if path.name == WEIGHTS and path.with_name(CONFIG).is_file() else path
 
 

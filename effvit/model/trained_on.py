@@ -23,6 +23,8 @@ class TrainedOn(BaseModel):
     def _mean_and_deviation_belong_together(self) -> "TrainedOn":
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std: expected both or neither")
+        if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
+            raise ValueError(f"mean has {len(self.mean)} entries, std {len(self.std)}; expected one for each channel")
         return self
 
     @classmethod
@@ -40,14 +42,14 @@ class TrainedOn(BaseModel):
         except ValidationError as error:
             raise UserError(explain(error)) from error
 
-    def check(self, num_classes: int, num_channels: int) -> None:
-        """Raise ``UserError`` where this is not of a model with so many classes and channels."""
+    def check(self, num_classes: int | None, num_channels: int | None) -> None:
+        """Raise ``UserError`` where this is not of a model with so many classes and channels, None where unknown."""
         for name, values, wanted in (
             ("classes", self.classes, num_classes),
             ("mean", self.mean, num_channels),
             ("std", self.std, num_channels),
         ):
-            if values is not None and len(values) != wanted:
+            if values is not None and wanted is not None and len(values) != wanted:
                 raise UserError(f"{name}: has {len(values)} entries, the model has {wanted}")
 
     def known(self) -> dict[str, Any]:

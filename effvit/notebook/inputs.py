@@ -23,7 +23,9 @@ from effvit.model.vit import ViT
 
 Images: TypeAlias = np.ndarray | Stored | Tensor | Sequence[str | Path]
 """uint8 ``(n, H, W, 3)``, an array or a data set's own; normalised floats ``(n, channels, H, W)``; or image files."""
-_EXPECTED = "expected uint8 (n, height, width, 3), or normalised floats (n, channels, height, width)"
+_EXPECTED = (
+    "expected uint8 (n, height, width, 3), normalised floats (n, channels, height, width), or a list of image files"
+)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -48,13 +50,15 @@ def read_images(images: Images, data: PreparedDataset | None, model: nn.Module |
     """Return images as a tensor, uint8 ``(n, H, W, 3)`` or floats ``(n, channels, H, W)``.
 
     Raises:
-        UserError: they are neither, or there are none; files, and neither a data set nor a ``ViT`` says at which size
-            to read them.
+        UserError: they are neither, there are none, or some of their numbers are not finite; files, and neither a data
+            set nor a ``ViT`` says at which size to read them.
     """
     if isinstance(images, list | tuple) and images and all(isinstance(path, str | Path) for path in images):
         if data is None and not isinstance(model, ViT):
             raise UserError("images: files are read at the size of a data set's images; give data=")
         images = _read_files([Path(path) for path in images], data, model)
+    if isinstance(images, list | tuple) and not images:
+        raise UserError(f"images: there are none; {_EXPECTED}")
     if isinstance(images, Stored):
         images = images[:]
     if isinstance(images, np.ndarray) and images.dtype in (np.uint8, np.float32, np.float64):
@@ -66,6 +70,8 @@ def read_images(images: Images, data: PreparedDataset | None, model: nn.Module |
         raise UserError(f"images: got {str(images.dtype).removeprefix('torch.')} {tuple(images.shape)}, {_EXPECTED}")
     if not len(images):
         raise UserError("images: there are none")
+    if not images.isfinite().all():
+        raise UserError("images: have numbers that are not finite")
     return images
 
 
@@ -76,6 +82,12 @@ def _read_files(paths: list[Path], data: PreparedDataset | None, model: nn.Modul
         return np.stack([load_image(path, data.image_size, data.storage) for path in paths])
     assert isinstance(model, ViT)
     return view_of(model, None).read(paths)
+
+
+def require_module(model: Any) -> None:
+    """Raise ``UserError`` where that is no model."""
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
 
 
 def require_batch_size(batch_size: int) -> None:

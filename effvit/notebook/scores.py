@@ -22,6 +22,7 @@ from effvit.notebook.inputs import (
     known,
     read_images,
     require_batch_size,
+    require_module,
     trained_on,
 )
 
@@ -41,8 +42,9 @@ def evaluate(model: nn.Module, data: PreparedDataset | DataLoader[Any], *, batch
         ``top1``, ``top5`` and ``ece`` (calibration error) as fractions, ``loss`` in nats, ``num_images``.
 
     Raises:
-        UserError: data that is something else or does not fit the model, or outputs that are not finite.
+        UserError: a model or data that is something else or do not fit each other, or outputs that are not finite.
     """
+    require_module(model)
     require_batch_size(batch_size)
     with evaluating(model):
         if isinstance(data, PreparedDataset):
@@ -76,14 +78,18 @@ def predict(
         A row for each image: ``class``, by its name or else its number, and ``probability``.
 
     Raises:
-        UserError: images that are something else, or that cannot be normalised as nothing says how.
+        UserError: a model or images that are something else, images that cannot be normalised as nothing says how, or
+            numbers that are not finite, in images or outputs.
     """
     import pandas as pd
 
+    require_module(model)
     require_batch_size(batch_size)
     read = read_images(images, data, model)
     with evaluating(model):
         logits = torch.cat([logits_of(model(as_inputs(part, model, data))).cpu() for part in read.split(batch_size)])
+    if not logits.isfinite().all():
+        raise UserError("the model's outputs are not finite numbers")
     best = logits.float().softmax(dim=1).max(dim=1)
     names = known("classes", model, data)
     if names is not None and len(names) != logits.shape[1]:

@@ -15,7 +15,7 @@ from effvit.data.loading.prepared import PreparedDataset
 from effvit.errors import UserError, did_you_mean, explain
 from effvit.model.checkpoint import unwrapped
 from effvit.model.trained_on import TrainedOn
-from effvit.notebook.inputs import check_classes, count_classes, first_batch
+from effvit.notebook.inputs import check_classes, count_classes, first_batch, require_module
 from effvit.notebook.scores import evaluate
 from effvit.training.loop import Epoch, Step, Training
 from effvit.training.optimizer import build_optimizer
@@ -51,7 +51,7 @@ class Trainer:
         train: a prepared data set, whose validation part serves for validation and whose test split is not read; or a
             DataLoader that gives normalised images and labels ``(B,)``.
         validation: a DataLoader likewise, if there is one.
-        epochs: passes over the training images.
+        epochs: passes over the training images; required.
         lr: peak learning rate.
         optimizer: adamw; or muon for the matrices of the blocks, where they are known.
         device: auto, cpu, cuda or mps; the model is moved there and stays.
@@ -71,7 +71,7 @@ class Trainer:
         train: PreparedDataset | DataLoader[Any],
         validation: DataLoader[Any] | None = None,
         *,
-        epochs: int,
+        epochs: int | None = None,
         lr: float = 1e-3,
         optimizer: str = "adamw",
         device: str = "auto",
@@ -79,8 +79,9 @@ class Trainer:
         progress: bool = True,
         **recipe: Any,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise UserError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+        require_module(model)
+        if epochs is None:
+            raise UserError("epochs: missing; expected a number of passes over the training images, e.g. epochs=10")
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= _LARGEST_SEED:
             raise UserError(f"seed={seed!r}: expected a whole number from 0 to {_LARGEST_SEED}")
         self.model, self.seed, self.progress = model, seed, progress

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 from hosts import TIMM_REASON
 
+from effvit.attention import attention_class
+from effvit.errors import UserError
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
@@ -40,3 +43,9 @@ def test_all_of_own_model_runs_and_prints_what_it_says(capsys, tmp_path, monkeyp
 
 def test_own_model_is_short():
     assert len(OWN_MODEL.split()) < 1120
+
+
+def test_the_line_about_an_unknown_mechanism_names_all_that_there_are():
+    with pytest.raises(UserError) as caught:
+        attention_class("mean")
+    assert f"| unknown mechanism | `{caught.value}` |" in OWN_MODEL

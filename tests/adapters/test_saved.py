@@ -127,7 +127,7 @@ def refused(directory, into):
         (lambda: timm_vit(num_classes=7), "head.weight is of shape (5, 32), here (7, 32)"),
         (lambda: timm_vit(qkv_bias=False), "blocks.*.attn.qkv.bias left over"),
         (lambda: timm_vit(init_values=0.1), "blocks.*.ls1.gamma, blocks.*.ls2.gamma missing"),
-        (torchvision_vit, "cls_token"),
+        (torchvision_vit, "saved as timm's VisionTransformer, given torchvision's VisionTransformer"),
         (lambda: nn.Linear(2, 2), "no Vision Transformer"),
         (lambda: nn.DataParallel(timm_vit()), "it is inside DataParallel; load first, then wrap it"),
         (lambda: "timm", "into: got str"),
@@ -251,3 +251,65 @@ def test_nothing_is_written_where_something_is_wrong(tmp_path):
     assert not (tmp_path / "model").exists()
     with pytest.raises(UserError, match="save_model: got str"):
         save_model("timm", tmp_path / "model")
+
+
+@pytest.mark.parametrize("kind", ["effvit", "torchvision"])
+def test_a_directory_of_something_else_is_kept_and_an_earlier_model_replaced(kind, tmp_path):
+    for name, text in (("README.md", "# My project"), ("config.json", '{"lr": 1}'), ("meta.json", "{}")):
+        directory = tmp_path / name.partition(".")[0]
+        directory.mkdir()
+        (directory / name).write_text(text)
+        with pytest.raises(UserError, match=f"{directory}: holds something else; expected a new or an empty directory"):
+            save_model(host(kind), directory)
+        assert [(path.name, path.read_text()) for path in directory.iterdir()] == [(name, text)]
+    for file in (tmp_path / "README" / "README.md", tmp_path / "README" / "README.md" / "below"):
+        with pytest.raises(UserError, match=f"^{file}: is or lies in a file; "):
+            save_model(host(kind), file)
+    with pytest.raises(UserError, match=r"^directory: got NoneType, expected a path$"):
+        save_model(host(kind), None)
+    for earlier in ("effvit", "torchvision", kind):
+        save_model(host(earlier), tmp_path / "model")
+    (tmp_path / "model" / "notes.txt").touch()
+    with pytest.raises(UserError, match="holds something else"):
+        save_model(host(kind), tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"classes": ["a"]}, "classes: has 1 entries, the model has 5"),
+        ({"classes": list("abcda")}, "classes: 'a' is there 2 times"),
+        ({"mean": [0.5], "std": [0.5]}, "mean: has 1 entries, the model has 3"),
+        ({"mean": [0.5] * 3, "std": [0.5]}, "mean has 3 entries, std 1"),
+    ],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_does_not_fit_a_model_of_any_library_is_refused(family, arguments, says, tmp_path):
+    model = host(family)
+    if "classes: has" in says and outputs(model, images()).shape[1:] != (5,):
+        pytest.skip("no classifier of five classes")
+    with pytest.raises(UserError, match=says):
+        save_model(model, tmp_path / "model", **arguments)
+    assert not (tmp_path / "model").exists()
+
+
+def test_the_head_as_it_is_counts_and_not_what_is_written_of_it(tmp_path):
+    model = torchvision_vit()
+    model.heads = nn.Linear(model.hidden_dim, 2)
+    save_model(model, tmp_path, classes=["a", "b"])
+    with pytest.raises(UserError, match="classes: has 1 entries, the model has 2"):
+        save_model(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), tmp_path, classes=["a"])
+
+
+def test_truncated_weights_are_told_by_the_file_alone(tmp_path):
+    save_model(swapped("torchvision"), tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    assert refused(tmp_path, fresh("torchvision")).startswith(f"{weights}: not a whole safetensors file")
+
+
+@pytest.mark.parametrize("path", [None, 3])
+def test_a_path_that_is_none_is_told_in_one_line(path):
+    for into in (None, nn.Linear(1, 1)):
+        with pytest.raises(UserError, match=f"^path: got {type(path).__name__}, expected a path$"):
+            load_model(path, into=into)

@@ -72,9 +72,11 @@ def test_a_layer_has_the_precision_that_timm_asks_for():
     ("call", "line"),
     [
         (lambda: timm_layer("mean"), "attention='mean': unknown mechanism, expected one of .*"),
+        (lambda: timm_layer(None), "attention=None: unknown mechanism, expected one of .*[a-z]"),
+        (lambda: swap_attention(nn.Linear(1, 1), None), "attention=None: unknown mechanism, expected one of .*[a-z]"),
         (lambda: timm_layer("linformer", k=6), r"timm_layer: linformer needs grid_size=\(rows, columns\), the .*"),
         (lambda: timm_layer("linformer", **GRID, k=18), "attention.linformer.k=18: must be at most 17, the .*"),
-        (lambda: timm_layer("fused", k=6), "attention.fused.k: unknown option"),
+        (lambda: timm_layer("fused", k=6), "attention.fused.k: unknown option, there are no options"),
         (lambda: timm_layer("fused")(8, 2, gated=True), "timm_layer: got gated, which the mechanisms have not"),
         (lambda: timm_layer("fused", depth=0), "timm_layer: depth=0: expected the model's number of blocks"),
         (lambda: timm_layer("fused", depth="2"), "timm_layer: depth='2': expected .*"),

@@ -89,10 +89,19 @@ def test_unknown_dataset_is_answered_with_the_known_ones(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("size", [0, -32, 7, 100000])
+@pytest.mark.parametrize("size", [0, -32, 7, 100000, "16"])
 def test_image_size_out_of_range_is_refused(tmp_path, size):
-    with pytest.raises(UserError, match=f"image_size={size}: expected 8 to 1024 pixels"):
+    with pytest.raises(UserError, match=f"image_size={size!r}: expected 8 to 1024 pixels"):
         prepare("digits", None, size, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_tree_without_its_root_is_asked_for(effvit, tmp_path, monkeypatch):
+    monkeypatch.setenv("EFFVIT_DATA", str(tmp_path / "data"))
+    outcome = effvit("prepare", "--dataset", "folder", "--output-dir", tmp_path / "out")
+    assert outcome.code == 1 and outcome.err.startswith("error: --root: missing; expected the folder with train/")
+    with pytest.raises(UserError, match=r"^root: missing"):
+        prepare("folder", None, 16, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

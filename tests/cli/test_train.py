@@ -115,6 +115,10 @@ def test_one_line_an_epoch_in_a_log(train):
         (["--clip-norm", "inf"], ["--clip-norm inf"]),
         (["--save-every", -1], ["--save-every -1"]),
         (["--timm", ""], ["--timm '': expected the name"]),
+        (
+            ["--timm", "vit_tiny_patch16_224", "--model", "tiny"],
+            ["--model tiny --timm vit_tiny"],
+        ),
         (["--prefix-tokens", -1], ["--prefix-tokens -1"]),
         (["--dataset-dir", "nowhere"], ["nowhere", "effvit prepare"]),
         (["--output-dir", "."], ["replaced as a whole"]),

@@ -216,6 +216,7 @@ def test_a_trained_model_knows_the_data_set(trained, digits):
         ({"classes": ["a", "b"]}, "classes: has 2 entries, the model has 10"),
         ({"classes": "abcdefghij"}, "classes='abcdefghij': expected a list of names"),
         ({"classes": range(10)}, "classes.0=0"),
+        ({"classes": list("abcdefghia")}, "classes: 'a' is there 2 times"),
         ({"mean": [0.5] * 3}, "mean and std: expected both or neither"),
         ({"mean": [0.5], "std": [0.5]}, "mean: has 1 entries, the model has 3"),
         ({"mean": [0.5] * 3, "std": [0.5, 0.5, 0]}, "std.2=0"),

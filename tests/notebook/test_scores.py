@@ -141,11 +141,26 @@ def test_a_vit_reads_files_as_it_was_trained(digits, trained, tmp_path):
         (torch.zeros(0, 3, 8, 8), "images: there are none"),
         (["a.png"], "images: files are read at the size of a data set's images; give data="),
         (None, "images: got NoneType"),
+        ("photo.jpg", "^images: got str, expected .*, or a list of image files$"),
+        ([], "^images: there are none; expected .*, or a list of image files$"),
+        (torch.full((2, 3, 8, 8), torch.nan), "^images: have numbers that are not finite$"),
+        (np.full((2, 3, 8, 8), np.inf), "^images: have numbers that are not finite$"),
     ],
 )
 def test_images_that_are_none_are_told_in_one_line(images, line):
     with pytest.raises(UserError, match=line):
         predict(Known(3), images)
+
+
+def test_outputs_that_are_not_finite_name_no_class():
+    with pytest.raises(UserError, match=r"^the model's outputs are not finite numbers$"):
+        predict(Known(3), torch.full((2, 3, 8, 8), torch.finfo(torch.float64).max, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("use", [evaluate, predict])
+def test_what_is_no_model_is_told_in_one_line(use):
+    with pytest.raises(UserError, match=r"^model: got NoneType, expected a torch.nn.Module$"):
+        use(None, torch.zeros(2, 3, 8, 8))
 
 
 def test_data_are_prepared_and_opened_again(tmp_path, digits):

@@ -397,3 +397,8 @@ def test_data_that_do_not_go_together_are_told_in_one_line(digits, loaders, vit)
         evaluate(vit, loader(IMAGES, LABELS + 4))
     with pytest.raises(UserError, match="data: got NoneType, expected a prepared data set or a DataLoader"):
         evaluate(vit, None)
+
+
+def test_epochs_are_required(vit, loaders):
+    with pytest.raises(UserError, match=r"^epochs: missing; expected a number of passes"):
+        Trainer(vit, *loaders)

@@ -35,13 +35,15 @@ def prepare(
         UserError: a wrong argument, or files that are missing, damaged or not what the source expects.
     """
     check_name(name, classes)
-    if image_size not in _SIZES:
-        raise UserError(f"image_size={image_size}: expected {_SIZES.start} to {_SIZES[-1]} pixels")
+    if isinstance(image_size, bool | float) or image_size not in _SIZES:
+        raise UserError(f"image_size={image_size!r}: expected {_SIZES.start} to {_SIZES[-1]} pixels")
     from effvit.data.preparing.writer import write_prepared
     from effvit.data.sources.base import default_root
 
     root, classes = root and root.expanduser(), classes and classes.expanduser()
     if name != "digits":  # which are in a package
+        if name == "folder" and root is None and not default_root(name).exists():
+            raise UserError("root: missing; expected the folder with train/<class>/ and test/<class>/ or val/<class>/")
         check_apart(output_dir, root or default_root(name), *filter(None, [classes]))
     check_replaceable(output_dir, FILES)
     source = open_source(name, root, image_size, classes)
