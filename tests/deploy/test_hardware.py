@@ -114,7 +114,7 @@ def test_what_could_not_be_made_in_int8_leaves_no_part_of_a_file(of_performer, d
 def test_a_budget_of_nothing_and_a_missing_model_are_one_line(effvit, exported, digits12_dir, tmp_path):
     hardware_of, deploy = ("hardware", "--output-dir", "out", "--deployed-dir"), ("deploy", "--output-dir", "out")
     for arguments, message in (
-        ((*hardware_of, exported["fused"], "--budget-s", 0), "budget_s=0.0: must be a number above 0"),
+        ((*hardware_of, exported["fused"], "--budget-s", 0), "--budget-s 0.0: must be a number above 0"),
         ((*hardware_of, "nowhere"), "nowhere/model.safetensors: no such file"),
         ((*deploy, "--dataset-dir", digits12_dir, "--model-dir", "nowhere"), "nowhere/model.safetensors: no such file"),
     ):
