@@ -25,6 +25,7 @@ from effvit.measure.latency import (
 from effvit.memory import is_out_of_memory
 from effvit.model.vit import ViT, ViTConfig
 
+CONTROL = "uniform"  # measured to see what is left, and no choice
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _SHARES = {"model": 0.75, "block": 0.25}  # of the seconds for one image size
 _SLOWEST = 0.25  # of those seconds: a single call may take no longer, or the others would have too few
@@ -219,8 +220,11 @@ def _with_progress(measure: Stopwatch, budget_s: float, progress: Progress) -> S
 
 
 def verdict(rows: Sequence[dict[str, Any]]) -> str:
-    """One sentence on an image size: what is faster than ``fused`` as a whole model, and what takes least memory."""
-    models = [row for row in rows if row["scope"] == "model"]
+    """One sentence on an image size: what is faster than ``fused`` as a whole model, and what takes least memory.
+
+    The control, which mixes by no weights, is no choice.
+    """
+    models = [row for row in rows if row["scope"] == "model" and row["attention"] != CONTROL]
     where = "{image_size} px, {tokens} tokens".format(**models[0])
     (fused,) = (row for row in models if row["attention"] == BASELINE)
     if fused["status"] != OK:

@@ -151,6 +151,8 @@ def test_the_verdict_claims_only_what_intervals_support():
         "224 px, 197 tokens: linformer is the fastest, 0.80 of fused's time (0.75 to 0.85); "
         "linformer takes least memory, 0.50 of fused's."
     )
+    control = made("uniform", 0.5, 0.4, 0.6, memory=1)
+    assert verdict([fused, control]) == "224 px, 197 tokens: no mechanism is faster than fused beyond timing noise."
     assert "measure again" in verdict([made("fused", 1.0, 1.0, 1.0, contended=True)])
     unknown = [made("fused", 1.0, 1.0, 1.0, memory=None), made("performer", 0.97, 0.9, 1.02)]
     assert verdict(unknown).endswith("no mechanism is faster than fused beyond timing noise.")
