@@ -40,8 +40,8 @@ def choice(file: Path, *, intervals: bool) -> str:
     first = rows.iloc[0]
     where = first["machine"] if pd.isna(first["threads"]) else f"{first['machine']}, {first['threads']:.0f} threads"
     caption = (
-        f"Time of one forward pass of {MODEL}, one image, relative to `fused` (lower is faster; bold: fastest, but for the "
-        f"control `{CONTROL}`). "
+        f"Time of one forward pass of {MODEL}, one image, relative to `fused` (lower is faster; bold: fastest, but "
+        f"for the control `{CONTROL}`). "
         f"{where}, {first['precision']}, random weights{_options(rows)}"
     )
     caption += ", 95 % intervals of the timing." if intervals else "."
