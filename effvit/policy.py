@@ -18,7 +18,7 @@ _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends
 
 # PyTorch sends products of a linear map to MKL, which measures about half of oneDNN's speed at a ViT's shapes on an AMD
 # processor with AVX-512 (many rows, few columns: 80 against 180 GFLOP/s on one Zen 5 core), and 0.9 of it with AVX2
-# (Zen 3). On a processor of Intel's (Sapphire Rapids) both are as fast forward, MKL 1.3 to 2.5 times as fast for the
+# (Zen 3). On an Intel processor (Sapphire Rapids) both are equally fast forward, MKL 1.3 to 2.5 times as fast for the
 # gradient of the weights, and 3 times for 65 rows of 48 columns.
 ONEDNN_PRODUCTS = _ONEDNN is not None and is_amds()
 # oneDNN writes ∂y and x anew for the product ∂yᵀ x, where MKL reads them as they lie. Its products make up for that on

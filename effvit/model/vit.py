@@ -17,7 +17,7 @@ from effvit.errors import UserError, explain
 from effvit.kernels.linear import apply_linear
 from effvit.model.trained_on import TrainedOn
 
-# Far beyond any ViT, so that a slip of the keyboard is told at once and a product of sizes fits 64 bits.
+# Far beyond any ViT: typing errors are reported at once, and a product of sizes fits 64 bits.
 Size = Annotated[int, Field(ge=1, le=2**16)]
 Depth = Annotated[int, Field(ge=1, le=1024)]
 

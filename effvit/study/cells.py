@@ -1,4 +1,4 @@
-"""Readers of what the stages write about one cell; a file missing or malformed is told with the stage that makes it."""
+"""Readers of what the stages write about one cell; errors in a file name the stage that makes it."""
 
 import json
 from bisect import bisect_left
@@ -217,7 +217,7 @@ def _load_arrays(path: Path, stage: str) -> dict[str, np.ndarray]:
 
 
 def read_csv(path: Path, stage: str, columns: dict[str, Any], *, may_be_empty: bool = False) -> pd.DataFrame:
-    """The named columns of a CSV in these types; `stage` is told as the one that writes it if anything is wrong."""
+    """The named columns of a CSV in these types; errors name `stage` as the one that writes it."""
     try:
         frame = _parse(path, columns)
     except FileNotFoundError as error:

@@ -37,7 +37,7 @@ def small(name, options, grid=GRID, width=WIDTH, heads=HEADS, seed=0, **more):
 def check_map(attention, x, y, matrix, tolerance=1e-5):
     """Apply the implied matrix to the values token by token and compare with what attention returned.
 
-    Each channel has its own kernel of ``value_conv``, of which the matrix has the mean: it is told apart.
+    Each channel has its own kernel of ``value_conv``, of which the matrix has the mean, so it is compared separately.
     """
     weight, bias = (part.chunk(3)[2] for part in merged_maps(attention))
     values = heads_of(x @ weight.T, attention.num_heads)

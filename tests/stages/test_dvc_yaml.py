@@ -29,7 +29,7 @@ ITEM = {"dataset": "digits", "attention": "linformer", "seed": "0"}
 # Imported by stages, yet without a say in their results. Files that hold no more than a docstring are not named here.
 INERT = {
     "effvit/__init__.py",  # names only
-    "effvit/errors.py",  # how failures are told
+    "effvit/errors.py",  # how failures are reported
     "effvit/files.py",  # how what a caller says reaches the disk whole
     "effvit/provenance.py",  # records, next to the results
     # What the system says of the machine, and what follows from that alone, which metrics/machine.json records.

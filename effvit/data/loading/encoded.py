@@ -168,7 +168,7 @@ def _heed_no_sigterm_but_the_parent_s(worker: int) -> None:
 def _await_sigterm_of_the_parent() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
-    os._exit(0)  # as PyTorch's workers do: another status is told as a failure
+    os._exit(0)  # as PyTorch's workers do: any other status is reported as a failure
 
 
 @dataclass(frozen=True)

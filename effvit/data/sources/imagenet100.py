@@ -19,7 +19,7 @@ _LABELS = "Labels.json"
 def imagenet100(root: Path | None, image_size: int, classes: Path | None = None) -> Source:
     """ImageNet-100 in ``root``, by default `default_root`; the official validation part is the test split.
 
-    The layout is told from what is there:
+    The layout is recognised by its content:
 
     - ``train.X1``, ``train.X2`` ... and ``val.X``, each with folders of classes: the release on Kaggle;
     - ``train/<wnid>`` and ``val/<wnid>``: all classes if there are at most a hundred; of more, as in ImageNet-1k, those

@@ -15,7 +15,7 @@ RNG = np.random.default_rng(0)
 
 
 def jpeg(index):
-    """A picture that is told from others by its colour, and no two of the same shape."""
+    """A picture recognised by its colour, and no two of the same shape."""
     pixels = RNG.integers(0, 40, (80 + index, 90, 3)) + np.array([index * 15, 100, 200 - index * 15])
     buffer = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG")

@@ -24,7 +24,7 @@ PER_CLASS = 60
 
 
 def picture(index, side=12):
-    """A JPEG that is told from others by its grey level, with grayscale and CMYK among them."""
+    """A JPEG recognised by its grey level, with grayscale and CMYK among them."""
     rng = np.random.default_rng(index)
     pixels = rng.integers(0, 20, (side, side + 4, 3)) + index % 230
     buffer = io.BytesIO()
