@@ -103,7 +103,8 @@ def class_of(model: nn.Module) -> str:
 def library_config(model: nn.Module) -> dict[str, Any]:
     """What a model's library tells of it."""
     if comes_from(model, "transformers", "PreTrainedModel"):
-        return _plain(model.config.to_dict())  # type: ignore[operator, union-attr]
+        config: Any = model.config
+        return _plain(config.to_dict())
     if comes_from(model, "timm", "VisionTransformer"):
         return _plain(getattr(model, "pretrained_cfg", {})) | _plain({"num_classes": getattr(model, "num_classes", 0)})
     if comes_from(model, "torchvision", "VisionTransformer"):
@@ -148,7 +149,8 @@ def num_classes(model: nn.Module) -> int | None:
         if (outputs := _outputs(getattr(model, name, None))) is not None:
             return outputs
     if comes_from(model, "transformers", "PreTrainedModel"):  # all have num_labels, also those without a classifier
-        return model.config.num_labels if "ForImageClassification" in type(model).__name__ else None  # type: ignore
+        config: Any = model.config
+        return config.num_labels if "ForImageClassification" in type(model).__name__ else None
     return _outputs(model)
 
 

@@ -63,7 +63,7 @@ def take_maps(attention: Attention, host: Host) -> Origins:
         del attention.proj, attention.proj_drop
         return origins
     label, layer = host.proj
-    attention.proj = _as_linear(layer)
+    attention.add_module("proj", _as_linear(layer))
     return origins | {f"proj.{kind}": label + kind for kind, _ in layer.named_parameters()}
 
 
@@ -83,7 +83,7 @@ def _moved(attention: Attention, host: Host) -> Origins:
     if more or (is_plain(only) and type(attention.qkv) is not nn.Linear):
         attention.qkv = _filled(attention.qkv, *_merged(host))
     else:
-        attention.qkv = only  # type: ignore[assignment]
+        attention.add_module("qkv", only)
     return {f"qkv.{kind}": _origin(host, kind) for kind, _ in attention.qkv.named_parameters()}
 
 
@@ -104,11 +104,13 @@ def _split(attention: StandardAttention, host: Host) -> Origins:
 def _values(attention: UniformAttention, host: Host) -> Origins:
     """The last third of W_qkv: queries and keys are not used."""
     if isinstance(host.module, UniformAttention):
-        (attention.value,) = host.rows.values()  # type: ignore[assignment]
+        (only,) = host.rows.values()
+        attention.add_module("value", only)
         return {f"value.{kind}": _origin(host, kind) for kind, _ in attention.value.named_parameters()}
     parts = [part if part is None else part.chunk(3)[2] for part in _merged(host)]
     weight, bias = (part if part is None else nn.Parameter(part.detach().clone(), part.requires_grad) for part in parts)
-    _filled(attention.value, weight, bias)  # type: ignore[arg-type]
+    assert weight is not None, "a linear map has a weight"
+    _filled(attention.value, weight, bias)
     return {f"value.{kind}": _origin(host, kind) for kind, _ in attention.value.named_parameters()}
 
 
@@ -133,16 +135,17 @@ def _stacked(host: Host, parts: list[Tensor]) -> nn.Parameter:
 
 
 def _filled(layer: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    layer.register_parameter("weight", weight)  # type: ignore[arg-type]
-    layer.register_parameter("bias", bias)  # type: ignore[arg-type]
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        assert tensor is None or isinstance(tensor, nn.Parameter), "of a plain layer"
+        layer.register_parameter(name, tensor)
     return layer
 
 
-def _as_linear(layer: nn.Module) -> nn.Linear:
+def _as_linear(layer: nn.Module) -> nn.Module:
     """The layer itself; of one that is an ``nn.Linear`` in all but name, such a one with its parameters."""
     in_all_but_name = type(layer) is QKVLinear or type(layer).__name__ == "NonDynamicallyQuantizableLinear"
     if not in_all_but_name or layer._forward_hooks or layer._forward_pre_hooks:
-        return layer  # type: ignore[return-value]
+        return layer
     assert isinstance(layer, nn.Linear)
     return linear_of(layer.weight, layer.bias)
 

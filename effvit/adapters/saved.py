@@ -163,7 +163,8 @@ def load_model(
     except UserError as error:
         raise UserError(f"{directory}: this {settings.cls} does not go into the model given: {error}") from error
     about = TrainedOn(classes=settings.classes, mean=settings.mean, std=settings.std)
-    into.trained_on = about  # type: ignore[assignment]
+    model: Any = into  # on which an attribute may be set
+    model.trained_on = about
     return (into if device is None else into.to(device)).eval()
 
 

@@ -12,7 +12,11 @@ A = TypeVar("A", bound="Adapted")
 
 
 class Adapted(Attention):
-    """What all signatures share: classes made for a mechanism, which can be copied and pickled."""
+    """What all signatures share: classes made for a mechanism, which can be copied and pickled.
+
+    Their ``forward`` takes the host's arguments in place of a mechanism's, so for mypy it is an override that does not
+    fit: that is what these classes are for.
+    """
 
     parts: ClassVar[tuple[type, ...]] = ()
 

@@ -95,10 +95,11 @@ def find_towers(model: nn.Module) -> list[Tower]:
 
 
 def _indices(layers: Iterable[int]) -> list[int]:
+    chosen: list[Any]
     try:
         chosen = list(layers)
     except TypeError:
-        chosen = [None]  # type: ignore[list-item]
+        chosen = [None]
     if any(type(layer) is not int for layer in chosen):
         raise UserError(f"layers={layers!r}: expected indices of blocks, for example [0, 1] or range(6, 12)")
     return chosen

@@ -40,7 +40,7 @@ class ForTimm(Adapted):
         """Tokens ``(B, N, C)`` to tokens; with ``return_map`` a pair of those and the map ``(B, H, N, N)``."""
         if not isinstance(attn_mask, Proxy) and (attn_mask is not None or is_causal):  # torch.fx gives all arguments
             raise UserError("attention: got a mask; the mechanisms let all tokens attend to all")
-        probe: MapProbe = self.attn_drop  # type: ignore[assignment]
+        probe: Any = self.attn_drop  # a MapProbe here, where a mechanism has a number
         if return_map or not (probe._forward_hooks or probe._forward_pre_hooks):
             return super().forward(x, return_map)
         y, attention_map = super().forward(x, True)
@@ -54,14 +54,16 @@ class ForTimm(Adapted):
     def folds(self, x: Tensor) -> bool:
         """Whether Performer's features may go into the maps: not where a norm stands between."""
         normed = not (isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity))
-        return not normed and super().folds(x)  # type: ignore[misc]
+        performer: Any = super()
+        return not normed and performer.folds(x)
 
     def merge(self, y: Tensor) -> Tensor:
         return self.proj_drop(apply_linear(self.proj, self.norm(y.transpose(1, 2).flatten(2))))
 
     @property
     def dropout_p(self) -> float:
-        return self.attn_drop.p if self.training else 0.0  # type: ignore[attr-defined]
+        probe: Any = self.attn_drop
+        return probe.p if self.training else 0.0
 
     def init_weights(self) -> None:
         """What timm calls after it has initialised all layers."""
@@ -136,7 +138,8 @@ def _is_timms(module: nn.Module) -> bool:
 
 def _under_timms_signature(attention: Attention, probe: MapProbe, norms: dict[str, nn.Module]) -> None:
     adapted = adapt(attention, ForTimm)
-    adapted.attn_drop = probe  # type: ignore[assignment]
+    del adapted.attn_drop
+    adapted.add_module("attn_drop", probe)
     for name in _NORMS:
         setattr(adapted, name, norms.get(name) or nn.Identity())
 
