@@ -25,7 +25,7 @@ _ROUNDING = {
 
 @dataclass(frozen=True)
 class Machine:
-    """What a measured result belongs to besides code and settings; the same at every run on one machine.
+    """What a measured result belongs to, in addition to code and settings; the same at every run on one machine.
 
     None stands for what the device does not have, and for what this version of PyTorch cannot tell.
     """

@@ -22,7 +22,7 @@ Known = tuple[str, ...] | Callable[[Path], bool]
 
 @contextmanager
 def staged_dir(final: Path, known_by: Known | None = None) -> Iterator[Path]:
-    """Yield an empty directory beside ``final`` that replaces it on success and vanishes on any failure.
+    """Yield an empty directory next to ``final`` that replaces it on success and vanishes on any failure.
 
     Raises:
         UserError: ``final`` must not be replaced, see `check_replaceable`.
@@ -99,7 +99,7 @@ def replace_dir(aside: Path, final: Path) -> None:
 
 @contextmanager
 def staged_file(final: Path) -> Iterator[Path]:
-    """Yield a path beside ``final``, with its suffix, that replaces it on success and vanishes on any failure."""
+    """Yield a path next to ``final``, with its suffix, that replaces it on success and vanishes on any failure."""
     final.parent.mkdir(parents=True, exist_ok=True)
     aside = final.with_name(f".{os.getpid()}.tmp.{final.name}")
     try:

@@ -1,4 +1,4 @@
-"""README, docs and the report keep to plain English: no phrase at which readers stopped."""
+"""README, docs, docstrings and the report keep to plain English: no phrase at which readers stopped."""
 
 import re
 from pathlib import Path
@@ -9,9 +9,8 @@ ROOT = Path(__file__).parents[1]
 TEXTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")),
     *sorted((ROOT / "docs").glob("*.md")),
-    *sorted((ROOT / "effvit/report").rglob("*.py")),
-    *sorted((ROOT / "effvit/report").rglob("*.jinja")),
-    *sorted((ROOT / "effvit/figures").glob("*.py")),
+    *sorted((ROOT / "effvit").rglob("*.py")),
+    *sorted((ROOT / "effvit").rglob("*.jinja")),
 ]
 BANNED = {
     r"\bbesides?\b": "next to, compared with, in addition",

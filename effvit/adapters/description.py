@@ -1,4 +1,4 @@
-"""What the directory of another library's model says besides its weights, to compare with a model that takes them."""
+"""What the directory of another library's model says in addition to its weights, to check the model that loads them."""
 
 import json
 import math
@@ -32,7 +32,7 @@ class Swap(BaseModel):
 
 
 class SavedTower(BaseModel):
-    """A Vision Transformer in a model: what its weights do not tell, and the mechanisms in its blocks."""
+    """A Vision Transformer in a model: what its weights do not show, and the mechanisms in its blocks."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -48,7 +48,7 @@ class Settings(TrainedOn):
     """``config.json`` of another library's model.
 
     ``build`` says how to build one, ``config`` is its library's own; ``function`` is what logits depend on and weights
-    do not tell, as far as modules of any library say it.
+    do not show, as far as modules of any library say it.
     """
 
     cls: str

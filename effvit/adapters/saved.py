@@ -237,7 +237,7 @@ def _mechanisms(towers: list[SavedTower]) -> dict[str, str]:
 
 
 def _tensors(model: nn.Module) -> StateDict:
-    """Weights as they are stored, each once, under names without those of compiled parts."""
+    """Stored weights, each once, under names without those of compiled parts."""
     return {name.replace(_COMPILED, ""): tensor for name, tensor in stored_once(model).items()}
 
 

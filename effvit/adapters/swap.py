@@ -36,7 +36,7 @@ def swap_attention(
 ) -> SwapReport:
     """Put a mechanism into the blocks of a Vision Transformer, in place.
 
-    The model is, or has in it, one of timm's, transformers' (ViT, DeiT, DINOv2, and the vision towers of CLIP and
+    The model is, or contains, one of timm, transformers (ViT, DeiT, DINOv2, and the vision towers of CLIP and
     SigLIP), torchvision's or effvit's. The maps to queries, keys, values and output are kept, as well as everything
     around attention; what the mechanism has beyond that starts fresh. Where blocks have the mechanism already, that is
     kept too, and interpolated where the grid of patches has changed since.

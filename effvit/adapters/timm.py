@@ -16,7 +16,7 @@ from effvit.attention.base import Grid
 from effvit.errors import UserError
 from effvit.kernels.linear import apply_linear
 
-_NORMS = ("q_norm", "k_norm", "norm")  # of timm's Attention, the last in newer versions
+_NORMS = ("q_norm", "k_norm", "norm")  # in timm's Attention; the last one in newer versions
 
 
 class MapProbe(nn.Dropout):
@@ -157,7 +157,7 @@ def timm_layer(
 
     Args:
         name: one of ``available_attention()``.
-        grid_size: rows and columns of patches, which timm does not tell a layer; not needed by mechanisms that take
+        grid_size: rows and columns of patches, which timm does not pass to a layer; not needed by mechanisms that take
             any number of tokens.
         prefix_tokens: tokens before the patches.
         depth: blocks of the model, for mechanisms that differ from block to block or share weights between blocks.

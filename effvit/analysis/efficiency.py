@@ -15,11 +15,11 @@ _SPAN = 16  # the slope is that of the points within this factor of the longest 
 def efficiency(scaling: pd.DataFrame) -> pd.DataFrame:
     """Efficiency lengths and log-log slopes, one row per mechanism and case of a table as `aggregate` writes it.
 
-    Columns, beside the mechanism and `CASE`: `length`, `length_low`, `length_high`, `cheaper_from`, `cheaper_to`,
+    Columns after the mechanism and `CASE`: `length`, `length_low`, `length_high`, `cheaper_from`, `cheaper_to`,
     `measured_from` and `measured_to` in tokens (see `lengths`); `slope`, `slope_low`, `slope_high` (see
     `slope_interval`), of the points from `slope_from` to `slope_to`; `macs_slope`, of the same points;
     `predicted_length`, where MACs fall below those of `fused`, between the same points; and `contended`, whether any
-    point was measured beside other work. MACs say nothing of memory.
+    point was measured while other programs ran. MACs say nothing of memory.
     """
     rows = []
     for case, table in scaling.groupby(CASE, sort=False):
@@ -34,11 +34,11 @@ def efficiency(scaling: pd.DataFrame) -> pd.DataFrame:
 def lengths(mine: pd.DataFrame, fused: pd.DataFrame) -> dict[str, float | None]:
     """Efficiency length of one mechanism in one case, its interval, and between which lengths it was looked for.
 
-    The ratio to `fused` of each interleaved run decides. Whichever was stopped alone is the dearer; but in memory only
+    The ratio to `fused` of each interleaved run decides. One stopped alone counts as more expensive; in memory only
     if it ran out of that. The ends are where the ends of the ratio's interval cross one, hence None where even the last
     point does not exclude a ratio of one. All are None for `fused` itself.
 
-    A mechanism without a length may be cheaper all the same, and dearer again at the longest point: `cheaper_from` and
+    A mechanism without a length may still be cheaper, and more expensive again at the longest point: `cheaper_from` and
     `cheaper_to` are the ends of the last stretch of points at which its ratio's interval lies below one.
 
     Args:

@@ -1,6 +1,6 @@
 """How near a mechanism comes to exact attention for the same q, k, v, against what it costs.
 
-Shapes: B images, H heads, N tokens, d = width of a head. What a mechanism would learn beside q, k, v is set by rule:
+Shapes: B images, H heads, N tokens, d = width of a head. What a mechanism would learn else is set by rule:
 Linformer's E = F are means over k groups of tokens (`pooling`), Nyströmformer has no convolution, the hybrid's gate
 gives equal shares, and the scale of focused attention is one for all channels, as where training starts.
 """
@@ -33,7 +33,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Size:
-    """The option that trades exactness for cost, the least value tried and, for a grid of patches, the most."""
+    """The option that trades exactness for cost, the smallest value tried and, for a grid of patches, the largest."""
 
     option: str
     least: int
@@ -96,7 +96,7 @@ def variants(attention: str, options: dict[str, Any], grid: Grid) -> list[Varian
 def pooling(rows: int, grid: Grid, prefix_tokens: int = 1) -> Tensor:
     """Means over compact groups of tokens whose sizes differ by one at most, ``(rows, N)``; a permutation if rows = N.
 
-    Wang et al. (arXiv 2006.04768, section 4, "General projections") name pooling beside learned projections. Groups
+    Wang et al. (arXiv 2006.04768, section 4, "General projections") name pooling as well as learned projections. Groups
     are runs of the prefix tokens and then the patches in Nyströmformer's block order: docs/analysis.md has what other
     orders and a fit to data give.
     """
@@ -142,7 +142,7 @@ def compare(variant: Variant, layers: Sequence[QKV], grid: Grid) -> list[Row]:
     Returns:
         ``option, value, layer`` (its place in ``layers``, from 1), ``error``, its 95 % interval ``error_low,
         error_high`` over draws of features (NaN where nothing is drawn), and the exact multiply-adds of an image's
-        mixing, ``mixing_macs`` beside ``fused_macs``.
+        mixing, ``mixing_macs`` and ``fused_macs``.
     """
     q = layers[0][0]
     num_heads, dim = q.shape[1], q.shape[1] * q.shape[3]

@@ -41,7 +41,7 @@ class LinearCKA:
         self.n = total
 
     def matrix(self) -> Tensor:
-        """CKA of all pairs, ``(layers, layers)`` float64; NaN beside a layer whose features do not vary."""
+        """CKA of all pairs, ``(layers, layers)`` float64; NaN with a layer whose features do not vary."""
         blocks = [row.split(self.widths, dim=1) for row in self.comoment.split(self.widths)]
         hsic = torch.stack([torch.stack([block.square().sum() for block in row]) for row in blocks])
         norms = hsic.diagonal().sqrt()

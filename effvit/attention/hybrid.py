@@ -49,7 +49,7 @@ class HybridAttention(Attention):
     """Patches: softmax over windows in some heads, φ(q) (φ(k)ᵀ v) / (φ(q) · Σ φ(k)) in others; prefix tokens: exact.
 
     In a window of dilation r a patch attends to w x w patches (same row and column modulo r) and to the prefix tokens;
-    in the linear branch to all tokens, φ = elu + 1 + ε. Heads are dealt in turns that go on from block to block. With
+    in the linear branch to all tokens, φ = elu + 1 + ε. Heads are dealt in turns, continued from block to block. With
     ``fusion: gate`` it is Σ_branch g_branch(x) · branch(q, k, v) in every head. Dropout acts on softmaxes and φ(q).
     """
 

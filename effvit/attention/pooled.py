@@ -24,7 +24,7 @@ class PooledOptions(AttentionOptions):
 
 @register
 class PooledAttention(Attention):
-    """softmax(q k'ᵀ / √d) v' with k' = Pool(x) W_k and v' = Pool(x) W_v; Pool keeps prefix tokens as they are.
+    """softmax(q k'ᵀ / √d) v' with k' = Pool(x) W_k and v' = Pool(x) W_v; Pool keeps prefix tokens unchanged.
 
     Exact attention where the pool is as large as the grid. Dropout acts on the softmax over the M = S + cells rows.
     """

@@ -1,4 +1,4 @@
-"""How every command looks: help in groups, at any width, and errors that name flags as they are typed."""
+"""How every command looks: help in groups, at any width, and errors that name flags as typed."""
 
 import re
 from collections.abc import Iterable
@@ -55,7 +55,7 @@ def as_typed(message: str, parameters: Iterable[Any]) -> str:
     Args:
         message: names arguments as Python and params.yaml do. Keys without a prefix are arguments only if it begins
             with one: in "weights.pt: hidden_size=16, here 32" they are the file's.
-        parameters: those of the command. Other names stay as they are.
+        parameters: those of the command. Other names stay unchanged.
     """
     flags = {p.name: max(p.opts, key=len) for p in parameters if p.param_type_name == "option"}
     named = any("NAME." in (p.metavar or "") for p in parameters)

@@ -33,7 +33,7 @@ def measure(model: ViT, directory: Path, budget_s: float) -> Figures:
         ``fused_latency_ms`` of the same model with fused attention, eager and with random weights; ratios of each to
         that one (``ratio_to_fused``), and of eager to the others (``onnx_speedup``), as medians of paired rounds with
         the ends of their 95 % intervals; ``n_rounds``; ``weight_bytes`` and ``peak_memory_bytes``, the tensors that
-        one image needs at its peak besides weights, exactly; ``peak_rss_bytes`` of a fresh process.
+        one image needs at its peak without the weights, exactly; ``peak_rss_bytes`` of a fresh process.
     """
     config, files = model.config, files_of(directory)
     fused = ViT(config.model_copy(update={"attention": BASELINE, "attention_options": {}}))

@@ -1,4 +1,4 @@
-"""Bounds in few digits, which hold as they are printed."""
+"""Bounds in few digits, which hold as printed."""
 
 from decimal import ROUND_CEILING, Decimal
 

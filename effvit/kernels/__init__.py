@@ -1,1 +1,1 @@
-"""How a product is computed fast on this device: one primitive a file, each beside the reference that defines it."""
+"""How a product is computed fast on this device: one primitive per file, each with the reference that defines it."""

@@ -31,7 +31,7 @@ def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def suits_onednn(x: Tensor) -> bool:
-    """Whether products with ``x`` are oneDNN's to compute: of float32 as they are, on a processor where that pays."""
+    """Whether products with ``x`` are oneDNN's to compute: float32 without autocast, on a processor where that pays."""
     return (
         policy.ONEDNN_PRODUCTS
         and choice.on_cpu(x)

@@ -31,7 +31,7 @@ def pseudo_inverse(a: Tensor, iterations: int) -> Tensor:
 
 
 def with_addends(a: Tensor, iterations: int) -> Tensor:
-    """Each difference is a product's own addend: no pass over matrices besides the four products."""
+    """Each difference is a product's own addend: no pass over matrices but the four products."""
     identity = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     z = a.mT / a.sum(dim=-2, keepdim=True).amax(dim=-1, keepdim=True)
     shape, a, z = a.shape, a.reshape(-1, *a.shape[-2:]), z.reshape(-1, *a.shape[-2:])

@@ -1,1 +1,1 @@
-"""What a mechanism costs: exact multiply-adds, time and memory, each beside ``fused`` in the same process."""
+"""What a mechanism costs: exact multiply-adds, time and memory, each compared with ``fused`` in the same process."""

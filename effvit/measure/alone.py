@@ -61,7 +61,7 @@ class Load:
         return min(1.0, max(0.0, others / wall))
 
     def contended(self) -> bool:
-        """Whether that is more than a measurement can be trusted beside."""
+        """Whether that is too much for a measurement to be trusted."""
         wall, others = self._passed()
         return others > _MOST_LOAD * wall + _CLOCK_S
 

@@ -1,4 +1,4 @@
-"""The cost of a whole model: size, exact MACs, latency, throughput, training step and memory, beside ``fused``."""
+"""The cost of a whole model: size, exact MACs, latency, throughput, training step and memory, relative to ``fused``."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -41,7 +41,7 @@ def model_size(config: ViTConfig) -> dict[str, int]:
 def measure_cost(
     config: ViTConfig, *, batch_size: int, memory_mib: float, budget_s: float, device: torch.device
 ) -> Iterator[list[Row]]:
-    """Measure a model beside the same model with ``fused`` attention.
+    """Measure a model and the same model with ``fused`` attention.
 
     Args:
         config: the model.

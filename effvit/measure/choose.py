@@ -80,7 +80,7 @@ def measure_choice(
     device: torch.device,
     progress: Progress = lambda share, what: None,
 ) -> Iterator[list[Row]]:
-    """Time a forward pass of the whole model and of its first attention block, every mechanism beside ``fused``.
+    """Time a forward pass of the whole model and of its first attention block, every mechanism compared with ``fused``.
 
     Args:
         build: gives the models.
@@ -90,7 +90,7 @@ def measure_choice(
         precision: ``float32``, or ``bfloat16`` by autocast.
         budget_s: seconds of sampling for all image sizes together.
         device: cpu or cuda.
-        progress: called as the work goes on.
+        progress: called as the work proceeds.
 
     Yields:
         For each image size a row for each scope (``model``, ``block``) and mechanism: ``image_size, tokens, scope,

@@ -1,4 +1,4 @@
-"""A mechanism's cost beside ``fused``, with running out of memory or time as results."""
+"""A mechanism's cost compared with ``fused``, with running out of memory or time as results."""
 
 import math
 from collections.abc import Callable

@@ -15,8 +15,8 @@ def print_rows(title: str, rows: Sequence[Row], keys: Sequence[str]) -> None:
 
     Ratios of rows that say that they are ``contended`` have a star.
     """
-    beside = "* beside other work on this machine" if any(row.get("contended") for row in rows) else None
-    table = Table(title=title, caption=beside)
+    note = "* while other programs ran" if any(row.get("contended") for row in rows) else None
+    table = Table(title=title, caption=note)
     for key in keys:
         table.add_column(key.replace("_", " "), justify="right" if key in ("tokens", "batch_size") else "left")
     for name in ("median", "quartiles", "fused", "ratio", "unit"):

@@ -22,7 +22,7 @@ def compare(
 ) -> "pd.DataFrame":
     """Measure models on the same images, timed in turns so that whatever disturbs the machine disturbs all alike.
 
-    The models stay as they are: weights, buffers, modes and random numbers. Each is measured in the precision in which
+    The models stay unchanged: weights, buffers, modes and random numbers. Each is measured in the precision in which
     it runs, so under ``torch.autocast`` where this is called there.
 
     Args:

@@ -1,4 +1,4 @@
-"""Our attention modules beside public ones of the same mechanism, at equal hyperparameters."""
+"""Our attention modules compared with public ones of the same mechanism, at equal hyperparameters."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -18,7 +18,7 @@ PLAIN = "plain PyTorch"
 
 @dataclass(frozen=True)
 class Peer:
-    """An implementation beside ours, both without QKV bias.
+    """An implementation to compare with ours, both without QKV bias.
 
     ``package`` it is from; ``build`` makes it like a module of ours; ``options`` are those at which both are the same;
     ``prefix_tokens`` is 0 where it knows patches alone.
@@ -75,7 +75,7 @@ def _linear(ours: Attention) -> nn.Module:
 
 
 class _OnGrid(nn.Module):
-    """A module of timm's that wants to know the grid."""
+    """A timm module that takes the grid as an argument."""
 
     def __init__(self, module: nn.Module, grid_size: tuple[int, int]) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ def _pooled(ours: Any) -> nn.Module:
 
 
 class _InWindows(nn.Module):
-    """Attention of timm's Swin in the windows of a grid, padded as its block does."""
+    """timm's Swin attention in the windows of a grid, padded as its block does."""
 
     def __init__(self, module: nn.Module, grid_size: tuple[int, int], window_size: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Cost against the number of tokens, of a block or a model beside ``fused``, up to a memory and time budget."""
+"""Cost against the number of tokens, of a block or a model compared with ``fused``, up to a memory and time budget."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace

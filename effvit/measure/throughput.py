@@ -1,4 +1,4 @@
-"""Where the time of training goes: the input pipeline alone, the step alone (timm's beside it), and the whole loop."""
+"""Where the time of training goes: the input pipeline alone, the step alone (next to timm's), and the whole loop."""
 
 import math
 import time
@@ -96,7 +96,7 @@ def timm_model(config: ViTConfig) -> nn.Module:
 def print_throughput(rows: Sequence[dict[str, Any]]) -> None:
     """Print the rows, and what they say of pipeline and loop."""
     table = Table(title="training, part by part; speed is relative to the step alone")
-    for column in ("part", "images/s", "ms a batch", "speed", "95 % interval", "n"):
+    for column in ("part", "images/s", "ms per batch", "speed", "95 % interval", "n"):
         table.add_column(column, justify="left" if column == "part" else "right")
     for row in rows:
         few = math.isnan(row["speed_low"])

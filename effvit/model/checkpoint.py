@@ -156,7 +156,7 @@ def _is_dir_of_other(directory: Path) -> bool:
 def is_model_dir(directory: Path) -> bool:
     """Whether the directory is what a training wrote, and no more: whether it can be replaced at no one's loss.
 
-    Others have a ``config.json`` too, some beside a ``model.safetensors``: theirs does not read as a `ViTConfig`.
+    Others have a ``config.json`` too, some next to a ``model.safetensors``: theirs does not read as a `ViTConfig`.
     """
     try:
         others = {path.name for path in directory.iterdir()} - {WEIGHTS, CONFIG}
@@ -262,7 +262,7 @@ def _load_other(source: Source, num_attention_heads: int | None) -> ViT:
     path, shape, told = source.weights.path, source.shape, source.told
     heads = told.num_attention_heads or num_attention_heads
     if heads is None:
-        raise UserError(f"{path}: weights do not tell the number of heads; give num_attention_heads=")
+        raise UserError(f"{path}: weights do not record the number of heads; give num_attention_heads=")
     if shape.num_classes is None:
         raise UserError(f"{path}: no head.weight, hence no classes; expected the weights of a classifier")
     height, width = shape.image_shape

@@ -13,7 +13,7 @@ _PREPROCESSOR = "preprocessor_config.json"
 
 
 class Told(BaseModel):
-    """What is known of a model besides its weights; None where it is not told."""
+    """What is known of a model in addition to its weights; None where it is not recorded."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -87,8 +87,8 @@ def read_told(config: Path, values: dict[str, Any], has_class_token: bool) -> To
 
 
 def _of_transformers(config: Path, values: _Transformers) -> Told:
-    beside = config.with_name(_PREPROCESSOR)
-    images = _Preprocessor(**read_json(beside)) if beside.is_file() else _Preprocessor()
+    preprocessor = config.with_name(_PREPROCESSOR)
+    images = _Preprocessor(**read_json(preprocessor)) if preprocessor.is_file() else _Preprocessor()
     names = tuple(values.id2label[index] for index in sorted(values.id2label))
     placeholders = tuple(f"LABEL_{index}" for index in range(len(names)))
     size = values.image_size

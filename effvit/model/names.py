@@ -145,7 +145,7 @@ def _find(names: list[str]) -> tuple[str, str, Scheme]:
 
 
 def _merged(tensors: StateDict) -> StateDict:
-    """The maps to queries, keys and values one below the other; where one is missing, all stay as they are."""
+    """The maps to queries, keys and values one below the other; where one is missing, all stay unchanged."""
     result: StateDict = {}
     for name, tensor in tensors.items():
         match = re.fullmatch(r"(blocks\.\d+\.attn\.)[qkv](\.weight|\.bias)", name)

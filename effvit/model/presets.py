@@ -53,7 +53,7 @@ def preset(name: str | dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 @functools.cache
 def of_timm(name: str) -> dict[str, Any]:
-    """Return the fields of `ViTConfig` that make a ViT of timm's size ``name``, weights not included.
+    """Return the fields of `ViTConfig` that make a ViT of timm size ``name``, weights not included.
 
     Raises:
         UserError: timm is not installed or has no such model; or it has parts that this ViT has none of.

@@ -33,7 +33,7 @@ class StartReport:
     """What became of each weight; ``adapted`` and ``ignored`` say how and why, ``fresh`` are the model's own.
 
     ``names`` is the library in whose names the weights are (this ViT has timm's), ``taken_off`` what stood before all
-    of them, as ``module.``. ``on_trust`` is what the weights do not tell of the model that they are of, and what its
+    of them, as ``module.``. ``on_trust`` is what the weights do not record about their model, and what its
     logits depend on.
     """
 
@@ -49,7 +49,7 @@ class StartReport:
 
     def lines(self) -> list[str]:
         """Tell it in a few lines, blocks taken together."""
-        lines = [f"start from {self.source} (sha256 {self.sha256[:12]}): {len(self.loaded)} weights as they are"]
+        lines = [f"start from {self.source} (sha256 {self.sha256[:12]}): {len(self.loaded)} weights unchanged"]
         if self.names != "timm" or self.taken_off:
             lines.append(f"  names: {self.names}'s" + (f", {self.taken_off} taken off" if self.taken_off else ""))
         for what, reasons in (("adapted", self.adapted), ("ignored", self.ignored)):
@@ -148,7 +148,7 @@ def _fit(source: Source, model: ViT) -> tuple[StateDict, StartReport]:
     stored, targets = model.state_dict(), stored_once(model)
     unknown = [name for name in tensors if name not in stored and not (weights.config and _OWN.fullmatch(name))]
     if unknown:
-        raise UserError(f"has {together(unknown)}, of which this ViT has none; expected a plain ViT")
+        raise UserError(f"has {together(unknown)}, which this ViT lacks; expected a plain ViT")
     taken: StateDict = {}
     adapted: dict[str, str] = {}
     ignored = source.named.unused | {n: f"not of {config.attention}" for n in tensors if n not in targets}

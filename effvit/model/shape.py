@@ -51,7 +51,7 @@ class Shape:
 def refuse_foreign(names: Iterable[str]) -> None:
     """Raise ``UserError`` where names tell of parts that this ViT does not have."""
     if foreign := {_FOREIGN[part] for name in names for part in name.split(".") if part in _FOREIGN}:
-        raise UserError(f"has {', '.join(sorted(foreign))}, of which this ViT has none; expected a plain ViT")
+        raise UserError(f"has {', '.join(sorted(foreign))}, which this ViT lacks; expected a plain ViT")
 
 
 def read_shape(weights: StateDict, image_shapes: Iterable[tuple[int, int]] = ()) -> Shape:

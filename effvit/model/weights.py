@@ -23,7 +23,7 @@ _WITH_CONFIG = (WEIGHTS, "pytorch_model.bin")  # files whose directory may hold 
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors by name, the SHA-256 of their file, and the configuration beside it.
+    """Tensors by name, the SHA-256 of their file, and the configuration next to it.
 
     That is ``config`` of an effvit model, or ``settings`` of another library, empty where there are none.
     """
@@ -96,7 +96,7 @@ def _torch(file: Path) -> dict[str, Any]:
 
 
 def _refuse_compressed(file: Path) -> None:
-    """Raise where a zip may unpack to more than it is: torch writes members as they are, the first at the beginning.
+    """Raise where a zip may unpack to more than it is: torch writes members uncompressed, the first at the beginning.
 
     A second directory, one for this check and one for torch's, would move all members away from where they are.
     """
@@ -110,13 +110,13 @@ def _refuse_compressed(file: Path) -> None:
 
 
 def _beside(file: Path) -> tuple[ViTConfig | None, dict[str, Any]]:
-    """The configuration beside a model's weights, of this package or of another library."""
-    beside = file.with_name(CONFIG)
-    if file.name not in _WITH_CONFIG or not beside.is_file():
+    """The configuration next to a model's weights, of this package or of another library."""
+    neighbour = file.with_name(CONFIG)
+    if file.name not in _WITH_CONFIG or not neighbour.is_file():
         return None, {}
     try:
-        values = read_json(beside)
-        return (parse(beside, values)[0], {}) if is_ours(values) else (None, values)
+        values = read_json(neighbour)
+        return (parse(neighbour, values)[0], {}) if is_ours(values) else (None, values)
     except UserError:
         return None, {}
 

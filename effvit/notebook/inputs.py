@@ -1,4 +1,4 @@
-"""Images as people have them, as a model takes them and as they are shown."""
+"""Images as people have them, as a model takes them and as figures show them."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

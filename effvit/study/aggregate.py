@@ -155,7 +155,7 @@ def _rounded(value: Any) -> float:
 
 
 def _accuracy(runs: pd.DataFrame, models: pd.DataFrame) -> pd.DataFrame:
-    """Mean over seeds with the 95 % interval of Student's t, beside what is known of the model without measuring."""
+    """Mean over seeds with the 95 % interval of Student's t, with what is known of the model without measuring."""
     groups = runs.groupby(["dataset", "attention"], sort=False)
     means = {name: (name, "mean") for name in ("top1", "top5", "val_before", "val_after")}
     table = groups.agg(n_seeds=("seed", "size"), **means).reset_index()
@@ -179,7 +179,7 @@ def _tradeoff(accuracy: pd.DataFrame, cost: pd.DataFrame) -> pd.DataFrame:
     keys = pd.MultiIndex.from_frame(accuracy[["dataset", "attention"]])
     fused = accuracy["attention"] == "fused"
     latency, memory = (at_largest_batch(q).reindex(keys) for q in ("latency", "train_memory"))
-    # the very same model beside itself is 1; what was measured there is how far ratios can be trusted, see `cost`
+    # the ratio of a model to itself is 1; what was measured there is how far ratios can be trusted, see `cost`
     ratio = latency[["ratio_to_fused", "ratio_low", "ratio_high"]].set_axis(accuracy.index)
     ratio = ratio.mask(fused & ratio["ratio_to_fused"].notna(), 1.0)
     return accuracy[["dataset", "attention", "top1", "top1_low", "top1_high", "gmacs"]].assign(

@@ -42,7 +42,7 @@ _USUAL = {"prefix_tokens": 1, "qkv_bias": True, "layer_norm_eps": 1e-6}
 class ModelConfig(Strict):
     """Size of the ViT, in Hugging Face's names, and the weights that it starts from (a path; see `pretrained`).
 
-    With ``name``, that of a ViT of timm's, sizes that are not given are those of that model.
+    With ``name``, the name of a ViT in timm, sizes that are not given are those of that model.
     """
 
     name: str | None = None

@@ -1,4 +1,4 @@
-"""Each mechanism's accuracy beside that of ``fused``: the study's paired comparisons."""
+"""Each mechanism's accuracy compared with ``fused``: the study's paired comparisons."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

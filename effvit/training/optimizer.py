@@ -51,7 +51,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def build_optimizer(model: nn.Module, recipe: "TrainConfig") -> Optimizer:
     """Return the recipe's optimiser of all parameters; Muon takes the matrices of the blocks, AdamW what is left.
 
-    Merged query, key and value maps are matrices of each head, as they are where they lie apart: `standard` and `fused`
+    Merged query, key and value maps count as one matrix per head, as separate maps do: `standard` and `fused`
     stay the same model.
 
     Raises:

@@ -104,7 +104,7 @@ class Run:
         return range(every, len(self.history) + 1, every) if every else range(0)
 
     def save(self) -> None:
-        """Make the run survive this process, as it stands."""
+        """Save the run's state, so that it survives this process."""
         if self.store is None:
             return
         tensors, numbers = self.training.state()

@@ -333,7 +333,7 @@ def test_the_table_marks_what_was_measured_beside_other_work(capsys, contended):
     row = {"tokens": 65, "unit": "ms", "median": 2.0, "q25": 1.0, "q75": 3.0, "n": 9, "fused_median": 4.0}
     print_rows("title", [row | {"ratio_to_fused": 0.5, "status": "ok", "contended": contended}], ("tokens",))
     out = capsys.readouterr().out
-    assert ("0.5*" in out, "* beside other work" in out) == (contended, contended)
+    assert ("0.5*" in out, "* while other programs ran" in out) == (contended, contended)
 
 
 def test_the_command_writes_exact_macs_apart_from_what_is_measured(tmp_path):

@@ -79,7 +79,7 @@ def test_a_librarys_file_is_loaded_whatever_its_name(theirs, state, suffix, tmp_
     ours = load_model(path, num_attention_heads=3)
     assert_same(ours, theirs)
     assert not ours.training and ours.config.num_classes == 7 and ours.config.attention == "fused"
-    assert "weights do not tell the number of heads; give num_attention_heads=" in refused(path)
+    assert "weights do not record the number of heads; give num_attention_heads=" in refused(path)
     assert "num_attention_heads=5: must divide hidden_size=48" in refused(path, num_attention_heads=5)
 
 
@@ -252,7 +252,7 @@ def test_a_model_that_this_one_cannot_be_is_refused_by_name(tmp_path, says):
 def test_a_map_that_is_missing_is_named(tmp_path):
     state = transformers_vit().state_dict()
     del state[next(name for name in state if "k_proj.bias" in name or "key.bias" in name)]
-    assert "blocks.*.attn.q.bias, blocks.*.attn.v.bias, of which" in refused(
+    assert "blocks.*.attn.q.bias, blocks.*.attn.v.bias, which this ViT lacks" in refused(
         saved(state, tmp_path), num_attention_heads=3
     )
 

@@ -255,7 +255,7 @@ def test_another_number_of_heads_is_refused_where_it_is_known(tmp_path):
         (lambda s: [s.pop(name) for name in list(s) if "patch_embed" in name], "in the names of timm, transformers or"),
         (lambda s: s.update({f"_orig_mod.{name}": s[name].clone() for name in list(s)}), "with and without _orig_mod."),
         (lambda s: s.update({"patch_embed.proj.weight": torch.ones(48, 3, 4, 2)}), "patches of 4 x 2 pixels"),
-        (lambda s: s.update({"blocks.0.attn.extra": torch.ones(3)}), "blocks.*.attn.extra, of which this ViT has none"),
+        (lambda s: s.update({"blocks.0.attn.extra": torch.ones(3)}), "blocks.*.attn.extra, which this ViT lacks"),
         (lambda s: s.update({"cls_token": torch.ones(1, 1, 5)}), "cls_token: of shape (1, 1, 5), here (1, 1, 48)"),
         (lambda s: s.update({"blocks.0.attn.qkv.weight": torch.ones(2, 2)}), ""),
     ],
@@ -278,7 +278,7 @@ def test_half_precision_weights_become_the_models_own(tmp_path):
 def test_the_report_is_a_few_lines_with_all_blocks_as_one(tmp_path):
     report = start_from(saved(timm_vit(num_classes=1000), tmp_path), vit("performer", image_size=24))
     assert report.lines() == [
-        f"start from {tmp_path / 'checkpoint.safetensors'} (sha256 {report.sha256[:12]}): 29 weights as they are",
+        f"start from {tmp_path / 'checkpoint.safetensors'} (sha256 {report.sha256[:12]}): 29 weights unchanged",
         "  adapted: pos_embed (4x4 to 6x6 patches)",
         "  ignored: head.bias (of shape (1000,), here (7,))",
         "  ignored: head.weight (of shape (1000, 48), here (7, 48))",

@@ -72,7 +72,7 @@ def training_batches(
 
 
 def validation_batches(dataset: PreparedDataset, place: Place, *, batch_size: int, workers: int = 0) -> Iterator[Batch]:
-    """Shares of the validation part's batches, as they are."""
+    """Shares of the validation part's batches, unchanged."""
     count = dataset.counts["validation"]
     batches = np.split(np.arange(count), range(batch_size, count, batch_size))
     for images, labels, _, total in _shares(dataset, "validation", batches, place, workers, seed=0):

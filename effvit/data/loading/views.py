@@ -17,7 +17,7 @@ def shorter_side(size: int) -> int:
 
 
 def cut_strip(image: Image.Image) -> Image.Image:
-    """Cut a strip down to its middle, 20 times as long as it is wide; other images stay as they are."""
+    """Cut a strip down to its middle, 20 times as long as it is wide; other images stay unchanged."""
     longest = _LARGEST_RATIO * min(image.size)
     if max(image.size) <= longest:
         return image

@@ -56,7 +56,7 @@ def _in_processes(shards: Sequence[Shard], workers: int, at: Callable[[int], Non
                 at(counter.value)
         except BrokenProcessPool as error:
             raise UserError(
-                "a worker was killed, perhaps for want of memory; run again with fewer workers to go on from there"
+                "a worker was killed, perhaps for want of memory; run again with fewer workers to resume there"
             ) from error
         finally:
             stop.set()

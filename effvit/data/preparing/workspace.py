@@ -1,4 +1,4 @@
-"""Where a prepared data set is made: beside its final place, found again after a kill, gone on success."""
+"""Where a prepared data set is made: next to its final place, found again after a kill, gone on success."""
 
 import shutil
 import sys
@@ -42,7 +42,7 @@ def workspace(final: Path) -> Iterator[Path]:
                 if isinstance(error, OSError) or not any((work / "done").glob("[!.]*.json")):
                     shutil.rmtree(work, ignore_errors=True)
                 elif not isinstance(error, Exception):
-                    print("stopped: the same command goes on from what is finished", file=sys.stderr)
+                    print("stopped: the same command resumes", file=sys.stderr)
                 name_file(error, final)
                 raise
     except Timeout as error:

@@ -21,13 +21,13 @@ from effvit.files import write_json
 LARGEST_PIXELS = 64  # beyond this size files are stored as JPEG: docs/data.md
 _VALIDATION_EVERY = 10
 _CHUNK_BYTES = 8 * 2**20
-_ONE_LEVEL = 1 / 255  # the least standard deviation, so that a constant channel can be divided by it
+_ONE_LEVEL = 1 / 255  # the smallest standard deviation, so that a constant channel can be divided by it
 
 
 def write_prepared(source: Source, name: str, image_size: int, output_dir: Path, workers: int = 1) -> None:
     """Write ``source`` to ``output_dir`` as a whole or not at all, with progress on stderr.
 
-    Files are read by up to ``workers`` processes. What a killed run finished of them stays beside the output, in
+    Files are read by up to ``workers`` processes. What a killed run finished of them stays next to the output, in
     ``.<name of output_dir>.partial``, and is taken from there by the next run, as far as nothing changed since.
 
     Raises:

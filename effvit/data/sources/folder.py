@@ -89,7 +89,7 @@ def list_classes(
     """Files of each class in the folders ``names`` below ``root``.
 
     A file with an image's suffix is an image, and so is any other that begins like one. The rest is ignored and
-    counted in ``notes``: files of other formats, files beside the folders of classes, and what operating systems strew
+    counted in ``notes``: files of other formats, files next to the folders of classes, and what operating systems strew
     about (dot-files, ``Thumbs.db``, ``desktop.ini``, ``__MACOSX``).
 
     Raises:
