@@ -29,6 +29,7 @@ class Swap(BaseModel):
     attention: str
     options: dict[str, Any]
     layers: list[int]
+    value_conv: int = 0
 
 
 class SavedTower(BaseModel):
@@ -90,8 +91,9 @@ def _swaps(modules: dict[int, nn.Module]) -> list[Swap]:
         shared = frozenset(id(t) for t in (*module.parameters(), *module.buffers()) if seen.count(id(t)) > 1)
         name = mechanism_of(module).__module__.rpartition(".")[-1]
         options = module.options.model_dump(mode="json")
-        key = name, json.dumps(options, sort_keys=True), shared
-        groups.setdefault(key, Swap(attention=name, options=options, layers=[])).layers.append(block)
+        key = name, json.dumps(options, sort_keys=True), module.value_conv_size, shared
+        swap = Swap(attention=name, options=options, layers=[], value_conv=module.value_conv_size)
+        groups.setdefault(key, swap).layers.append(block)
     return list(groups.values())
 
 

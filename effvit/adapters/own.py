@@ -40,5 +40,4 @@ def is_mixed(vit: ViT) -> bool:
 
 
 def _kind(attention: Attention) -> tuple[object, ...]:
-    conv = attention.value_conv
-    return type(attention), attention.options, None if conv is None else conv.kernel_size
+    return type(attention), attention.options, attention.value_conv_size

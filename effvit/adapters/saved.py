@@ -215,7 +215,8 @@ def _swap(model: nn.Module, towers: list[SavedTower]) -> None:
     for tower in towers:
         for swap in tower.swaps:
             check_options(swap.attention, swap.options)  # no argument of another kind among them
-            swap_attention(model.get_submodule(tower.name), swap.attention, layers=swap.layers, **swap.options)
+            module = model.get_submodule(tower.name)
+            swap_attention(module, swap.attention, layers=swap.layers, value_conv=swap.value_conv, **swap.options)
 
 
 def _parse(file: Path, values: dict[str, Any]) -> Settings:
@@ -230,7 +231,8 @@ def _mechanisms(towers: list[SavedTower]) -> dict[str, str]:
     found: dict[str, list[str]] = {}
     for tower in towers:
         for swap in tower.swaps:
-            options = ", ".join(f"{key}={value}" for key, value in swap.options.items())
+            convolution = {"value_conv": swap.value_conv} if swap.value_conv else {}
+            options = ", ".join(f"{key}={value}" for key, value in (swap.options | convolution).items())
             where = f"{len(swap.layers)} of {tower.depth} blocks" + (f" of {tower.name}" if tower.name else "")
             found.setdefault(swap.attention, []).append(where + (f" ({options})" if options else ""))
     return {name: "; ".join(places) for name, places in found.items()}

@@ -87,6 +87,7 @@ class Attention(nn.Module):
         self.layer, self.depth = layer, depth
         self.attn_drop = attn_drop
         self.build_maps(qkv_bias)
+        self.value_conv_size = value_conv
         self.value_conv = (
             nn.Conv2d(dim, dim, value_conv, padding=value_conv // 2, groups=dim, bias=False) if value_conv else None
         )
@@ -202,12 +203,12 @@ class Attention(nn.Module):
 
     def value_conv_macs(self) -> int:
         """MACs of ``value_conv`` w: w²PC."""
-        return 0 if self.value_conv is None else self.value_conv.kernel_size[0] ** 2 * self.num_patches * self.dim
+        return self.value_conv_size**2 * self.num_patches * self.dim
 
     def reset_value_conv(self) -> None:
         """Have ``value_conv`` start as a twentieth of the values' own size, so that mixing leads."""
         if self.value_conv is not None:
-            nn.init.trunc_normal_(self.value_conv.weight, std=0.05 / self.value_conv.kernel_size[0])
+            nn.init.trunc_normal_(self.value_conv.weight, std=0.05 / self.value_conv_size)
 
     def reset_mechanism(self) -> None:
         """Set what the mechanism starts from, where a model's common initialisation must not touch it."""

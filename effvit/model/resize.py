@@ -56,7 +56,7 @@ def _on_grid(old: Attention, grid_size: Grid) -> Attention:
         layer=old.layer,
         depth=old.depth,
         attn_drop=old.attn_drop,
-        value_conv=0 if old.value_conv is None else old.value_conv.kernel_size[0],
+        value_conv=old.value_conv_size,
     )
     new.to(next(old.parameters()).device)
     new._modules.update(old._modules)

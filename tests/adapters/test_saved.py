@@ -69,6 +69,19 @@ def test_blocks_swapped_one_by_one_share_what_they_shared(tmp_path):
         assert torch.equal(back(images()), model.eval()(images()))
 
 
+@pytest.mark.parametrize("family", ["timm vit", "vit", "torchvision"])
+def test_a_convolution_of_values_comes_back(family, tmp_path):
+    model = host(family)
+    swap_attention(model, "pooled", layers=[0], value_conv=3, pool_size=2)
+    swap_attention(model, "pooled", layers=[1], pool_size=2)
+    save_model(model.eval(), tmp_path)
+    back = load_model(tmp_path, into=fresh(family))
+    with torch.no_grad():
+        assert torch.equal(outputs(back, images()), outputs(model, images()))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert [swap["value_conv"] for swap in config["towers"][0]["swaps"]] == [3, 0]
+
+
 def test_classes_and_normalisation_travel(tmp_path):
     save_model(swapped("timm vit"), tmp_path / "one", **NORMALISED)
     back = load_model(tmp_path / "one", into=fresh("timm vit"))
