@@ -211,7 +211,7 @@ def _point(attention, place, mode, factor):
             )
         status = "out of memory" if stopped else "ok"
         beside = quantity == "time" and attention == "hybrid" and tokens == 577  # other work, at one point
-        yield place | row | {"status": status, "others": 0.3 if beside else 0.0, "contended": beside}
+        yield place | row | {"status": status, "other_load": 0.3 if beside else 0.0, "contended": beside}
 
 
 def _analysis(directory, attentions, images):

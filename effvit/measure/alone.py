@@ -55,8 +55,8 @@ class Load:
     def __init__(self) -> None:
         self._start = _clocks()
 
-    def others(self) -> float:
-        """Return others' share of all processors so far, 0..1."""
+    def other_load(self) -> float:
+        """Return the share of all processors that other programs had so far, 0..1."""
         wall, others = self._passed()
         return min(1.0, max(0.0, others / wall))
 

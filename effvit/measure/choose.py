@@ -97,7 +97,7 @@ def measure_choice(
         attention``, its ``options`` as JSON, ``batch_size``, milliseconds of an image ``median, q25, q75, n``,
         ``ratio_to_fused`` with its 95 % interval ``ratio_low, ratio_high``, peak ``memory_bytes`` of a call,
         ``parameters``, ``macs`` of an image, ``status``, which is ``out of memory`` also where that is so while
-        building, and ``others`` and ``contended``, whether other processes had a share of the machine meanwhile.
+        building, and ``other_load`` and ``contended``, whether other processes had a share of the machine meanwhile.
 
     Raises:
         UserError: a model or mechanism does not fit an image size; before anything is measured.
@@ -190,7 +190,7 @@ def _timed(
     samples = (
         interleaved(able, budget_s=budget_s, device=device, min_rounds=_MIN_ROUNDS, stopwatch=stopwatch) if able else {}
     )
-    load = {"others": meanwhile.others(), "contended": meanwhile.contended()}
+    load = {"other_load": meanwhile.other_load(), "contended": meanwhile.contended()}
     rows = {}
     for name, status in statuses.items():
         row: Row = dict.fromkeys(("median", "q25", "q75", "n", "ratio_to_fused", "ratio_low", "ratio_high"))

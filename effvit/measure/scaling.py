@@ -48,7 +48,7 @@ def measure_scaling(
 
     Yields:
         For each token count, two rows (time and memory) of each mode and kind of batch: ``scope, batch, batch_size,
-        tokens, mode, quantity, unit``, the columns of ``Comparison.row``, and of times ``others``, the share of the
+        tokens, mode, quantity, unit``, the columns of ``Comparison.row``, and of times ``other_load``, the share of the
         machine that other processes took meanwhile, and whether that makes the point ``contended``. Times and bytes
         are those of one sample.
     """
@@ -96,7 +96,7 @@ class _Side:
 
 def _point(tokens: int, size: int, this: _Side, fused: _Side) -> list[Row]:
     time = memory = Comparison(this.budget.foresee(tokens, size))
-    load: Row = {"others": None, "contended": False}
+    load: Row = {"other_load": None, "contended": False}
     if time.status == OK:
         make = partial(this.make, tokens, size)
         make_fused = partial(fused.make, tokens, size) if fused.budget.foresee(tokens, size) == OK else None
@@ -104,7 +104,7 @@ def _point(tokens: int, size: int, this: _Side, fused: _Side) -> list[Row]:
         meanwhile = Load()
         budget = this.budget.sampling_s
         time = compare_seconds(make, make_fused, budget_s=budget, device=this.device, min_rounds=_MIN_ROUNDS)
-        load = {"others": meanwhile.others(), "contended": meanwhile.contended()}
+        load = {"other_load": meanwhile.other_load(), "contended": meanwhile.contended()}
         if time.status != OUT_OF_MEMORY:
             memory = compare_peaks(make, make_fused, device=this.device)
         this.budget.learn(tokens, size, memory.samples, time.samples)
@@ -122,5 +122,5 @@ def _point(tokens: int, size: int, this: _Side, fused: _Side) -> list[Row]:
     in_bytes = memory.map(lambda b: b / size).row()
     return [
         place | {"quantity": "time", "unit": "ms"} | in_ms | load,
-        place | {"quantity": "memory", "unit": "bytes"} | in_bytes | {"others": None, "contended": False},
+        place | {"quantity": "memory", "unit": "bytes"} | in_bytes | {"other_load": None, "contended": False},
     ]

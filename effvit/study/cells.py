@@ -108,7 +108,7 @@ def hardware(directory: Path) -> dict[str, Any]:
 def scaling(directory: Path) -> pd.DataFrame:
     """Costs of a block and of a model, one row per scope, batch, token count, mode and quantity, with exact MACs."""
     place = {"scope": str, "batch": str, "batch_size": int, "tokens": int, "mode": str}
-    columns = place | _MEASURED | {"status": str, "others": float, "contended": bool}
+    columns = place | _MEASURED | {"status": str, "other_load": float, "contended": bool}
     table = read_csv(directory / "scaling.csv", "scaling", columns)
     macs = read_csv(
         directory / "macs.csv", "scaling", {"scope": str} | dict.fromkeys(("tokens", "macs", "fused_macs"), int)

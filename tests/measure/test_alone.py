@@ -92,7 +92,7 @@ def test_the_load_is_what_the_machine_did_but_for_this_process(clocks, busy, own
     clocks["wall"] += 10.0
     clocks["busy"] += busy
     clocks["own"] += own
-    assert load.others() == pytest.approx(share)
+    assert load.other_load() == pytest.approx(share)
     assert load.contended() is contended
 
 
@@ -109,7 +109,7 @@ def test_a_busy_process_beside_this_one_is_seen():
     try:
         load = Load()
         time.sleep(0.6)
-        assert load.contended() and load.others() > 0.1 / os.cpu_count()
+        assert load.contended() and load.other_load() > 0.1 / os.cpu_count()
     finally:
         for process in busy:
             process.kill()

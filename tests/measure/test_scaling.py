@@ -273,10 +273,10 @@ def test_a_models_step_finds_the_optimisers_moments_made_and_leaves_its_weights(
 
 
 def test_a_point_measured_beside_other_work_is_marked_and_its_memory_is_not(monkeypatch):
-    monkeypatch.setattr(module.Load, "others", lambda self: 0.4)
+    monkeypatch.setattr(module.Load, "other_load", lambda self: 0.4)
     monkeypatch.setattr(module.Load, "contended", lambda self: True)
-    table = measure(tokens=(17,)).groupby("quantity")[["others", "contended"]].agg(list)
-    assert table.loc["time", "contended"] == [True, True] and table.loc["time", "others"] == [0.4, 0.4]
+    table = measure(tokens=(17,)).groupby("quantity")[["other_load", "contended"]].agg(list)
+    assert table.loc["time", "contended"] == [True, True] and table.loc["time", "other_load"] == [0.4, 0.4]
     assert table.loc["memory", "contended"] == [False, False]
 
 
@@ -359,7 +359,7 @@ def test_the_command_writes_exact_macs_apart_from_what_is_measured(tmp_path):
         "ratio_high",
     ]
     table = pd.read_csv(out / "scaling.csv")
-    assert list(table.columns) == [*columns, "status", "others", "contended"]
+    assert list(table.columns) == [*columns, "status", "other_load", "contended"]
     assert set(zip(table["scope"], table["batch"], strict=True)) == set(product(("block", "model"), ("one", "tokens")))
     assert json.loads((out / "provenance.json").read_text())["config"]["model"]["attention_options"] == {"k": 5}
     first = (out / "macs.csv").read_bytes()
