@@ -32,7 +32,7 @@ def write_study(
             for seed in seeds:
                 _train(cell / f"seed{seed}" / "train", rng, epochs)
                 _evaluate(cell / f"seed{seed}" / "evaluate", rng, classes, images)
-        _analysis(Path(metrics_dir, "analysis", dataset), attentions, images)
+        _analysis(Path(metrics_dir, "analysis", dataset), attentions)
     for attention in attentions:
         _scaling(Path(metrics_dir, "scaling", attention), attention, lengths)
     return Path(metrics_dir)
@@ -214,7 +214,7 @@ def _point(attention, place, mode, factor):
         yield place | row | {"status": status, "other_load": 0.3 if beside else 0.0, "contended": beside}
 
 
-def _analysis(directory, attentions, images):
+def _analysis(directory, attentions):
     for stage in ("fidelity", "representations"):
         (directory / stage).mkdir(parents=True)
         _provenance(directory / stage)
@@ -254,9 +254,3 @@ def _analysis(directory, attentions, images):
     gates = [("hybrid", n, b, share) for n in (1, 2) for b, share in branches.items() if "hybrid" in attentions]
     table = pd.DataFrame(gates, columns=["attention", "layer", "branch", "share"])
     table.to_csv(directory / "representations/gates.csv", index=False)
-    arrays = {"images": np.zeros((images, 32, 32, 3), np.uint8), "labels": np.arange(images, dtype=np.int64) % 2}
-    for attention in attentions:
-        arrays[f"{attention}.predictions"] = np.zeros(images, np.int64)
-        for name in ("rollout", "class_token"):
-            arrays[f"{attention}.{name}"] = rng.random((images, 8, 8)).astype(np.float32)
-    save_file(arrays, directory / "representations/maps.safetensors")

@@ -91,8 +91,3 @@ def of_uniform_attention(distances: Tensor) -> tuple[float, float]:
         distances: those of `patch_distances`, ``(P, P)``.
     """
     return distances.mean().item(), math.log(1 + len(distances))
-
-
-def class_token_map(attention_map: Tensor) -> Tensor:
-    """Share of each patch in the class token's row of ``(B, H, N, N)``, heads averaged: ``(B, N - 1)``, sums to one."""
-    return weights_of(weights_of(attention_map[:, :, :1]).mean(dim=1)[:, 0, 1:])

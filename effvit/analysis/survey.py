@@ -13,7 +13,6 @@ from effvit.analysis.representations import (
     LinearCKA,
     attention_distance,
     attention_entropy,
-    class_token_map,
     in_float64,
     of_uniform_attention,
     patch_distances,
@@ -21,7 +20,6 @@ from effvit.analysis.representations import (
 from effvit.attention.hybrid import HybridAttention
 from effvit.data.loading.prepared import PreparedDataset
 from effvit.evaluation.probe import normalised, recorded
-from effvit.evaluation.score import attention_rollout
 from effvit.model.vit import ViT
 
 EXACT = ("standard", "fused")  # whose attention matrix is what they compute; that of others is implied
@@ -72,19 +70,6 @@ def survey(models: Mapping[str, ViT], images: np.ndarray, dataset: PreparedDatas
     return Survey(
         _cka_table(layers, cka), pd.DataFrame(rows), _gate_table(models, {a: s / n for a, s in gates.items()})
     )
-
-
-@torch.inference_mode()
-def picture_maps(models: Mapping[str, ViT], images: np.ndarray, dataset: PreparedDataset) -> dict[str, np.ndarray]:
-    """For each mechanism ``<name>.predictions`` (n,), ``<name>.rollout`` and ``<name>.class_token`` (n, gh, gw)."""
-    arrays = {}
-    for attention, model in models.items():
-        logits, maps = model(normalised(model, images, dataset), output_attentions=True)
-        arrays[f"{attention}.predictions"] = logits.argmax(dim=1).cpu().numpy()
-        for name, shares in (("rollout", attention_rollout(maps)), ("class_token", class_token_map(maps[-1]))):
-            shaped = shares.float().view(-1, *model.config.grid_size)
-            arrays[f"{attention}.{name}"] = shaped.cpu().contiguous().numpy()
-    return arrays
 
 
 def _look_into(

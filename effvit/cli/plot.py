@@ -13,12 +13,10 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-_PER_CLASS = 8  # images of a class on the sample sheet
-_PIXELS = ("-attention-maps", "-class-token-maps", "-samples")  # photographs, which lines do not make sharper
+_PIXELS = "-attention-maps"  # photographs, which lines do not make sharper
 _KEY = {"dataset": str, "attention": str}
 _CASE = dict.fromkeys(("attention", "scope", "batch", "mode", "quantity"), str)
-_OF_STUDY = ("scaling", "efficiency")
-_MAY_BE_EMPTY = ("replaced", "gates")  # without `fused`, without a mechanism with a gate
+_MAY_BE_EMPTY = "replaced"  # without `fused`
 _COLUMNS: dict[str, dict[str, Any]] = {
     "curves": _KEY | {"epoch": int} | dict.fromkeys(("train_loss", "val_loss", "val_accuracy"), float),
     "tradeoff": _KEY
@@ -26,26 +24,19 @@ _COLUMNS: dict[str, dict[str, Any]] = {
     | dict.fromkeys(("top1", "top1_low", "top1_high", "gmacs", "train_memory_mib"), float)
     | dict.fromkeys(("top1_images_low", "top1_images_high"), float)
     | dict.fromkeys(("latency_ratio", "latency_ratio_low", "latency_ratio_high"), float),
-    "confusion": _KEY | {"actual": str, "predicted": str, "count": int},
     "hardware": _KEY
     | {"split": str, "n_images": int, "onnx_status": str, "int8_status": str}
-    | dict.fromkeys(("fused_latency_ms", "model_bytes", "onnx_bytes", "int8_bytes", "top1", "int8_top1"), float)
-    | {f"{r}ratio_{end}": float for r in ("", "onnx_", "int8_") for end in ("to_fused", "low", "high")}
-    | {f"{r}peak_rss_bytes": float for r in ("", "onnx_", "int8_")},
+    | dict.fromkeys(("fused_latency_ms", "top1", "int8_top1"), float)
+    | {f"{r}ratio_{end}": float for r in ("", "onnx_", "int8_") for end in ("to_fused", "low", "high")},
     "fidelity": _KEY
     | {"source": str, "option": str, "value": "Int64", "mixing_macs": int, "fused_macs": int}
     | dict.fromkeys(("error", "error_low", "error_high"), float),
     "replaced": _KEY | {"option": str, "value": "Int64", "top1": float, "top1_fused": float},
     "cka": {"dataset": str, "attention_a": str, "layer_a": int, "attention_b": str, "layer_b": int}
     | {"cka": float, "n_images": int},
-    "heads": _KEY | {"layer": int, "distance_px": float, "entropy_nats": float, "implied": bool},
-    "gates": _KEY | {"layer": int, "branch": str, "share": float},
     "scaling": _CASE
     | {"batch_size": int, "tokens": int, "status": str, "contended": bool}
     | dict.fromkeys(("median", "ratio_to_fused", "ratio_low", "ratio_high"), float),
-    "efficiency": _CASE
-    | dict.fromkeys(("length", "length_low", "length_high", "predicted_length", "cheaper_from", "cheaper_to"), float)
-    | {"measured_from": float, "measured_to": float, "contended": bool},
 }
 
 
@@ -72,24 +63,15 @@ def plot(
     """
     from effvit import figures
     from effvit.data.loading.prepared import PreparedDataset
-    from effvit.data.samples import sample_sheet
     from effvit.files import check_apart, staged_dir
 
     check_apart(output_dir, data_dir, metrics_dir, prepared_dir, vector_dir)
     check_apart(vector_dir, data_dir, metrics_dir, prepared_dir, output_dir)
     prepared = {d: PreparedDataset.load(prepared_dir / d) for d in datasets}
     maps = {d: _maps(metrics_dir / "cells" / d, attentions, seed, len(prepared[d].classes)) for d in datasets}
-    analyses = {d: metrics_dir / "analysis" / d / "representations" for d in datasets}
-    looks = {d: _class_maps(analyses[d], attentions, len(prepared[d].classes)) for d in datasets}
-    rows = {(t, d): _select(data_dir, t, attentions, d) for t in _COLUMNS if t not in _OF_STUDY for d in datasets}
+    rows = {(t, d): _select(data_dir, t, attentions, d) for t in _COLUMNS if t != "scaling" for d in datasets}
     scaling = _select(data_dir, "scaling", attentions)
-    studied = {
-        "scaling": figures.scaling(scaling),
-        "scaling_tokens": figures.scaling(scaling, batch="tokens"),
-        "scaling_model": figures.scaling(scaling, "model"),
-        "scaling_model_tokens": figures.scaling(scaling, "model", "tokens"),
-        "efficiency": figures.efficiency_lengths(_select(data_dir, "efficiency", attentions)),
-    }
+    studied = {"scaling": figures.scaling(scaling), "scaling_model": figures.scaling(scaling, "model")}
     with (
         staged_dir(vector_dir, ("scaling.svg", "*.svg")) as vectors,
         staged_dir(output_dir, ("scaling.png", "*.png")) as aside,
@@ -106,17 +88,11 @@ def plot(
             pictures = {
                 "curves": figures.training_curves(rows["curves", dataset]),
                 "tradeoff": figures.accuracy_tradeoff(rows["tradeoff", dataset]),
-                "confusion": figures.confusion(rows["confusion", dataset]),
                 "hardware": figures.hardware(rows["hardware", dataset]),
                 "fidelity": figures.fidelity(rows["fidelity", dataset], rows["replaced", dataset]),
                 "cka": figures.cka(rows["cka", dataset]),
-                "heads": figures.heads(rows["heads", dataset]),
-                "class-token-maps": figures.class_token_maps(looks[dataset], attentions, prepared[dataset].classes),
                 "attention-maps": figures.attention_maps(maps[dataset], prepared[dataset].classes),
-                "samples": sample_sheet(prepared[dataset], _PER_CLASS),
             }
-            if not rows["gates", dataset].empty:
-                pictures["gates"] = figures.gates(rows["gates", dataset])
             for name, figure in pictures.items():
                 save(figure, f"{dataset}-{name}")
         count = len(list(aside.iterdir()))
@@ -131,13 +107,13 @@ def _select(data_dir: Path, table: str, attentions: list[str], dataset: str | No
     from effvit.study.cells import read_csv
 
     path = data_dir / f"{table}.csv"
-    rows = read_csv(path, "aggregate", _COLUMNS[table], may_be_empty=table in _MAY_BE_EMPTY)
+    rows = read_csv(path, "aggregate", _COLUMNS[table], may_be_empty=table == _MAY_BE_EMPTY)
     names = [column for column in _COLUMNS[table] if column.startswith("attention")]
     rows = rows[rows[names].isin(attentions).all(axis=1)]
     if dataset is not None:
         rows = rows[rows["dataset"] == dataset]
     absent = [attention for attention in attentions if attention not in set(rows[names[0]])]
-    if absent and table not in _MAY_BE_EMPTY:
+    if absent and table != _MAY_BE_EMPTY:
         of = f" of {dataset}" if dataset else ""
         raise UserError(f"{path}: nothing{of} with {', '.join(absent)}; `dvc repro aggregate` makes it")
     return rows
@@ -157,13 +133,3 @@ def _maps(cells_dir: Path, attentions: list[str], seed: int, classes: int) -> di
         if not all(((arrays[key] >= 0) & (arrays[key] < classes)).all() for key in ("labels", "predictions")):
             raise UserError(f"{directory}: maps of other classes than the data set's; `dvc repro -f evaluate`")
     return maps
-
-
-def _class_maps(directory: Path, attentions: list[str], classes: int) -> dict[str, "np.ndarray"]:
-    from effvit.study.cells import class_maps
-
-    arrays = class_maps(directory, attentions)
-    labels = [arrays["labels"], *(arrays[f"{attention}.predictions"] for attention in attentions)]
-    if not all(((each >= 0) & (each < classes)).all() for each in labels):
-        raise UserError(f"{directory}: maps of other classes than the data set's; `dvc repro -f representations`")
-    return arrays

@@ -4,7 +4,7 @@ import typer
 
 from effvit.cli import options
 
-_LOOKED_AT, _SHOWN = 1000, 3  # validation images at most, and of how many a picture is made
+_LOOKED_AT = 1000  # validation images at most
 
 
 def representations(
@@ -16,16 +16,13 @@ def representations(
 ) -> None:
     """Compare layers and heads of trained models on the same validation images.
 
-    Writes cka.csv (similarity of all pairs of layers), heads.csv (attention distance and entropy of each head),
-    gates.csv (shares of a hybrid's branches) and maps.safetensors (rollout and class-token maps of a few images).
+    Writes cka.csv (similarity of all pairs of layers), heads.csv (attention distance and entropy of each head) and
+    gates.csv (shares of a hybrid's branches).
     """
-    import numpy as np
-    from safetensors.numpy import save
-
-    from effvit.analysis.survey import picture_maps, survey
+    from effvit.analysis.survey import survey
     from effvit.data.loading.prepared import PreparedDataset
     from effvit.device import pick_device, this_machine
-    from effvit.evaluation.probe import few_classes, load_models, validation_images
+    from effvit.evaluation.probe import load_models, validation_images
     from effvit.files import check_apart, staged_dir, write_csv
     from effvit.provenance import write_provenance
 
@@ -33,14 +30,11 @@ def representations(
     dataset = PreparedDataset.load(dataset_dir)
     where = pick_device(device)
     models, places, dataset = load_models(model_dirs, dataset, where)
-    images, labels = validation_images(dataset, _LOOKED_AT)
-    with staged_dir(output_dir, ("cka.csv", "*.csv", "maps.safetensors", "provenance.json")) as directory:
+    images, _ = validation_images(dataset, _LOOKED_AT)
+    with staged_dir(output_dir, ("cka.csv", "*.csv", "provenance.json")) as directory:
         result = survey(models, images, dataset, batch_size)
         for name, table in vars(result).items():
             write_csv(directory / f"{name}.csv", table)
-        shown = few_classes(labels, _SHOWN)
-        arrays = {"images": np.ascontiguousarray(images[shown]), "labels": labels[shown]}
-        (directory / "maps.safetensors").write_bytes(save(arrays | picture_maps(models, images[shown], dataset)))
         settings = {"dataset": dataset.name, "models": {a: str(p) for a, p in places.items()}}
         write_provenance(directory, settings, this_machine(where))
     typer.echo(

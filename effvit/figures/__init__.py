@@ -2,14 +2,10 @@
 
 from effvit.figures.ablation import ablation
 from effvit.figures.cka import cka
-from effvit.figures.confusion import confusion
 from effvit.figures.curves import training_curves
-from effvit.figures.efficiency import efficiency_lengths
 from effvit.figures.fidelity import fidelity
-from effvit.figures.gates import gates
 from effvit.figures.hardware import hardware
-from effvit.figures.heads import heads
-from effvit.figures.maps import attention_maps, class_token_maps
+from effvit.figures.maps import attention_maps
 from effvit.figures.scaling import scaling
 from effvit.figures.style import save
 from effvit.figures.tradeoff import accuracy_tradeoff
@@ -19,13 +15,8 @@ __all__ = [
     "accuracy_tradeoff",
     "attention_maps",
     "cka",
-    "class_token_maps",
-    "confusion",
-    "efficiency_lengths",
     "fidelity",
-    "gates",
     "hardware",
-    "heads",
     "save",
     "scaling",
     "training_curves",

@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 
 from effvit.figures.style import CROWD, WIDTH, look, styled
 
+_LOWEST = 0.3  # of the colours: less is as unlike as layers get here
 _MOST_NUMBERS = 48  # of layers along a side; of more, each mechanism's first and last
 
 
@@ -20,7 +21,7 @@ def cka(table: pd.DataFrame) -> Figure:
     crowded = len(names) > CROWD
     figure = Figure(figsize=(side + (1.2 if crowded else 0.7), side), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(values, vmin=0, vmax=1, cmap="cividis", interpolation="nearest")
+    image = axes.imshow(values, vmin=_LOWEST, vmax=1, cmap="cividis", interpolation="nearest")
     axes.grid(False)
     axes.spines[:].set_visible(False)
     edges = [i - 0.5 for i in range(1, len(order)) if order[i][0] != order[i - 1][0]]
@@ -46,9 +47,9 @@ def cka(table: pd.DataFrame) -> Figure:
     if len(order) <= 24:
         for (i, j), value in np.ndenumerate(values):
             if np.isfinite(value):
-                shade = "black" if value > 0.55 else "white"
+                shade = "black" if value > (1 + _LOWEST) / 2 else "white"
                 axes.text(j, i, f"{100 * value:.0f}", ha="center", va="center", fontsize=5, color=shade)
-    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
+    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, extend="min")
     bar.ax.spines[:].set_visible(False)
     bar.set_label(f"Linear CKA, % in cells ({table['n_images'].max():,} validation images)" if len(order) <= 24 else
                   f"Linear CKA ({table['n_images'].max():,} validation images)")  # fmt: skip

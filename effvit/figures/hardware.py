@@ -10,21 +10,20 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFor
 from effvit.figures.style import WIDTH, look, styled
 
 _RUNTIMES = {"": ("PyTorch, eager", "o"), "onnx_": ("onnxruntime", "D"), "int8_": ("onnxruntime, int8 weights", "^")}
-_KIB, _MIB = 2**10, 2**20
 
 
 @styled
 def hardware(table: pd.DataFrame) -> Figure:
-    """One data set's mechanisms on one thread, one image at a time: latency, accuracy lost to int8, file, process.
+    """One data set's mechanisms on one thread, one image at a time: latency, and accuracy lost to int8.
 
     A latency stands at its ratio to eager `fused`, timed in turns with it in one process, times what `fused` took; its
     bar is the ratio's 95 % interval. Text says where a mechanism does not run.
     """
-    figure = Figure(figsize=(WIDTH, 0.9 + 0.55 * len(table)), layout="constrained")
-    (latency, accuracy), (size, process) = panels = figure.subplots(2, 2, sharey=True)
+    figure = Figure(figsize=(WIDTH, 0.9 + 0.3 * len(table)), layout="constrained")
+    latency, accuracy = figure.subplots(1, 2, sharey=True)
     labels, colours, _ = zip(*(look(str(attention)) for attention in table["attention"]), strict=True)
     fused = table["fused_latency_ms"].median()
-    for axes in panels.flat:
+    for axes in (latency, accuracy):
         axes.set(yticks=range(len(table)), yticklabels=labels, ylim=(len(table) - 0.5, -0.5))
         axes.tick_params(axis="y", length=0)
     for i, (prefix, (_, marker)) in enumerate(_RUNTIMES.items()):
@@ -34,8 +33,6 @@ def hardware(table: pd.DataFrame) -> Figure:
             ratio, y, xerr=[ratio - low, high - ratio], fmt="none", ecolor="0.6", elinewidth=0.9, capsize=2
         )
         _points(latency, ratio, y, colours, marker)
-        _points(size, table[f"{prefix}bytes" if prefix else "model_bytes"] / _KIB, y, colours, marker)
-        _points(process, table[f"{prefix}peak_rss_bytes"] / _MIB, y, colours, marker)
     change = table["int8_top1"] - table["top1"]
     accuracy.axvline(0, color="0.6", linewidth=0.9)
     _points(accuracy, change, np.arange(len(table)), colours, _RUNTIMES["int8_"][1])
@@ -49,15 +46,10 @@ def hardware(table: pd.DataFrame) -> Figure:
     accuracy.xaxis.set(major_locator=MaxNLocator(5), major_formatter=StrMethodFormatter("{x:+.1%}"))
     n, split = table["n_images"].iloc[0], table["split"].iloc[0]
     accuracy.set_xlabel(f"Top-1 change by int8 [n = {n:,} {split} images]")
-    for axes, label in (
-        (latency, "Latency [ms/image]"),
-        (size, "File [KiB]"),
-        (process, "Memory of the process [MiB]"),
-    ):
-        axes.set(xscale="log", xlabel=label)
-        axes.margins(x=0.1)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-        axes.xaxis.set(minor_locator=NullLocator(), major_formatter=StrMethodFormatter("{x:,g}"))
+    latency.set(xscale="log", xlabel="Latency [ms/image]")
+    latency.margins(x=0.1)
+    latency.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    latency.xaxis.set(minor_locator=NullLocator(), major_formatter=StrMethodFormatter("{x:,g}"))
     handles = [Line2D([], [], color="0.3", marker=m, linestyle="", label=name) for name, m in _RUNTIMES.values()]
     figure.legend(handles=handles, loc="outside upper center", ncols=3)
     return figure

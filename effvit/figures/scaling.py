@@ -1,5 +1,6 @@
 """Cost against sequence length."""
 
+from math import isqrt
 from typing import Any
 
 import numpy as np
@@ -7,22 +8,22 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
-from matplotlib.ticker import NullLocator, StrMethodFormatter
+from matplotlib.ticker import NullLocator
 from matplotlib.transforms import blended_transform_factory
 
 from effvit.analysis.efficiency import lengths
 from effvit.figures.style import WIDTH, by_mechanism, crowded, legend, legend_of, look, name_ends, styled
 
 _MIB = 2**20
+_PATCH = 16  # pixels, of most ViTs: the cost is of tokens, whatever the patch
 _STOPPED = {"out of memory": "x", "over budget": "+"}
 _STOP = ["attention", "tokens", "status"]
 _GROWTH: dict[str, tuple[int, Any]] = {"N": (1, ":"), "N²": (2, "--")}  # power and line
 
 
 @styled
-def scaling(table: pd.DataFrame, scope: str = "block", batch: str = "one") -> Figure:
-    """Time and peak memory of a block or a model against sequence length, forward pass and training step.
+def scaling(table: pd.DataFrame, scope: str = "block") -> Figure:
+    """Time and peak memory of a block or a model against sequence length, forward pass and training step, one sample.
 
     A mechanism stands at its ratio to `fused`, timed in turns with it in one process, times what `fused` takes; the
     band is the ratio's 95 % interval. So lines cross where the ratio is 1, whatever disturbed single processes. A
@@ -31,7 +32,7 @@ def scaling(table: pd.DataFrame, scope: str = "block", batch: str = "one") -> Fi
     "only" there says that it is cheaper between these measured lengths, and not at the longest. Where there are many
     mechanisms, names and token counts stand where lines end.
     """
-    table = table[(table["scope"] == scope) & (table["batch"] == batch)]
+    table = table[(table["scope"] == scope) & (table["batch"] == "one")]
     figure = Figure(figsize=(WIDTH, 5.6), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True)
     of = "sequence" if scope == "block" else "image"
@@ -48,29 +49,26 @@ def scaling(table: pd.DataFrame, scope: str = "block", batch: str = "one") -> Fi
     for axes, mode in zip(panels[0], modes.values(), strict=True):
         axes.set_title(f"{what}, {mode}", pad=6 + 8 * max(stacked))
     for axes in panels[1]:
-        axes.set_xlabel("Sequence length [tokens]")
-        axes.xaxis.set(minor_locator=NullLocator(), major_formatter=StrMethodFormatter("{x:,.0f}"))
-        axes.set_xticks(_apart(table["tokens"], 6 if crowded(table) else 2.5))
+        ticks = _apart(table["tokens"], 6 if crowded(table) else 2.5)
+        axes.xaxis.set(minor_locator=NullLocator())
+        if scope == "model":
+            axes.set_xticks(ticks, [f"{n:,}\n{_PATCH * isqrt(n - 1):,}" for n in ticks])
+            axes.set_xlabel(f"Sequence length [tokens]\nImage side [px], patches of {_PATCH} px")
+        else:
+            axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
+            axes.set_xlabel("Sequence length [tokens]")
     more = [Line2D([], [], color="0.4", marker=m, linestyle="", label=s) for s, m in _STOPPED.items()]
     more = [handle for handle in more if handle.get_label() in set(table["status"])]
     more += [Line2D([], [], color="0.7", linestyle=line, label=f"∝ {text}") for text, (_, line) in _GROWTH.items()]
     if table["contended"].any():
         more.append(Line2D([], [], color="0.4", marker="o", markerfacecolor="white", ls="", label="other programs ran"))
-    notes = [_batch_note(table)] if batch == "tokens" else []
     if crowded(table):
         legend_of(figure, more)
-        notes.append("After a name: the number of tokens from which it is cheaper than Fused (star)")
+        note = "After a name: the number of tokens from which it is cheaper than Fused (star)"
+        figure.supxlabel(note, fontsize=7)
     else:
         legend(figure, table, more)
-    if notes:
-        figure.supxlabel("\n".join(notes), fontsize=7)
     return figure
-
-
-def _batch_note(table: pd.DataFrame) -> str:
-    sizes = table.drop_duplicates("tokens").sort_values("tokens")
-    listed = ", ".join(f"{n}×{t:,}" for n, t in zip(sizes["batch_size"], sizes["tokens"], strict=True))
-    return f"Batches of about a fixed number of tokens, cost per sample: {listed}"
 
 
 def _apart(tokens: "pd.Series[int]", factor: float) -> list[int]:
@@ -124,7 +122,7 @@ def _scaling_panel(axes: Axes, rows: pd.DataFrame) -> None:
     texts = [("Cheaper than Fused", "black"), ("from [tokens]", "black"), *found] if found else []
     for i, (text, colour) in enumerate(texts):
         shown = axes.text(0.03, 0.97 - 0.065 * i, text, color=colour, transform=axes.transAxes, va="top", fontsize=6.5)
-        shown.set_path_effects([withStroke(linewidth=2, foreground="white")])
+        shown.set_bbox({"facecolor": "white", "alpha": 0.8, "pad": 0.5, "linewidth": 0})  # text stays text in an SVG
 
 
 def _stop_marks(axes: Axes, rows: pd.DataFrame) -> int:

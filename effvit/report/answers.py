@@ -1,25 +1,25 @@
 """The five research questions, answered in sentences from the tables; what the tables do not support is not said."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from math import isfinite
 
 import pandas as pd
 
+from effvit.report import overview
 from effvit.report import wording as w
-from effvit.report.compare import NO_COMPARISON, Accuracy, accuracies, at_largest_batch, cost_verdicts
+from effvit.report.compare import MARGIN, NO_COMPARISON, Accuracy, accuracies, at_largest_batch, cost_verdicts, faster
 from effvit.report.hardware import constrained_hardware
 from effvit.report.representations import representations
 from effvit.report.resolution import resolution
 from effvit.report.tables import Study, by_attention, records
 
 _LEVEL = 0.05
-_MARGIN = 0.01  # of accuracy: a faster mechanism is recommended where a greater loss is excluded
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One question; the first sentence of each finding is the answer, the others support it."""
+    """One question; the first sentence of each finding is the answer, the others and the tables support it."""
 
     question: str
     findings: list["Finding"]
@@ -31,25 +31,46 @@ class Finding:
 
     dataset: str
     sentences: list[str]
+    tables: list[overview.Table] = field(default_factory=list)
 
 
 def answers(study: Study) -> list[Answer]:
     """All five, in the order in which they were asked."""
+    lengths = Finding("", list(resolution(study)), [overview.efficiency_of_a_block(study)])
     return [
-        _per_dataset(study, "Which mechanism offers the best trade-off of accuracy and efficiency?", tradeoff),
-        Answer("How do the gains change with resolution?", [Finding("", list(resolution(study)))]),
-        _per_dataset(study, "Do efficient mechanisms learn other representations?", representations),
+        _per_dataset(
+            study,
+            "Which mechanism offers the best trade-off of accuracy and efficiency?",
+            tradeoff,
+            [overview.accuracy_and_cost],
+        ),
+        Answer("How do the gains change with resolution?", [lengths]),
+        _per_dataset(
+            study, "Do efficient mechanisms learn other representations?", representations, [overview.representations]
+        ),
         _per_dataset(study, "What does the hybrid add?", hybrid),
-        _per_dataset(study, "Which mechanisms are viable on constrained hardware?", constrained_hardware),
+        _per_dataset(
+            study,
+            "Which mechanisms are viable on constrained hardware?",
+            constrained_hardware,
+            [overview.hardware_latency, overview.hardware],
+        ),
     ]
 
 
-def _per_dataset(study: Study, question: str, say: Callable[[Study, str], Iterator[str]]) -> Answer:
-    return Answer(question, [Finding(dataset, list(say(study, dataset))) for dataset in study.datasets])
+def _per_dataset(
+    study: Study,
+    question: str,
+    say: Callable[[Study, str], Iterator[str]],
+    tables: Sequence[Callable[[Study, str], overview.Table]] = (),
+) -> Answer:
+    return Answer(
+        question, [Finding(d, list(say(study, d)), [make(study, d) for make in tables]) for d in study.datasets]
+    )
 
 
 def tradeoff(study: Study, dataset: str) -> Iterator[str]:
-    """Accuracy, latency, computation and memory, each compared with `fused`."""
+    """Accuracy and latency, compared with `fused`."""
     latency = at_largest_batch(study.of("cost", dataset), "latency")
     compared = accuracies(study, dataset)
     if not compared:
@@ -59,27 +80,17 @@ def tradeoff(study: Study, dataset: str) -> Iterator[str]:
     yield _best(compared, latency, int(study.of("accuracy", dataset)["n_seeds"].iloc[0]))
     yield from _accuracy_range(study, dataset)
     yield from _accuracy_verdicts(compared)
-    batch = latency["batch_size"].dropna()
-    ratios = latency[latency["attention"] != "fused"].dropna(subset=["ratio_to_fused"])
-    if len(ratios):
-        listed = w.ranked(
-            f"{w.name(row['attention'])} {w.relative_to_fused(row)}" for row in records(_in_order(ratios))
-        )
-        where = w.measured_on(records(latency))
-        yield f"Latency at batch {batch.iloc[0]:.0f} {where}, timed in turns with Fused: {listed}.{_noise(latency)}"
-    yield from _exact_costs(study, dataset)
 
 
 def _best(compared: list[Accuracy], latency: pd.DataFrame, n_seeds: int) -> str:
-    verdicts = cost_verdicts(latency)
     rows = by_attention(latency)
     ratios = {attention: row["ratio_to_fused"] for attention, row in rows.items()}
-    cheaper = [b for b in compared if verdicts.get(b.attention) == "cheaper"]
-    faster = sorted(cheaper, key=lambda b: ratios[b.attention])
-    kept = [b for b in faster if b.verdict == "better" or (b.verdict == "no difference shown" and b.low >= -_MARGIN)]
-    undecided = [b for b in faster if b.verdict == "no difference shown" and b not in kept]
-    unknown = [b for b in faster if b.verdict == "one seed"]
-    better = [b for b in compared if b.verdict == "better" and b not in faster]
+    found = {b.attention: b for b in compared}
+    cheaper = [found[row["attention"]] for row in faster(latency)]
+    kept = [b for b in cheaper if b.verdict == "better" or (b.verdict == "no difference shown" and b.low >= -MARGIN)]
+    undecided = [b for b in cheaper if b.verdict == "no difference shown" and b not in kept]
+    unknown = [b for b in cheaper if b.verdict == "one seed"]
+    better = [b for b in compared if b.verdict == "better" and b not in cheaper]
     if kept:
         first, *rest = kept
         accuracy = "more accurate as well" if first.verdict == "better" else f"a loss of more than {_margin()} excluded"
@@ -100,11 +111,11 @@ def _best(compared: list[Accuracy], latency: pd.DataFrame, n_seeds: int) -> str:
     if better:
         listed = w.several(f"{w.name(b.attention)} ({w.times(ratios[b.attention])} its latency)" for b in better)
         return f"None is both faster than Fused and as accurate. More accurate but not faster: {listed}."
-    faster_text = (
-        f"{w.names([b.attention for b in faster])} saves time and loses accuracy"
-        if faster
-        else "none is faster beyond timing noise"
-        if verdicts
+    time = (
+        f"{w.names([b.attention for b in cheaper])} saves time and loses accuracy"
+        if cheaper
+        else "none is faster by a tenth or more"
+        if cost_verdicts(latency)
         else "no latency was measured"
     )
     seeds = (
@@ -112,7 +123,7 @@ def _best(compared: list[Accuracy], latency: pd.DataFrame, n_seeds: int) -> str:
         if all(b.verdict == "one seed" for b in compared)
         else "none is shown to be more accurate"
     )
-    return f"No mechanism is shown to beat Fused here: {faster_text}, and {seeds}."
+    return f"No mechanism is shown to beat Fused here: {time}, and {seeds}."
 
 
 def _faster_by(compared: Accuracy, ratios: dict[str, float]) -> str:
@@ -120,7 +131,7 @@ def _faster_by(compared: Accuracy, ratios: dict[str, float]) -> str:
 
 
 def _margin() -> str:
-    return f"{100 * _MARGIN:.0f} point"
+    return f"{100 * MARGIN:.0f} point"
 
 
 def _accuracy_range(study: Study, dataset: str) -> Iterator[str]:
@@ -166,52 +177,9 @@ def _differences(found: list[Accuracy]) -> str:
     return w.ranked(f"{w.name(b.attention)} ({_points(b)})" for b in found)
 
 
-def _in_order(ratios: pd.DataFrame) -> pd.DataFrame:
-    """Rows unchanged, or from the cheapest to the most expensive if only the ends will be named."""
-    return ratios.sort_values("ratio_to_fused", kind="stable") if len(ratios) > w.FEW else ratios
-
-
 def _points(compared: Accuracy) -> str:
     interval = f", {w.points(compared.low)} to {w.points(compared.high)}" if isfinite(compared.low) else ""
     return f"{w.points(compared.difference)} points{interval}"
-
-
-def _noise(latency: pd.DataFrame) -> str:
-    own = latency[latency["attention"] == "fused"].dropna(subset=["ratio_low", "ratio_high"])
-    if own.empty:
-        return ""
-    (row,) = records(own)
-    return (
-        f" Fused timed against itself gives {w.ratio(row['ratio_low'])} to {w.ratio(row['ratio_high'])}: "
-        "a ratio whose interval overlaps that does not count as a difference."
-    )
-
-
-def _exact_costs(study: Study, dataset: str) -> Iterator[str]:
-    accuracy = study.of("accuracy", dataset).set_index("attention")
-    macs = accuracy["gmacs"] / accuracy["gmacs"]["fused"]
-    yield f"Exact multiply-adds of the whole model. {_less_and_more(macs)}."
-    memory = at_largest_batch(study.of("cost", dataset), "train_memory").dropna(subset=["ratio_to_fused"])
-    if len(memory):
-        ratios = memory.set_index("attention")["ratio_to_fused"]
-        yield f"Peak memory of a training step {w.measured_on(records(memory))}. {_less_and_more(ratios)}."
-
-
-def _less_and_more(ratios: "pd.Series[float]") -> str:
-    ratios = ratios.drop("fused", errors="ignore").sort_values(kind="stable")
-    groups = {
-        "less than Fused:": ratios[ratios <= 0.99],
-        "equal within 1" + w.SPACE + "%:": ratios[(ratios > 0.99) & (ratios < 1.01)],
-        "more:": ratios[ratios >= 1.01],
-    }
-    parts = []
-    for text, group in groups.items():
-        if len(group):
-            exact = text.startswith("equal")
-            listed = (f"{w.name(str(a))} ({w.times(r)})" for a, r in group.items())
-            parts.append(f"{text} {w.names([str(a) for a in group.index]) if exact else w.ranked(listed)}")
-    sentence = "; ".join(parts)
-    return sentence[:1].upper() + sentence[1:]
 
 
 def hybrid(study: Study, dataset: str) -> Iterator[str]:

@@ -171,7 +171,7 @@ def _scaling_spec(rows: pd.DataFrame, quantity: str, description: str) -> dict[s
         return _chart(data.drop(columns="contended", errors="ignore"), layers, description, 380)
     layers[-1]["encoding"]["fillOpacity"] = {
         "condition": {"test": "datum.contended == 'while other programs ran'", "value": 0},
-        "value": 0.3,
+        "value": 0.9,
     }
     return _chart(data, layers, description, 380) | {
         "title": _TITLE | {"text": "Hollow: measured while other programs ran"}

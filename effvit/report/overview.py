@@ -10,8 +10,16 @@ import pandas as pd
 
 from effvit.report import wording as w
 from effvit.report.compare import at_largest_batch
-from effvit.report.representations import similarity_to_fused
-from effvit.report.resolution import HOW_LENGTHS_ARE_KNOWN, PASSES, QUANTITIES, length_interval, length_text, slope
+from effvit.report.representations import VARIANT, closest, similarity_to_fused
+from effvit.report.resolution import (
+    HOW_LENGTHS_ARE_KNOWN,
+    PASSES,
+    QUANTITIES,
+    length_interval,
+    length_text,
+    one_block,
+    slope,
+)
 from effvit.report.tables import Study, by_attention, records
 
 
@@ -138,27 +146,52 @@ def _top1(row: dict[str, Any]) -> Cell:
     )
 
 
+_COSTS = [(quantity, mode) for quantity in QUANTITIES for mode in PASSES]
+_LENGTHS = [f"{QUANTITIES[quantity].capitalize()}, {PASSES[mode].split(' ', 1)[1]}" for quantity, mode in _COSTS]
+
+
+def efficiency_of_a_block(study: Study) -> Table:
+    """From which length one attention block takes less than that of `fused`, one sample at a time."""
+    rows, shortest = [], int(study.scaling["tokens"].min())
+    for attention, group in one_block(study.efficiency).groupby("attention", sort=False):
+        found = {(row["quantity"], row["mode"]): row for row in records(group)}
+        forward = found.get(_COSTS[0], {})
+        growth = number(forward.get("slope", nan), partial(_slope, row=forward))
+        rows.append([mechanism(str(attention)), *(_pays_off(found.get(c), shortest) for c in _COSTS), growth])
+    note = (
+        f"One attention block, one sample, {w.measured_on(records(study.scaling))}. Tokens from which it takes less "
+        f"than Fused, with the 95{w.SPACE}% interval. Growth: exponent of the forward time. {HOW_LENGTHS_ARE_KNOWN}."
+    )
+    return Table("Tokens from which a mechanism pays off", ["Mechanism", *_LENGTHS, "Growth"], rows, note)
+
+
 def efficiency(study: Study) -> Table:
-    """From which length each mechanism takes less than `fused`, with the slope of its forward time."""
-    costs = [(quantity, mode) for quantity in QUANTITIES for mode in PASSES]
+    """The same of blocks and models, one sample and batches of equal tokens, with predictions and slopes."""
     rows, shortest = [], int(study.scaling["tokens"].min())
     for key, group in study.efficiency.groupby(["scope", "batch", "attention"], sort=False):
         scope, batch, attention = map(str, key)
         found = {(row["quantity"], row["mode"]): row for row in records(group)}
-        forward = found.get(costs[0], {})
+        forward = found.get(_COSTS[0], {})
         rows.append(
             [
                 mechanism(attention),
                 text(f"{scope}, {'one sample' if batch == 'one' else 'equal tokens'}"),
-                *(_pays_off(found.get(cost), shortest) for cost in costs),
+                *(_pays_off(found.get(cost), shortest) for cost in _COSTS),
                 number(forward.get("predicted_length", nan), partial(length_text, shortest=shortest)),
                 number(forward.get("slope", nan), partial(_slope, row=forward)),
                 number(forward.get("macs_slope", nan), lambda x: f"{x:.2f}"),
                 _slope_range(forward),
             ]
         )
-    what = [f"{QUANTITIES[quantity].capitalize()}, {PASSES[mode].split(' ', 1)[1]}" for quantity, mode in costs]
-    columns = ["Mechanism", "Of", *what, "Time, predicted from MACs", "Slope of time", "Slope of MACs", "Slopes over"]
+    columns = [
+        "Mechanism",
+        "Of",
+        *_LENGTHS,
+        "Time, predicted from MACs",
+        "Slope of time",
+        "Slope of MACs",
+        "Slopes over",
+    ]
     note = (
         f"Measured {w.measured_on(records(study.scaling))}. "
         f"Tokens from which a mechanism takes less than Fused, with the 95{w.SPACE}% interval. “Only”: less between "
@@ -212,23 +245,40 @@ def fidelity(study: Study, dataset: str) -> Table:
     return Table("Fidelity to exact attention", columns, rows, "Relative Frobenius error, mean over images and heads.")
 
 
-def layers(study: Study, dataset: str) -> Table:
-    """Similarity to `fused`, attention distance and entropy, means over layers and heads."""
+def representations(study: Study, dataset: str) -> Table:
+    """Similarity to `fused`, where heads look, and the closest approximation of exact attention at lower cost."""
     cka = similarity_to_fused(study.of("cka", dataset))
-    heads = study.of("heads", dataset).groupby("attention", sort=False)[["distance_px", "entropy_nats"]].mean()
-    known = [a for a in study.attentions if a in cka.index or a in heads.index]
-    distance, entropy = heads["distance_px"].to_dict(), heads["entropy_nats"].to_dict()
-    rows = [
-        [
-            mechanism(a),
-            number(cka.get(a), lambda x: f"{x:.2f}"),
-            number(distance.get(a), lambda x: f"{x:.1f}"),
-            number(entropy.get(a), lambda x: f"{x:.2f}"),
-        ]
-        for a in known
-    ]
+    heads = study.of("heads", dataset)
+    means = heads.groupby("attention", sort=False)[["distance_px", "entropy_nats"]].mean()
+    errors = by_attention(closest(study.of("fidelity", dataset)))
+    swapped = study.of("replaced", dataset).fillna({"option": "", "value": -1}).set_index(VARIANT)["top1"].to_dict()
+    rows = []
+    for a in (a for a in study.attentions if a in cka.index or a in means.index or a in errors):
+        best = errors.get(a, {"option": nan, "value": nan, "error": nan})
+        sized = isinstance(best["option"], str) and pd.notna(best["value"])
+        key = (a, best["option"], best["value"]) if sized else (a, "", -1)
+        rows.append(
+            [
+                mechanism(a),
+                number(cka.get(a), lambda x: f"{x:.2f}"),
+                number(means["distance_px"].get(a), lambda x: f"{x:.1f}"),
+                number(means["entropy_nats"].get(a), lambda x: f"{x:.2f}"),
+                text(f"{best['option']} = {best['value']:,.0f}" if sized else None),
+                number(best["error"], w.percent),
+                number(swapped.get(key) if a in errors else nan, w.percent),
+            ]
+        )
     columns = ["Mechanism", "Linear CKA with Fused, same layer", "Attention distance [px]", "Attention entropy [nats]"]
-    return Table("Representations", columns, rows, "Means over layers and heads.")
+    columns += ["Closest cheaper size", "Error to exact attention", "Top-1 in place of Fused"]
+    uniform = ""
+    if len(heads):
+        distance, entropy = (heads[f"uniform_{c}"].iloc[0] for c in ("distance_px", "entropy_nats"))
+        uniform = f" Uniform attention: {distance:.1f} px, {entropy:.2f} nats."
+    note = (
+        f"Means over layers and heads.{uniform} Closest: least relative Frobenius error to exact attention among the "
+        "sizes that mix with fewer multiply-adds; top-1 on validation images, without retraining."
+    )
+    return Table("Representations", columns, rows, note)
 
 
 _RUNTIMES = {"": "PyTorch", "onnx_": "onnxruntime", "int8_": "onnxruntime, int8"}

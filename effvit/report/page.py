@@ -1,6 +1,7 @@
 """The report as one page that needs no network, and as Markdown."""
 
 import json
+import re
 from base64 import b64encode
 from dataclasses import dataclass
 from functools import cache
@@ -19,25 +20,18 @@ from effvit.figures.style import look
 from effvit.report import charts, overview
 from effvit.report import wording as w
 from effvit.report.answers import answers
+from effvit.report.choice import which_one
 from effvit.report.tables import Study
 
 _CAPTIONS = {
     "curves": "Loss and validation accuracy while training",
     "tradeoff": "Test accuracy against computation, latency and training memory, with the Pareto front",
-    "confusion": "Share of each actual class by predicted class",
     "attention-maps": "Attention rollout from the class token, the same images for all mechanisms",
-    "samples": "Images of each class as the models see them",
-    "class-token-maps": "What the class token attends to in the last block, and over all blocks by rollout",
-    "heads": "Distance and entropy of each head's attention, by layer",
     "cka": "Similarity of all layers of all mechanisms: linear CKA",
-    "gates": "Mean share of each branch in the hybrid's gate, by layer",
     "fidelity": "Error to exact attention against cost, and accuracy where attention is replaced without training",
-    "hardware": "Latency, accuracy, file size and memory with one thread and one image at a time",
-    "efficiency": "Sequence length from which each mechanism is cheaper than fused, measured and predicted from MACs",
+    "hardware": "Latency with one thread and one image at a time, and accuracy lost to eight-bit weights",
     "scaling": "Time and peak memory of one attention block against sequence length, one sample at a time",
-    "scaling_tokens": "Time and peak memory of one block against sequence length, batches of equal tokens",
     "scaling_model": "Time and peak memory of a model against sequence length, one image at a time",
-    "scaling_model_tokens": "Time and peak memory of a model against sequence length, batches of equal tokens",
 }
 _TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
 
@@ -122,24 +116,18 @@ def markdown(study: Study, figures: dict[str, list[Picture]], directory: Path) -
 def _content(study: Study, figures: dict[str, list[Picture]]) -> dict[str, Any]:
     sections = []
     for dataset in study.datasets:
-        makers = (
-            overview.fine_tuning,
-            overview.fidelity,
-            overview.layers,
-            overview.hardware_latency,
-            overview.hardware,
-        )
+        makers = (overview.fine_tuning, overview.fidelity)
         sections.append(
             {
                 "name": dataset,
                 "facts": _facts(study, dataset),
                 "chart": charts.tradeoff(study, dataset),
-                "cost": overview.accuracy_and_cost(study, dataset),
                 "tables": [table for make in makers if (table := make(study, dataset)) is not None],
                 "figures": figures[dataset],
             }
         )
     return {
+        "which_one": which_one(study),
         "answers": answers(study),
         "mechanisms": [
             (a, label, colour, charts.SHAPES[marker]) for a in study.attentions for label, colour, marker in [look(a)]
@@ -179,8 +167,13 @@ def _assets() -> dict[str, Markup]:
     return {suffix: Markup((directory / f"report.{suffix}").read_text(encoding="utf-8")) for suffix in ("css", "js")}
 
 
+def _slug(title: str) -> str:
+    """A heading as an address: words joined by hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
 def _environment(autoescape: bool) -> Environment:
-    return Environment(
+    environment = Environment(
         loader=PackageLoader("effvit.report"),
         autoescape=autoescape,
         undefined=StrictUndefined,
@@ -188,3 +181,5 @@ def _environment(autoescape: bool) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["slug"] = _slug
+    return environment

@@ -1,23 +1,21 @@
-"""How similar the mechanisms' layers are, where their heads look, and how close each is to exact attention."""
+"""How similar the mechanisms' layers are, and how close each is to exact attention."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import pandas as pd
 
 from effvit.report import wording as w
-from effvit.report.compare import NO_COMPARISON
-from effvit.report.tables import Study, records
+from effvit.report.compare import MARGIN, NO_COMPARISON
+from effvit.report.tables import Study
 
 _EXACT = ["standard", "fused"]
-_VARIANT = ["attention", "option", "value"]
+VARIANT = ["attention", "option", "value"]
 
 
 def representations(study: Study, dataset: str) -> Iterator[str]:
-    """Similarity to `fused`, where heads look, and how well each approximates exact attention."""
+    """Similarity to `fused` and, without retraining, what is left of its accuracy with another mechanism."""
     yield from _similarity(study.of("cka", dataset))
-    yield from _distances(study.of("heads", dataset))
-    yield from _fidelity(study.of("fidelity", dataset), study.of("replaced", dataset))
+    yield from _replaced(study.of("fidelity", dataset), study.of("replaced", dataset))
 
 
 def similarity_to_fused(cka: pd.DataFrame) -> "pd.Series[float]":
@@ -34,69 +32,43 @@ def _similarity(cka: pd.DataFrame) -> Iterator[str]:
     if mean.empty:
         yield NO_COMPARISON
         return
-    other = mean.drop("standard", errors="ignore")
-    listed = w.ranked(f"{w.name(str(a))} {similarity:.2f}" for a, similarity in other.items()) if len(other) else ""
-    similar = f"Similarity to Fused (linear CKA, mean over layers): {listed}. " if listed else ""
     if "standard" in mean:
         retrained = mean["standard"]
-        lower = w.names([str(a) for a in other[other < retrained].index]) if (other < retrained).any() else "none"
-        below = f" Below that: {lower}." if listed else ""
-        yield f"{similar}For scale: retraining exact attention gives {retrained:.2f}.{below}"
+        other = mean.drop("standard")
+        below = w.names([str(a) for a in other[other < retrained].index]) if (other < retrained).any() else "none"
+        yield (
+            f"Less similar to Fused than exact attention trained again (linear CKA {retrained:.2f}, mean over layers): "
+            f"{below}."
+        )
     else:
-        yield f"{similar}There is no scale: Standard, which is exact attention trained again, was not measured."
+        yield "There is no scale: Standard, which is exact attention trained again, was not measured."
     images = w.count(int(cka["n_images"].iloc[0]), "image")
     yield f"This is one training of each, on {images}. Other seeds may differ."
 
 
-def _distances(heads: pd.DataFrame) -> Iterator[str]:
-    if heads.empty:
-        yield "Attention distance and entropy were not measured."
-        return
-    measures = {"distance": ("distance_px", "in pixels", ".1f"), "entropy": ("entropy_nats", "in nats", ".2f")}
-    for name, (column, unit, digits) in measures.items():
-        mean = heads.groupby("attention", sort=False)[column].mean().sort_values(kind="stable")
-        listed = w.ranked(f"{w.name(str(a))} {x:{digits}}" for a, x in mean.items())
-        uniform = heads[f"uniform_{column}"].iloc[0]
-        yield f"Mean attention {name} over all heads, {unit}: {listed}; uniform attention: {uniform:{digits}}."
+def closest(fidelity: pd.DataFrame) -> pd.DataFrame:
+    """Of each approximate mechanism the size with the least error among those cheaper than exact attention.
 
-
-def _fidelity(fidelity: pd.DataFrame, replaced: pd.DataFrame) -> Iterator[str]:
-    if fidelity.empty:
-        yield "The error to exact attention was not measured."
-        return
+    On the trained model's q, k, v, or on random ones where there is no trained model; errors are means over layers.
+    """
     trained = fidelity[fidelity["source"] == "trained"]
     rows = trained if len(trained) else fidelity
-    rows = rows[~rows["attention"].isin(_EXACT)]
-    if rows.empty:
-        return
-    cheaper = rows[rows["mixing_macs"] < rows["fused_macs"]]
-    if cheaper.empty:
-        yield "No size tried needs fewer multiply-adds than exact attention."
-        return
-    errors = cheaper.groupby(_VARIANT, sort=False, dropna=False)["error"].mean().reset_index()
-    best = errors.sort_values("error", kind="stable").drop_duplicates("attention")
-    listed = w.ranked(
-        f"{w.name(row['attention'])} {w.percent(row['error'])} error{_setting(row)}" for row in records(best)
-    )
-    whose = "Fused's attention" if len(trained) else "exact attention on random q, k, v"
-    costlier = [a for a in pd.unique(rows["attention"]) if a not in set(best["attention"])]
-    none = f"; no cheaper size of {w.names(costlier)} was tried" if costlier else ""
-    yield f"Best approximation of {whose} at lower cost: {listed}{none}."
-    if len(replaced):
-        yield from _replaced(replaced.merge(cheaper[_VARIANT].drop_duplicates(), on=_VARIANT))
+    rows = rows[~rows["attention"].isin(_EXACT) & (rows["mixing_macs"] < rows["fused_macs"])]
+    errors = rows.groupby(VARIANT, sort=False, dropna=False)["error"].mean().reset_index()
+    return errors.sort_values("error", kind="stable").drop_duplicates("attention")
 
 
-def _setting(row: dict[str, Any]) -> str:
-    return "" if pd.isna(row["option"]) or pd.isna(row["value"]) else f" ({row['option']} = {row['value']:,.0f})"
-
-
-def _replaced(rows: pd.DataFrame) -> Iterator[str]:
+def _replaced(fidelity: pd.DataFrame, replaced: pd.DataFrame) -> Iterator[str]:
+    cheaper = fidelity[~fidelity["attention"].isin(_EXACT) & (fidelity["mixing_macs"] < fidelity["fused_macs"])]
+    rows = replaced.merge(cheaper[VARIANT].drop_duplicates(), on=VARIANT)
     if rows.empty:
         return
     best = rows.sort_values("top1", ascending=False, kind="stable").drop_duplicates("attention")
-    listed = w.ranked(f"{w.name(row['attention'])} {w.percent(row['top1'])}{_setting(row)}" for row in records(best))
-    fused = w.percent(float(rows["top1_fused"].iloc[0]))
+    fused = float(rows["top1_fused"].iloc[0])
+    kept = [str(a) for a in best.loc[best["top1"] >= fused - MARGIN, "attention"]]
+    where = f"(top-1 {w.percent(fused)} on {w.count(rows['n_images'].iloc[0], 'image')})"
+    keep = f"{w.names(kept)} {'keeps' if len(kept) == 1 else 'keep'}" if kept else "no mechanism keeps"
     yield (
-        f"Swapped into the trained Fused model ({fused} on {w.count(rows['n_images'].iloc[0], 'image')}) without "
-        f"retraining, validation accuracy at the best of these sizes is: {listed}."
+        f"Swapped into the trained Fused model {where} without retraining, at a size that mixes with fewer "
+        f"multiply-adds, {keep} its accuracy to within {100 * MARGIN:.0f} point."
     )

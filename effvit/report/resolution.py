@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from effvit.report import wording as w
-from effvit.report.compare import NO_COMPARISON, cost_verdicts
+from effvit.report.compare import NO_COMPARISON, faster
 from effvit.report.tables import Study, records
 
 PASSES = {"forward": "the forward pass", "train": "a training step"}
@@ -30,7 +30,8 @@ def resolution(study: Study) -> Iterator[str]:
     else:
         ends = [_at(forward, int(tokens)) for tokens in sorted({done.min(), done.max()})]
         yield f"In the forward pass of one block {w.measured_on(records(forward))}: {'; '.join(ends)}."
-    yield from _efficiency(study)
+    measured = w.several(f"{tokens:,}" for tokens in sorted(rows["tokens"].unique()))
+    yield f"{HOW_LENGTHS_ARE_KNOWN}. Measured: {measured} tokens."
     yield from _contended(rows)
     yield from _stopped(rows)
 
@@ -46,52 +47,13 @@ def one_block(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _at(forward: pd.DataFrame, tokens: int) -> str:
-    rows = forward[forward["tokens"] == tokens].sort_values("ratio_to_fused", kind="stable")
-    verdicts = cost_verdicts(rows)
-    found = [row for row in records(rows) if verdicts.get(row["attention"]) == "cheaper"]
+    found = faster(forward[forward["tokens"] == tokens])
     if not found:
-        return f"at {tokens:,} tokens none is shown to be faster than Fused"
-    verb = "is" if len(found) == 1 else "are"
-    listed = w.ranked(f"{w.name(row['attention'])} ({w.times(row['ratio_to_fused'])})" for row in found)
-    return f"at {tokens:,} tokens {listed} {verb} faster than Fused"
-
-
-def _efficiency(study: Study) -> Iterator[str]:
-    table = one_block(study.efficiency)
-    if table.empty:
-        yield "Efficiency lengths were not computed."
-        return
-    shortest = int(study.scaling["tokens"].min())
-    for quantity, noun in QUANTITIES.items():
-        for mode, text in PASSES.items():
-            rows = table[(table["quantity"] == quantity) & (table["mode"] == mode) & (table["attention"] != "fused")]
-            if len(rows):
-                yield f"Less {noun} than Fused in {text}: {'; '.join(_pays(rows, shortest))}."
-    measured = w.several(f"{tokens:,}" for tokens in sorted(one_block(study.scaling)["tokens"].unique()))
-    yield f"{HOW_LENGTHS_ARE_KNOWN}. Measured: {measured} tokens."
-    yield from _slopes(table[(table["quantity"] == "time") & (table["mode"] == "forward")])
-
-
-def _pays(rows: pd.DataFrame, shortest: int) -> Iterator[str]:
-    pays = rows.dropna(subset=["length"]).sort_values("length", kind="stable")
-    if len(pays):
-        yield w.ranked(_length(row, shortest) for row in records(pays))
-    rest = rows[rows["length"].isna()]
-    for row in records(rest.dropna(subset=["cheaper_to"])):
-        first, last, end = (int(row[key]) for key in ("cheaper_from", "cheaper_to", "measured_to"))
-        where = f"from {first:,} to {last:,} tokens" if first < last else f"at {last:,} tokens"
-        beyond = f"not at {end:,}" if last < end else "but stopped beyond"
-        yield f"{w.name(row['attention'])} {where}, {beyond}"
-    rest = rest[rest["cheaper_to"].isna()]
-    for longest, never in rest.groupby("measured_to", sort=False):
-        yield f"never up to {longest:,.0f} tokens: {w.names(list(never['attention']))}"
-    if len(unknown := rest[rest["measured_to"].isna()]):
-        yield f"not measured: {w.names(list(unknown['attention']))}"
-
-
-def _length(row: dict[str, Any], shortest: int) -> str:
-    about = "at every length" if row["length"] <= shortest else f"from about {w.about(row['length'])} tokens"
-    return f"{w.name(row['attention'])} {about}{length_interval(row, shortest)}"
+        return f"at {tokens:,} tokens none is faster than Fused by a tenth or more"
+    first = f"{w.name(found[0]['attention'])} ({w.times(found[0]['ratio_to_fused'])})"
+    if len(found) == 1:
+        return f"at {tokens:,} tokens {first} is faster than Fused"
+    return f"at {tokens:,} tokens {len(found)} mechanisms are faster than Fused, {first} most"
 
 
 def length_text(length: float, shortest: int) -> str:
@@ -111,17 +73,6 @@ def length_interval(row: dict[str, Any], shortest: int) -> str:
     return "" if ends[0] == ends[1] else f" ({ends[0]} to {ends[1]})"
 
 
-def _slopes(rows: pd.DataFrame) -> Iterator[str]:
-    parts = []
-    for (first, last), group in rows.dropna(subset=["slope"]).groupby(["slope_from", "slope_to"], sort=False):
-        if len(group) > w.FEW:
-            group = group.sort_values("slope", kind="stable")
-        listed = w.ranked(f"{slope(row, 1)} for {w.name(row['attention'])}" for row in records(group))
-        parts.append(f"from {first:,.0f} to {last:,.0f} tokens {listed}")
-    if parts:
-        yield f"The time of the forward pass grows as a power of the length: {'; '.join(parts)}."
-
-
 def slope(row: dict[str, Any], digits: int) -> str:
     """An exponent with its interval; two points have none."""
     low, high = row["slope_low"], row["slope_high"]
@@ -137,8 +88,10 @@ def _contended(rows: pd.DataFrame) -> Iterator[str]:
 
 def _stopped(rows: pd.DataFrame) -> Iterator[str]:
     stopped = rows[(rows["status"] != "ok") & (rows["quantity"] == "time")].sort_values("tokens", kind="stable")
-    for first in records(stopped.drop_duplicates(["attention", "mode"])):
-        yield (
-            f"{w.name(first['attention'])} was stopped in {PASSES.get(first['mode'], first['mode'])} at "
-            f"{first['tokens']:,} tokens: {first['status']}."
-        )
+    told = [
+        f"{w.name(first['attention'])} in {PASSES.get(first['mode'], first['mode'])} at {first['tokens']:,} tokens "
+        f"({first['status']})"
+        for first in records(stopped.drop_duplicates(["attention", "mode"]))
+    ]
+    if told:
+        yield f"Stopped: {'; '.join(told)}."

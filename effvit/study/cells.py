@@ -142,18 +142,6 @@ def gates(directory: Path) -> pd.DataFrame:
     return read_csv(directory / "gates.csv", "representations", _GATES, may_be_empty=True)
 
 
-def class_maps(directory: Path, attentions: Sequence[str]) -> dict[str, np.ndarray]:
-    """`images` (n, H, W, 3), `labels` (n,), and of each mechanism `<name>.predictions`, `.rollout`, `.class_token`."""
-    path = directory / "maps.safetensors"
-    arrays = _load_arrays(path, "representations")
-    of_each = {"predictions": 1, "rollout": 3, "class_token": 3}
-    wanted = {"images": 4, "labels": 1} | {f"{a}.{name}": n for a in attentions for name, n in of_each.items()}
-    shapes = {name: arrays[name].ndim for name in wanted if name in arrays}
-    if shapes != wanted or len({len(arrays[name]) for name in wanted}) != 1 or not len(arrays["images"]):
-        raise _malformed(path, "representations", f"expected {', '.join(wanted)} of the same images")
-    return {name: arrays[name] for name in wanted}
-
-
 def provenance(directory: Path, stage: str) -> dict[str, Any]:
     """Code, versions and machine of one result, by the stage that made it."""
     record = _load_json(directory / "provenance.json", stage)

@@ -11,7 +11,6 @@ from effvit.analysis.representations import (
     LinearCKA,
     attention_distance,
     attention_entropy,
-    class_token_map,
     in_float64,
     of_uniform_attention,
     patch_distances,
@@ -135,13 +134,6 @@ def test_uniform_attention_is_that_of_a_matrix_of_equal_weights():
     assert distance == pytest.approx(attention_distance(uniform, distances).item())
     assert entropy == pytest.approx(attention_entropy(uniform).item())
     assert (round(distance, 1), round(entropy, 2)) == (16.5, 4.17)
-
-
-def test_class_token_map_is_its_row_without_itself():
-    maps = torch.zeros(1, 2, 4, 4)
-    maps[0, 0, 0] = torch.tensor([0.0, 1.0, 0.0, 0.0])
-    maps[0, 1, 0] = torch.tensor([0.5, 0.0, 0.0, -0.5])
-    assert class_token_map(maps).tolist() == [[pytest.approx(2 / 3), 0, pytest.approx(1 / 3)]]
 
 
 def test_a_row_without_weights_stays_without():

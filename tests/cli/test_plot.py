@@ -17,9 +17,8 @@ from effvit.study.aggregate import aggregate
 
 pytestmark = pytest.mark.slow
 
-KINDS = ("curves", "tradeoff", "confusion", "hardware", "attention-maps", "samples", "fidelity", "cka", "heads")
-KINDS += ("class-token-maps",)
-STUDIED = {"scaling", "scaling_tokens", "scaling_model", "scaling_model_tokens", "efficiency"}
+KINDS = ("curves", "tradeoff", "hardware", "attention-maps", "fidelity", "cka")
+STUDIED = {"scaling", "scaling_model"}
 FEW = ["fused", "linformer"]
 
 
@@ -62,7 +61,7 @@ def test_command_draws_every_figure_and_no_picture_of_an_earlier_selection_stays
     result = CliRunner().invoke(app, ["--dataset", "digits", *map(str, folders), *mechanisms])
     assert result.exit_code == 0, result.output
     assert {file.stem for file in study["output_dir"].iterdir()} == {*STUDIED, *(f"digits-{kind}" for kind in KINDS)}
-    charts = {*STUDIED, *(f"digits-{kind}" for kind in KINDS if not kind.endswith(("maps", "samples")))}
+    charts = {*STUDIED, *(f"digits-{kind}" for kind in KINDS if not kind.endswith("maps"))}
     assert {file.name for file in study["vector_dir"].iterdir()} == {f"{chart}.svg" for chart in charts}
     for file in study["output_dir"].iterdir():
         with Image.open(file) as image:
@@ -77,13 +76,11 @@ def test_every_data_set_and_only_the_named_mechanisms_are_drawn(study, monkeypat
     for name in ("scaling", "digits-curves", "digits-tradeoff"):
         labels = {text.get_text() for legend in drawn[name].legends for text in legend.get_texts()}
         assert "Linformer" in labels and "Fused" not in labels
-    for name in ("digits-confusion", "digits-attention-maps"):
-        titles = " ".join(axes.get_title() for axes in drawn[name].axes)
-        assert "Linformer" in titles and "Fused" not in titles
+    titles = " ".join(axes.get_title() for axes in drawn["digits-attention-maps"].axes)
+    assert "Linformer" in titles and "Fused" not in titles
 
 
-TABLES = ["curves", "tradeoff", "scaling", "efficiency", "confusion", "hardware"]
-TABLES += ["fidelity", "replaced", "cka", "heads", "gates"]
+TABLES = ["curves", "tradeoff", "scaling", "hardware", "fidelity", "replaced", "cka"]
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -100,7 +97,7 @@ def test_a_missing_or_malformed_table_is_named_and_nothing_is_written(study, tab
     ("table", "what"),
     [
         ("scaling", "nothing with"),
-        *((table, "nothing of digits with") for table in ("curves", "fidelity", "cka", "heads")),
+        *((table, "nothing of digits with") for table in ("curves", "fidelity", "cka")),
     ],
 )
 def test_a_mechanism_that_a_table_lacks_is_named(study, table, what):
@@ -122,30 +119,6 @@ def test_missing_or_broken_attention_maps_are_named(study, content):
     with pytest.raises(UserError, match=re.escape(f"{path}: ") + ".*`dvc repro.* evaluate`"):
         plot(**study)
     assert not study["output_dir"].exists()
-
-
-@pytest.mark.parametrize("content", [None, b"", b"\x08\0\0\0\0\0\0\0{}"])
-def test_missing_or_broken_class_token_maps_are_named(study, content):
-    path = study["metrics_dir"] / "analysis/digits/representations/maps.safetensors"
-    path.unlink() if content is None else path.write_bytes(content)
-    with pytest.raises(UserError, match=re.escape(f"{path}: ") + ".*`dvc repro.* representations`"):
-        plot(**study)
-
-
-def test_class_token_maps_of_other_classes_are_refused(study):
-    path = study["metrics_dir"] / "analysis/digits/representations/maps.safetensors"
-    save_file(load_file(path) | {"fused.predictions": np.array([10])}, path)
-    with pytest.raises(UserError, match="other classes"):
-        plot(**study)
-
-
-def test_gates_are_drawn_where_a_mechanism_has_one(study, prepared_dir, tmp_path, monkeypatch):
-    write_study(tmp_path / "m", attentions=["hybrid"], images=1)
-    aggregate(tmp_path / "m", tmp_path / "d", ["digits"], ["hybrid"], [0])
-    drawn = {}
-    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.update({path.stem: figure}))
-    plot(**study | {"data_dir": tmp_path / "d", "metrics_dir": tmp_path / "m", "attentions": ["hybrid"]})
-    assert "digits-gates" in drawn
 
 
 @pytest.mark.parametrize(
