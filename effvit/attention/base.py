@@ -216,8 +216,8 @@ class Attention(nn.Module):
     def share_with(self, first: "Attention") -> None:
         """Take over what the first block's attention shares with all blocks. Nothing by default."""
 
-    def after_step(self, step: int, generator: torch.Generator) -> None:
-        """Called by the training loop after optimiser step number ``step`` (from 1). Nothing by default."""
+    def after_step(self, step: int, generator: torch.Generator, steps: int | None = None) -> None:
+        """Called by the training loop after optimiser step ``step`` (from 1) of ``steps``. Nothing by default."""
 
 
 A = TypeVar("A", bound=type[Attention])

@@ -15,10 +15,14 @@ from effvit.kernels.feature_attention import Features, feature_attention
 from effvit.kernels.qkv import qkv
 
 _EPS = {"softmax": 1e-6, "relu": 1e-3}
+_LAST_DRAW = 0.8  # of a run: after that the learning rate is too low for the weights to follow
 
 
 class PerformerOptions(AttentionOptions):
-    """m random features, the kernel they estimate, and every how many training steps they are drawn anew (0 never)."""
+    """m random features, the kernel they estimate, and every how many training steps they are drawn anew.
+
+    0: never. In the last fifth of a run they stay as they are.
+    """
 
     num_features: int = Field(32, ge=1, le=2**16)
     kernel: Literal["softmax", "relu"] = "softmax"
@@ -85,8 +89,9 @@ class PerformerAttention(Attention):
         norms = self.omega.to(torch.promote_types(w_qk.dtype, torch.float32)).norm(dim=1)
         return *map(self.split_heads, qkv(x, weight, bias)), norms.reciprocal()
 
-    def after_step(self, step: int, generator: torch.Generator) -> None:
-        if self.training and self.redraw_every and step % self.redraw_every == 0:
+    def after_step(self, step: int, generator: torch.Generator, steps: int | None = None) -> None:
+        settled = steps is not None and step > _LAST_DRAW * steps
+        if self.training and self.redraw_every and step % self.redraw_every == 0 and not settled:
             self.omega.copy_(draw_features(self.num_features, self.head_dim, generator))
 
     def mixing_macs(self) -> int:

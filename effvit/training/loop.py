@@ -214,7 +214,7 @@ class Training(Generic[M, D]):
         done = self.epoch * self.steps_per_epoch + self.step + 1
         generator = torch_generator(self.seed, Purpose.REDRAW, done)
         for attention in self._attentions:
-            attention.after_step(done, generator)
+            attention.after_step(done, generator, self.recipe.epochs * self.steps_per_epoch)
         if self._averaged is not None:
             self._averaged.update_parameters(self.model)
         return _Figures(figures)

@@ -186,6 +186,17 @@ def test_features_are_redrawn_in_training_at_multiples_only_and_from_the_given_g
     assert torch.equal(attention.omega, omega)
 
 
+def test_features_stay_as_they_are_in_the_last_fifth_of_a_run():
+    attention = performer(redraw_every=2).train()
+    generator = torch.Generator().manual_seed(5)
+    drawn = []
+    for step in range(1, 11):
+        before = attention.omega.clone()
+        attention.after_step(step, generator, 10)
+        drawn += [step] if not torch.equal(before, attention.omega) else []
+    assert drawn == [2, 4, 6, 8]
+
+
 @pytest.mark.parametrize("redraw_every, training", [(0, True), (1, False)])
 def test_features_are_never_redrawn_in_eval_mode_or_if_not_asked_for(redraw_every, training):
     attention = performer(redraw_every=redraw_every).train(training)

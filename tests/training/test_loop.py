@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from effvit.attention.performer import PerformerAttention
 from effvit.data.loading.prepared import PreparedDataset
 from effvit.errors import UserError
 from effvit.evaluation.score import predict_logits
@@ -72,14 +73,18 @@ def test_training_again_gives_the_same_bytes_and_another_seed_others(run, tmp_pa
         assert (one == other) == path.endswith("config.json")
 
 
-def test_random_features_are_redrawn_while_training(digits, tiny_config):
+def test_random_features_are_redrawn_while_training(digits, tiny_config, monkeypatch):
     omegas = []
     config = tiny_config(attention="performer", attention_options={"num_features": 8, "redraw_every": 3})
     training = Training(config, digits, TrainConfig(**RECIPE), seed=0, horizontal_flip=False)
+    told, after_step = [], PerformerAttention.after_step
+    note = lambda self, step, generator, steps: (told.append((step, steps)), after_step(self, step, generator, steps))  # noqa: E731
+    monkeypatch.setattr(PerformerAttention, "after_step", note)
     for event in training.run():
         if isinstance(event, Epoch):
             omegas.append(training.weights.attentions()[0].omega.clone())
     assert not torch.equal(*omegas)
+    assert {steps for _, steps in told} == {max(step for step, _ in told)}  # of the whole run
 
 
 class WatchedRows(np.ndarray):
