@@ -22,7 +22,7 @@ env: .venv/.made ## the environment in .venv, from requirements.lock alone
 
 study: env ## train, measure and plot all mechanisms on the embedded data set
 	. $(BIN)/activate && dvc repro
-	@sed -n 's/^\*\*\(.*\)\*\*$$/\1/p;T;q' report/report.md
+	@grep -m 1 '^\*\*' report/report.md | tr -d '*'
 	@echo "the whole answer: report/index.html"
 
 show: env ## experiments: what became of each, and test accuracy of its mechanisms; 160 columns
