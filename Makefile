@@ -6,6 +6,7 @@ BRANCHES := [regional],[dilated],[linear],[regional,dilated],[regional,linear],[
 .PHONY: help env study show ablation params tables quick test lint clean
 
 PYTHON ?= python3
+JOBS ?= 1
 BIN := .venv/bin
 
 help: ## this list
@@ -20,8 +21,8 @@ env: .venv/.made ## the environment in .venv, from requirements.lock alone
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
-study: env ## train, measure and plot all mechanisms on the embedded data set
-	. $(BIN)/activate && dvc repro
+study: env ## train, measure and plot all mechanisms on the embedded data set; JOBS=n trains n at a time
+	. $(BIN)/activate && python -m stages.restore $(if $(filter-out 1,$(JOBS)),&& python -m stages.jobs $(JOBS)) && dvc repro
 	@grep -m 1 '^\*\*' report/report.md | tr -d '*'
 	@echo "the whole answer: report/index.html"
 

@@ -49,7 +49,8 @@ def aggregate(
     """Write `metrics_dir/summary.json` and one CSV per table into `plots_data_dir`, which is replaced as a whole.
 
     Raises:
-        UserError: an empty selection or one with duplicates; a file of a selected cell that is missing or malformed.
+        UserError: an empty selection or one with duplicates; a file of a selected cell that is missing or malformed;
+            times of one table that are of two machines.
     """
     tables = collect(metrics_dir, datasets, attentions, seeds)
     with staged_dir(plots_data_dir, ("tradeoff.csv", "*.csv")) as aside:
@@ -83,6 +84,7 @@ def collect(metrics_dir: Path, datasets: Sequence[str], attentions: Sequence[str
     models = pd.DataFrame([key | cells.model(cell / "benchmark") for key, cell in pairs])
     accuracy = _accuracy(evaluations, models)
     benchmarks = [(key, cell / "benchmark") for key, cell in pairs]
+    hardware = _machine([(key, cell / "hardware") for key, cell in pairs], "hardware")
     scalings = [({"attention": a}, metrics_dir / "scaling" / a) for a in attentions]
     cost = _measured(benchmarks, "benchmark", cells.cost)
     scaling = _measured(scalings, "scaling", cells.scaling)
@@ -98,10 +100,7 @@ def collect(metrics_dir: Path, datasets: Sequence[str], attentions: Sequence[str
         confusion=pairs_seen.groupby(_CONFUSED, sort=False)["count"].sum().reset_index(),
         hardware=pd.DataFrame(
             [
-                key
-                | cells.measured_on(cell / "hardware", "hardware")
-                | cells.deployment(cell / "deploy")
-                | cells.hardware(cell / "hardware")
+                key | hardware | cells.deployment(cell / "deploy") | cells.hardware(cell / "hardware")
                 for key, cell in pairs
             ]
         ),
@@ -229,8 +228,24 @@ def _measured(
     places: Sequence[tuple[dict[str, Any], Path]], stage: str, read: Callable[[Path], pd.DataFrame]
 ) -> pd.DataFrame:
     """What a stage measured, the machine a part of each row's key."""
-    parts = [(key | cells.measured_on(directory, stage), read(directory)) for key, directory in places]
-    return _stack(parts).astype({"threads": "Int64"})
+    machine = _machine(places, stage)
+    return _stack([(key | machine, read(directory)) for key, directory in places]).astype({"threads": "Int64"})
+
+
+def _machine(places: Sequence[tuple[dict[str, Any], Path]], stage: str) -> dict[str, Any]:
+    """Where all of a stage's results were measured, which must be one machine: times of several do not compare."""
+    first, *others = ((directory, cells.measured_on(directory, stage)) for _, directory in places)
+    for directory, machine in others:
+        if machine != first[1]:
+            here, there = (
+                ", ".join(f"{value} threads" if key == "threads" else str(value) for key, value in m.items() if value)
+                for m in (machine, first[1])
+            )
+            raise UserError(
+                f"{directory}: measured on another machine ({here}) than {first[0]} ({there}); `dvc repro -f {stage}` "
+                "measures all on this one"
+            )
+    return first[1]
 
 
 def _stack(parts: Sequence[tuple[dict[str, Any], pd.DataFrame]]) -> pd.DataFrame:

@@ -103,28 +103,48 @@ def test_every_result_has_its_provenance(study):
     assert row["torch"].tolist() == [record["packages"]["torch"]]
 
 
-def test_what_is_measured_carries_its_machine_and_on_a_gpu_no_threads(tmp_path):
-    root = write_study(tmp_path / "metrics", attentions=FEW)
-    on_gpu = ("cells/digits/fused/benchmark", "scaling/fused")
-    for place in on_gpu:
+def on_a_gpu(root, *places):
+    """Let what was measured in these places be of a GPU."""
+    for place in places:
         file = root / place / "provenance.json"
         record = json.loads(file.read_text())
         record["machine"] |= {"device": "cuda", "gpu": "NVIDIA H200"}
         file.write_text(json.dumps(record))
+
+
+def test_what_is_measured_carries_its_machine_and_on_a_gpu_no_threads(tmp_path):
+    root = write_study(tmp_path / "metrics", attentions=FEW)
+    on_a_gpu(
+        root, *(f"{place}/{a}{end}" for a in FEW for place, end in (("cells/digits", "/benchmark"), ("scaling", "")))
+    )
     aggregate(root, tmp_path / "data", ["digits"], FEW, [0])
     tables = {
         name: pd.read_csv(tmp_path / f"data/{name}.csv") for name in ("cost", "scaling", "hardware", "provenance")
     }
     for name in ("cost", "scaling"):
-        machines = tables[name].groupby("attention")[["machine", "threads", "dtype"]]
-        assert (machines.nunique(dropna=False) == 1).all(axis=None), name
-        fused, other = (machines.first().loc[attention].tolist() for attention in ("fused", "linformer"))
-        assert fused[::2] == ["NVIDIA H200", "float32"] and np.isnan(fused[1]), name
-        assert other == ["made up", 2, "float32"], name
+        assert (tables[name][["machine", "dtype"]] == ["NVIDIA H200", "float32"]).all(axis=None), name
+        assert tables[name]["threads"].isna().all(), name
     assert (tables["hardware"][["machine", "threads"]] == ["made up", 1]).all(axis=None)
     rows = tables["provenance"].set_index(["stage", "attention"])
     assert rows.loc[("benchmark", "fused"), ["device", "gpu"]].tolist() == ["cuda", "NVIDIA H200"]
-    assert rows.loc[("benchmark", "linformer"), "device"] == "cpu"
+    assert rows.loc[("train", "linformer"), "device"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("place", "other", "stage"),
+    [
+        ("cells/digits/linformer/benchmark", "cells/digits/fused/benchmark", "benchmark"),
+        ("cells/digits/linformer/hardware", "cells/digits/fused/hardware", "hardware"),
+        ("scaling/linformer", "scaling/fused", "scaling"),
+    ],
+)
+def test_times_of_two_machines_are_not_put_into_one_table(tmp_path, place, other, stage):
+    root = write_study(tmp_path / "metrics", attentions=["fused", "linformer"])
+    on_a_gpu(root, place)
+    problem = f"{root / place}: measured on another machine (NVIDIA H200, float32) than {root / other} (made up, "
+    with pytest.raises(UserError, match=re.escape(problem) + f".*`dvc repro -f {stage}` measures all on this one"):
+        aggregate(root, tmp_path / "data", ["digits"], ["fused", "linformer"], [0])
+    assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize("lacks", ["machine", "config"])
