@@ -13,7 +13,7 @@ with Repo() as repo, repo.lock:
         name
         for name, stage in entries.items()
         for out in stage.outs
-        if out.use_cache and out.hash_info and out.changed_cache() and out.changed_checksum()
+        if out.use_cache and out.hash_info and out.changed_cache() and (not out.exists or out.changed_checksum())
     ]
     if absent:
         with modify_yaml("dvc.lock") as lock:
