@@ -1,4 +1,4 @@
-"""Image files to what a prepared data set stores of them: so many rows at a time, each finished part on record."""
+"""Encoded images to what a prepared data set stores of them: so many rows at a time, each finished part on record."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from PIL import Image
 
 from effvit.data.loading import encoded, views
 from effvit.data.sources import images
-from effvit.data.sources.base import Files
+from effvit.data.sources.base import Originals
 from effvit.errors import UserError
 from effvit.files import name_file, write_json
 
@@ -75,11 +75,11 @@ class Shard:
     first: int
     size: int
     storage: str
-    files: Files
+    originals: Originals
     in_mean: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.files.paths)
+        return len(self.originals)
 
     @property
     def path(self) -> Path:
@@ -93,10 +93,9 @@ class Shard:
         return self.work / "done" / f"{self.stored}-{self.first:09}.json"
 
     def fingerprint(self) -> str:
-        """Of everything that decides this shard's content: files by name, size and time, settings, code, libraries."""
-        stats = [(path, (self.files.root / path).stat()) for path in self.files.paths]
+        """Of everything that decides this shard's content: the originals' stamp, settings, code, libraries."""
         parts: dict[str, Any] = {
-            "files": [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats],
+            "originals": self.originals.stamp(),
             "in_mean": self.in_mean.tolist(),
             "settings": [self.stored, self.first, self.size, self.storage],
             "libraries": [PIL.__version__, np.__version__],
@@ -114,7 +113,7 @@ class Shard:
         return tally if self.path.exists() and fingerprint == self.fingerprint() else None
 
     def write(self, on_image: Callable[[], None]) -> Tally:
-        """Read the files and write the shard, then its record; ``on_image`` is called after each image.
+        """Read the images and write the shard, then its record; ``on_image`` is called after each image.
 
         Damaged images are counted in what is returned. A shard with one has no record, and is written again.
         """
@@ -132,13 +131,16 @@ class Shard:
         write_json(self.record, {"fingerprint": fingerprint} | counted)
         return tally
 
+    def _original(self, index: int) -> tuple[bytes, Path]:
+        return self.originals.read(index), self.originals.root / self.originals.name(index)
+
     def _write_pixels(self, tally: Tally, on_image: Callable[[], None]) -> None:
         start = np.load(self.path, mmap_mode="r").offset + self.first * self.size * self.size * 3
         with self.path.open("r+b", buffering=_BUFFER_BYTES) as file:
             file.seek(start)
-            for path, in_mean in zip(self.files.paths, self.in_mean, strict=True):
+            for index, in_mean in enumerate(self.in_mean):
                 try:
-                    pixels, done = images.read_image(self.files.root / path, self.size)
+                    pixels, done = images.read_image(*self._original(index), self.size)
                 except UserError as error:
                     tally.note_damage(error)
                 else:
@@ -163,9 +165,9 @@ class Shard:
             _to_disk(file)
 
     def _jpegs(self, tally: Tally, on_image: Callable[[], None]) -> Iterator[bytes]:
-        for path, in_mean in zip(self.files.paths, self.in_mean, strict=True):
+        for index, in_mean in enumerate(self.in_mean):
             try:
-                jpeg, done = images.read_jpeg(self.files.root / path, self.size)
+                jpeg, done = images.read_jpeg(*self._original(index), self.size)
             except UserError as error:
                 tally.note_damage(error)
                 jpeg, done = b"", []
@@ -176,13 +178,13 @@ class Shard:
             yield jpeg
 
 
-def cut(work: Path, stored: str, size: int, storage: str, files: Files, in_mean: np.ndarray) -> list[Shard]:
-    """Divide files into shards of `SHARD_ROWS`."""
-    starts = range(0, len(files.paths), SHARD_ROWS)
-    parts = [slice(start, start + SHARD_ROWS) for start in starts]
+def cut(work: Path, stored: str, size: int, storage: str, originals: Originals, in_mean: np.ndarray) -> list[Shard]:
+    """Divide images into shards of `SHARD_ROWS`."""
+    starts = range(0, len(originals), SHARD_ROWS)
+    parts = [(start, min(start + SHARD_ROWS, len(originals))) for start in starts]
     return [
-        Shard(work, stored, number, part.start, size, storage, Files(files.root, files.paths[part]), in_mean[part])
-        for number, part in enumerate(parts)
+        Shard(work, stored, number, start, size, storage, originals.part(start, stop), in_mean[start:stop])
+        for number, (start, stop) in enumerate(parts)
     ]
 
 

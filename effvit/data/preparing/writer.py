@@ -13,7 +13,7 @@ from effvit.data.preparing.progress import image_bar
 from effvit.data.preparing.shards import Tally, cut, write_header
 from effvit.data.preparing.workers import write_shards
 from effvit.data.preparing.workspace import workspace
-from effvit.data.sources.base import Files, Source
+from effvit.data.sources.base import Originals, Source
 from effvit.data.sources.holdout import hold_out
 from effvit.errors import UserError
 from effvit.files import write_json
@@ -38,13 +38,13 @@ def write_prepared(source: Source, name: str, image_size: int, output_dir: Path,
     in_mean = np.zeros(len(source.train.labels), dtype=bool)
     in_mean[train_indices] = True
     splits = {"train": (source.train, in_mean), "test": (source.test, np.zeros(len(source.test.labels), dtype=bool))}
-    from_files = isinstance(source.train.images, Files)
+    from_files = isinstance(source.train.images, Originals)
     storage: Literal["pixels", "jpeg"] = "jpeg" if from_files and image_size > LARGEST_PIXELS else "pixels"
     with workspace(output_dir) as work:
         total, notes = Tally(), {}
         for stored, (split, counted) in splits.items():
             bar = f"{name} {stored}"
-            if isinstance(split.images, Files):
+            if isinstance(split.images, Originals):
                 tally = write_shards(cut(work, stored, image_size, storage, split.images, counted), workers, bar)
             else:
                 path = work / "data" / f"{stored}_images.npy"

@@ -1,8 +1,10 @@
 """Images in a folder tree: ``train/<class>/*`` and ``test/<class>/*`` or ``val/<class>/*``."""
 
+import io
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -120,7 +122,7 @@ def _images(directory: "os.DirEntry[str]", notes: Counter[str]) -> list[str]:
         if not entry.is_file():  # reading a FIFO, for one, never ends
             found = "a folder" if entry.is_dir() else "something else"
             raise UserError(f"{entry.path}: expected image files in a class's folder, found {found}")
-        if is_image(Path(entry)):
+        if is_image(entry.name, partial(io.FileIO, entry.path)):
             files.append(entry.name)
         else:
             others += 1

@@ -2,8 +2,10 @@
 
 import io
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -26,36 +28,36 @@ def load_image(path: Path, size: int, storage: str = "pixels") -> np.ndarray:
     Raises `UserError` when it is not a whole image.
     """
     if storage == "jpeg":
-        return np.asarray(evaluation_view(decode(read_jpeg(path, size)[0]), size))
-    return read_image(path, size)[0]
+        return np.asarray(evaluation_view(decode(read_jpeg(path.read_bytes(), path, size)[0]), size))
+    return read_image(path.read_bytes(), path, size)[0]
 
 
-def read_image(path: Path, size: int) -> tuple[np.ndarray, list[str]]:
-    """Read an image file as uint8 RGB ``(size, size, 3)``, and say what was done to it, for instance ``["resized"]``.
+def read_image(content: bytes, path: Path, size: int) -> tuple[np.ndarray, list[str]]:
+    """Decode an image as uint8 RGB ``(size, size, 3)``, and say what was done to it, for instance ``["resized"]``.
 
-    Raises `UserError` when it is not a whole image.
+    Raises `UserError`, which names it by ``path``, when it is not a whole image.
     """
-    file = _read(path)
+    file = _read(content, path)
     if file.image.size != (size, size):
         file.done.append("resized")
     return fit(file.image, size), file.done
 
 
-def read_jpeg(path: Path, size: int) -> tuple[bytes, list[str]]:
-    """Read an image file as an RGB JPEG for views of ``size`` pixels, and say what was done to it.
+def read_jpeg(content: bytes, path: Path, size: int) -> tuple[bytes, list[str]]:
+    """Decode an image as an RGB JPEG for views of ``size`` pixels, and say what was done to it.
 
     The shorter side is reduced to `shorter_side`; a JPEG that is no larger stays as it is, byte by byte. Of what is
     encoded anew and longer than `cut_strip` leaves it, the ends go.
 
-    Raises `UserError` when it is not a whole image.
+    Raises `UserError`, which names it by ``path``, when it is not a whole image.
     """
-    file = _read(path)
+    file = _read(content, path)
     side = shorter_side(size)
     if min(file.image.size) > side:
         file.done.append("reduced")
         file.image = resize_shorter(cut_strip(file.image), side)
     elif file.ready:
-        return path.read_bytes(), file.done
+        return content, file.done
     else:
         file.image = cut_strip(file.image)
     buffer = io.BytesIO()
@@ -63,21 +65,21 @@ def read_jpeg(path: Path, size: int) -> tuple[bytes, list[str]]:
     return buffer.getvalue(), file.done
 
 
-def is_image(path: Path) -> bool:
+def is_image(name: str, open_file: Callable[[], IO[bytes]]) -> bool:
     """Whether a file is meant as an image: by its suffix, else by how it begins."""
-    if path.suffix.lower() in SUFFIXES:
+    if Path(name).suffix.lower() in SUFFIXES:
         return True
     try:
-        with warnings.catch_warnings():
+        with open_file() as file, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            Image.open(path, formats=FORMATS).close()
+            Image.open(file, formats=FORMATS).close()
     except UnidentifiedImageError:
         return False
     except Image.DecompressionBombError:
         return True
     except Exception as error:  # it begins like one, and reading it will tell what is wrong with it
         _raise_systems(error)
-        with path.open("rb") as file:
+        with open_file() as file:
             return file.read(2) != b"BM"  # two letters are a BMP's whole mark, and begin many a text
     return True
 
@@ -91,11 +93,11 @@ class _File:
     ready: bool
 
 
-def _read(path: Path) -> _File:
+def _read(content: bytes, path: Path) -> _File:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 image.load()
         kind = str(image.format)
         ready = kind == "JPEG" and image.mode == "RGB" and image.getexif().get(_ORIENTATION, _UPRIGHT) == _UPRIGHT

@@ -150,12 +150,12 @@ def interrupt(tree, size, output, after):
     read = {name: getattr(shards.images, name) for name in ("read_image", "read_jpeg")}
 
     def counting(name):
-        def reader(path, image_size):
+        def reader(*image):
             nonlocal count
             count += 1
             if count > after:
                 raise KeyboardInterrupt
-            return read[name](path, image_size)
+            return read[name](*image)
 
         return reader
 

@@ -33,7 +33,10 @@ def tree(tmp_path):
 def read(root):
     source = folder(root, 8)
     return source, [
-        [read_image(split.images.root / path, 8)[0] for path in split.images.paths]
+        [
+            read_image(split.images.read(i), split.images.root / split.images.name(i), 8)[0]
+            for i in range(len(split.images))
+        ]
         for split in (source.train, source.test)
     ]
 

@@ -15,8 +15,12 @@ def save(path, image, **options):
     return path
 
 
+def content(path):
+    return path.read_bytes(), path
+
+
 def test_png_of_the_right_size_is_read_pixel_by_pixel(tmp_path):
-    image, done = read_image(save(tmp_path / "a.png", Image.fromarray(NOISE)), 32)
+    image, done = read_image(*content(save(tmp_path / "a.png", Image.fromarray(NOISE))), 32)
     assert np.array_equal(image, NOISE) and image.dtype == np.uint8 and done == []
 
 
@@ -33,7 +37,7 @@ def test_png_of_the_right_size_is_read_pixel_by_pixel(tmp_path):
 )
 def test_other_colour_modes_become_rgb_and_are_named(tmp_path, mode, kind, suffix):
     path = save(tmp_path / f"a.{suffix}", Image.fromarray(NOISE).convert(mode))
-    image, done = read_image(path, 32)
+    image, done = read_image(*content(path), 32)
     assert image.shape == (32, 32, 3) and done == [f"{kind} converted to RGB"]
     with Image.open(path) as peer:
         assert np.array_equal(image, np.asarray(peer.convert("RGB")))
@@ -55,7 +59,7 @@ def test_content_decides_and_not_the_suffix(tmp_path):
     ("size", "stored"), [((70000, 2), (40, 2)), ((200, 68000), (82, 1640)), ((1640, 82), (1640, 82))]
 )
 def test_strip_is_stored_as_far_as_a_view_can_show_it(tmp_path, size, stored):
-    jpeg, done = read_jpeg(save(tmp_path / "a.png", Image.new("RGB", size, (90, 90, 90))), 72)
+    jpeg, done = read_jpeg(*content(save(tmp_path / "a.png", Image.new("RGB", size, (90, 90, 90)))), 72)
     assert Image.open(io.BytesIO(jpeg)).size == stored and done == (["reduced"] if size[0] == 200 else [])
 
 
@@ -64,7 +68,7 @@ def test_shorter_side_is_resized_and_the_centre_cropped(tmp_path, shape):
     bars = np.zeros(shape, np.uint8)
     centre = (slice(None), slice(32, 96)) if shape[1] > shape[0] else (slice(32, 96), slice(None))
     bars[centre] = 200
-    image, done = read_image(save(tmp_path / "a.png", Image.fromarray(bars)), 32)
+    image, done = read_image(*content(save(tmp_path / "a.png", Image.fromarray(bars))), 32)
     assert image.shape == (32, 32, 3) and done == ["resized"]
     assert np.all(image[2:-2, 2:-2] == 200)  # away from the edge, where the filter sees the black beyond the crop
 
