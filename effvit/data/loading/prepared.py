@@ -8,6 +8,7 @@ A prepared directory holds
 - ``train_labels.npy``, ``test_labels.npy``: int64 ``(n,)``;
 - ``train_indices.npy``, ``validation_indices.npy``: int64, a partition of the rows of ``train_images``; validation is
   one image in ten of each class by `effvit.data.sources.holdout.hold_out`, whatever the seed of the training;
+- ``duplicates.csv``, where there are byte-identical images in two parts or two classes: their group, part, class, file;
 - ``meta.json``: the fields of `Meta`.
 """
 
@@ -27,7 +28,8 @@ __all__ = ["FORMAT_VERSION", "META_FILE", "SPLITS", "Images", "Meta", "PreparedD
 
 FORMAT_VERSION = 1
 META_FILE = "meta.json"
-FILES = (META_FILE, "*.npy", "*_images-*.arrow")
+DUPLICATES_FILE = "duplicates.csv"
+FILES = (META_FILE, "*.npy", "*_images-*.arrow", DUPLICATES_FILE)
 """Patterns of what a prepared data set consists of."""
 SPLITS = ("train", "validation", "test")
 STORED = ("train", "test")

@@ -15,6 +15,7 @@ import PIL
 from PIL import Image
 
 from effvit.data.loading import encoded, views
+from effvit.data.preparing.duplicates import DIGEST_BYTES
 from effvit.data.sources import images
 from effvit.data.sources.base import Originals
 from effvit.errors import UserError
@@ -31,18 +32,21 @@ class Tally:
     """What was done to images, and how often each level occurs in each channel of some of them: int64 ``(3, 256)``.
 
     ``damaged`` counts files that are not whole images; ``reasons`` names the first ones, and what is wrong.
+    ``digests`` are 16 bytes of each encoded image, in order, under the row of the first; zeros where there is none.
     """
 
     notes: Counter[str] = field(default_factory=Counter)
     levels: np.ndarray = field(default_factory=lambda: np.zeros((3, 256), dtype=np.int64))
     damaged: int = 0
     reasons: list[str] = field(default_factory=list)
+    digests: dict[int, bytearray] = field(default_factory=dict)
 
     def add(self, other: "Tally") -> None:
         """Add what another one counted."""
         self.notes.update(other.notes)
         self.levels += other.levels
         self.damaged += other.damaged
+        self.digests.update(other.digests)
         self.reasons = (self.reasons + other.reasons)[:_MOST_NAMED]
 
     def note_damage(self, error: UserError) -> None:
@@ -108,6 +112,7 @@ class Shard:
         try:
             record = json.loads(self.record.read_text(encoding="utf-8"))
             fingerprint, tally = record["fingerprint"], Tally(Counter(record["notes"]), np.array(record["levels"]))
+            tally.digests[self.first] = bytearray.fromhex(record["digests"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
         return tally if self.path.exists() and fingerprint == self.fingerprint() else None
@@ -119,7 +124,7 @@ class Shard:
         """
         fingerprint = self.fingerprint()
         self.record.unlink(missing_ok=True)
-        tally = Tally()
+        tally = Tally(digests={self.first: bytearray(DIGEST_BYTES * len(self))})
         try:
             (self._write_jpegs if self.storage == "jpeg" else self._write_pixels)(tally, on_image)
         except OSError as error:
@@ -127,12 +132,15 @@ class Shard:
             raise
         if tally.damaged:
             return tally
-        counted = {"notes": dict(tally.notes), "levels": tally.levels.tolist()}
+        digests = tally.digests[self.first].hex()
+        counted = {"notes": dict(tally.notes), "levels": tally.levels.tolist(), "digests": digests}
         write_json(self.record, {"fingerprint": fingerprint} | counted)
         return tally
 
-    def _original(self, index: int) -> tuple[bytes, Path]:
-        return self.originals.read(index), self.originals.root / self.originals.name(index)
+    def _original(self, index: int, tally: Tally) -> tuple[bytes, Path]:
+        content = self.originals.read(index)
+        tally.digests[self.first][index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES] = digest(content)
+        return content, self.originals.root / self.originals.name(index)
 
     def _write_pixels(self, tally: Tally, on_image: Callable[[], None]) -> None:
         start = np.load(self.path, mmap_mode="r").offset + self.first * self.size * self.size * 3
@@ -140,7 +148,7 @@ class Shard:
             file.seek(start)
             for index, in_mean in enumerate(self.in_mean):
                 try:
-                    pixels, done = images.read_image(*self._original(index), self.size)
+                    pixels, done = images.read_image(*self._original(index, tally), self.size)
                 except UserError as error:
                     tally.note_damage(error)
                 else:
@@ -167,7 +175,7 @@ class Shard:
     def _jpegs(self, tally: Tally, on_image: Callable[[], None]) -> Iterator[bytes]:
         for index, in_mean in enumerate(self.in_mean):
             try:
-                jpeg, done = images.read_jpeg(*self._original(index), self.size)
+                jpeg, done = images.read_jpeg(*self._original(index, tally), self.size)
             except UserError as error:
                 tally.note_damage(error)
                 jpeg, done = b"", []
@@ -178,13 +186,18 @@ class Shard:
             yield jpeg
 
 
+def digest(image: bytes) -> bytes:
+    """Bytes that only byte-identical images share."""
+    return hashlib.blake2b(image, digest_size=DIGEST_BYTES).digest()
+
+
 def cut(work: Path, stored: str, size: int, storage: str, originals: Originals, in_mean: np.ndarray) -> list[Shard]:
     """Divide images into shards of `SHARD_ROWS`."""
     starts = range(0, len(originals), SHARD_ROWS)
     parts = [(start, min(start + SHARD_ROWS, len(originals))) for start in starts]
     return [
-        Shard(work, stored, number, start, size, storage, originals.part(start, stop), in_mean[start:stop])
-        for number, (start, stop) in enumerate(parts)
+        Shard(work, stored, number, part[0], size, storage, originals.take(np.arange(*part)), in_mean[slice(*part)])
+        for number, part in enumerate(parts)
     ]
 
 

@@ -1,6 +1,6 @@
 """Writes a source in the prepared format; the same source gives the same bytes, interrupted or not."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -8,12 +8,13 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from effvit.data.loading.prepared import FORMAT_VERSION, META_FILE, SPLITS, Meta
+from effvit.data.loading.prepared import DUPLICATES_FILE, FORMAT_VERSION, META_FILE, SPLITS, Meta
+from effvit.data.preparing.duplicates import DIGEST_BYTES, Stored, write_duplicates
 from effvit.data.preparing.progress import image_bar
-from effvit.data.preparing.shards import Tally, cut, write_header
+from effvit.data.preparing.shards import Tally, cut, digest, write_header
 from effvit.data.preparing.workers import write_shards
 from effvit.data.preparing.workspace import workspace
-from effvit.data.sources.base import Originals, Source
+from effvit.data.sources.base import Originals, Source, Split
 from effvit.data.sources.holdout import hold_out
 from effvit.errors import UserError
 from effvit.files import write_json
@@ -41,7 +42,7 @@ def write_prepared(source: Source, name: str, image_size: int, output_dir: Path,
     from_files = isinstance(source.train.images, Originals)
     storage: Literal["pixels", "jpeg"] = "jpeg" if from_files and image_size > LARGEST_PIXELS else "pixels"
     with workspace(output_dir) as work:
-        total, notes = Tally(), {}
+        total, notes, alike = Tally(), {}, {}
         for stored, (split, counted) in splits.items():
             bar = f"{name} {stored}"
             if isinstance(split.images, Originals):
@@ -49,10 +50,18 @@ def write_prepared(source: Source, name: str, image_size: int, output_dir: Path,
             else:
                 path = work / "data" / f"{stored}_images.npy"
                 tally = _write_arrays(path, split.images, (len(counted), image_size, image_size, 3), counted, bar)
+            digests = b"".join(tally.digests.pop(first) for first in sorted(tally.digests))
+            parts = np.full(len(counted), SPLITS.index(stored), dtype=np.int8)
+            alike[stored] = Stored(
+                np.frombuffer(digests, np.uint8).reshape(-1, DIGEST_BYTES), parts, split.labels, _namer(split, stored)
+            )
             total.add(tally)
-            notes[stored] = dict(sorted((split.notes + tally.notes).items()))
+            notes[stored] = split.notes + tally.notes
             np.save(work / "data" / f"{stored}_labels.npy", split.labels)
         total.check()  # not before all are read, to name all that are damaged at once
+        alike["train"].parts[validation_indices] = SPLITS.index("validation")
+        for stored, found in write_duplicates(work / "data" / DUPLICATES_FILE, alike, source.classes).items():
+            notes[stored] += found
         np.save(work / "data" / "train_indices.npy", train_indices)
         np.save(work / "data" / "validation_indices.npy", validation_indices)
         mean, std = channel_statistics(total.levels)
@@ -66,7 +75,7 @@ def write_prepared(source: Source, name: str, image_size: int, output_dir: Path,
             mean=mean,
             std=std,
             source=source.description,
-            notes=notes,
+            notes={stored: dict(sorted(counts.items())) for stored, counts in notes.items()},
             storage=storage,
         )
         write_json(work / "data" / META_FILE, asdict(meta))
@@ -80,11 +89,15 @@ def _partition(source: Source) -> tuple[np.ndarray, np.ndarray]:
     return hold_out(source.train.labels, every=_VALIDATION_EVERY)
 
 
+def _namer(split: Split, stored: str) -> Callable[[int], str]:
+    return split.images.name if isinstance(split.images, Originals) else lambda row: f"{stored}[{row}]"
+
+
 def _write_arrays(
     path: Path, images: Iterable[np.ndarray], shape: tuple[int, ...], in_mean: np.ndarray, bar: str
 ) -> Tally:
     # Written in sequence, not through a memory map: on a full disk a map kills the process (SIGBUS) with no message.
-    tally, count = Tally(), 0
+    tally, count = Tally(digests={0: bytearray()}), 0
     with path.open("wb", buffering=_CHUNK_BYTES) as file, image_bar(bar, shape[0]) as at:
         write_header(file, shape)
         for count, image in enumerate(images, start=1):
@@ -92,6 +105,7 @@ def _write_arrays(
                 raise ValueError(f"image {count} is {image.dtype} {image.shape}, expected uint8 {shape[1:]}")
             if count <= shape[0] and in_mean[count - 1]:
                 tally.count_levels(Image.fromarray(image))
+            tally.digests[0] += digest(image.tobytes())
             file.write(image.tobytes())
             at(count)
     if count != shape[0]:

@@ -35,8 +35,8 @@ class Originals(Protocol):
             UserError: there is none, or what holds it is damaged.
         """
 
-    def part(self, start: int, stop: int) -> "Originals":
-        """The images from ``start`` to before ``stop``."""
+    def take(self, rows: np.ndarray) -> "Originals":
+        """The images at the indices ``rows``, in that order."""
 
     def stamp(self) -> list[Any]:
         """What changes when an image does, as JSON: files by name, size and time, rows by number."""
@@ -58,8 +58,8 @@ class Files:
     def read(self, index: int) -> bytes:
         return (self.root / self.paths[index]).read_bytes()
 
-    def part(self, start: int, stop: int) -> "Files":
-        return Files(self.root, self.paths[start:stop])
+    def take(self, rows: np.ndarray) -> "Files":
+        return Files(self.root, tuple(self.paths[row] for row in rows))
 
     def stamp(self) -> list[Any]:
         return [stamp_of(self.root, path) for path in self.paths]
