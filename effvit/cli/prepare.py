@@ -26,7 +26,7 @@ def prepare(
         Path | None,
         typer.Option(
             rich_help_panel=options.FILES,
-            help="Directory of the original files; downloads go there.",
+            help="Folder, .zip, .tar, .parquet or .npz with the originals; downloads go there.",
             show_default="$EFFVIT_DATA/DATASET, or the user's cache",
         ),
     ] = None,
@@ -36,6 +36,21 @@ def prepare(
         typer.Option(
             help="File with one class to take per line; for imagenet100 and folder.", show_default="all classes"
         ),
+    ] = None,
+    test_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of each class to hold out as test split.", show_default="the originals' own test split"
+        ),
+    ] = None,
+    label_level: Annotated[int, typer.Option(help="Level of the folders that are the classes, 1 for the top.")] = 1,
+    image_column: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Column of images in a CSV or Parquet file.", show_default="by its name"),
+    ] = None,
+    label_column: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Column of classes, e.g. coarse_label.", show_default="by its name"),
     ] = None,
     num_classes: Annotated[
         int | None, typer.Option(help="Fail unless there are this many classes.", show_default="any number")
@@ -62,6 +77,10 @@ def prepare(
         classes=classes,
         num_classes=num_classes,
         workers=workers or _cores(),
+        test_share=test_share,
+        label_level=label_level,
+        image_column=image_column,
+        label_column=label_column,
     )
     typer.echo(_describe(prepared))
     typer.echo(f"written to {output_dir} in {time.perf_counter() - start:.1f} s")

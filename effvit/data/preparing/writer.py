@@ -82,11 +82,16 @@ def write_prepared(source: Source, name: str, image_size: int, output_dir: Path,
 
 
 def _partition(source: Source) -> tuple[np.ndarray, np.ndarray]:
-    counts = np.bincount(source.train.labels, minlength=len(source.classes))
+    """Rows of training and of validation."""
+    given = source.validation
+    rows = np.arange(len(source.train.labels), dtype=np.int64)
+    train = rows if given is None else np.delete(rows, given)
+    least, why = (2, "at least 2 (one for validation)") if given is None else (1, "at least 1")
+    counts = np.bincount(source.train.labels[train], minlength=len(source.classes))
     for name, count in zip(source.classes, counts, strict=True):
-        if count < 2:
-            raise UserError(f"class {name!r} has {count} training images, expected at least 2 (one for validation)")
-    return hold_out(source.train.labels, every=_VALIDATION_EVERY)
+        if count < least:
+            raise UserError(f"class {name!r} has {count} training images, expected {why}")
+    return hold_out(source.train.labels, every=_VALIDATION_EVERY) if given is None else (train, given)
 
 
 def _namer(split: Split, stored: str) -> Callable[[int], str]:

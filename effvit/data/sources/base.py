@@ -87,12 +87,17 @@ class Split:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set before it is prepared; ``description`` says where it came from, without local paths."""
+    """A data set before it is prepared; ``description`` says where it came from, without local paths.
+
+    ``validation`` are the rows of ``train`` that are a validation part of the source's own, int64; None where there is
+    none, and some of ``train`` are held out.
+    """
 
     description: str
     classes: tuple[str, ...]
     train: Split
     test: Split
+    validation: np.ndarray | None = None
 
 
 def default_root(name: str) -> Path:
