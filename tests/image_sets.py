@@ -1,4 +1,4 @@
-"""The same images written in many layouts: each is what the layout's own tools write, made with independent libraries."""
+"""The same images written in many layouts, as each layout's own tools write them."""
 
 import csv
 import io
@@ -120,9 +120,9 @@ def as_saved_to_disk(pictures: Pictures, root: Path) -> Path:
     for part, found in pictures.items():
         table = hub_table(found, classes)
         (root / part).mkdir()
-        with pa.OSFile(str(root / part / "data-00000-of-00001.arrow"), "wb") as file:
-            with pa.ipc.new_stream(file, table.schema) as sink:
-                sink.write_table(table, max_chunksize=4)
+        path = str(root / part / "data-00000-of-00001.arrow")
+        with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, table.schema) as sink:
+            sink.write_table(table, max_chunksize=4)
         state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_split": part}
         write(root / part / "state.json", json.dumps(state))
         write(root / part / "dataset_info.json", "{}")

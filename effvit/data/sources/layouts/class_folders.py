@@ -74,6 +74,12 @@ def whole_folders(tree: Tree, choices: Choices) -> Layout | None:
     return Layout("folder tree <class>", tuple(classes), read)
 
 
+def has_class_folders(tree: Tree) -> bool:
+    """Whether there is a folder with images in one for training."""
+    train = find_parts(tree).get(TRAIN, [])
+    return any(_has_image(tree, join(folder, name)) for folder in train for name in tree.folders(folder))
+
+
 def find_parts(tree: Tree) -> dict[str, list[str]]:
     """The folders of each part that is there, by their usual names in any case.
 

@@ -6,6 +6,7 @@ Kaggle's release has ``ILSVRC/Data/CLS-LOC/train/<wnid>``, ``val`` and ``LOC_val
 
 import csv
 import io
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from effvit.data.sources.layouts.class_folders import list_images, list_split
 from effvit.data.sources.layouts.titles import read_titles
 from effvit.data.sources.members import TarMembers, list_tar
 from effvit.data.sources.packed import open_tar
-from effvit.data.sources.tree import Directory, Kind, Tree, join
+from effvit.data.sources.tree import Directory, Tree, join
 from effvit.errors import UserError
 
 _PLACES = ("", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
@@ -28,6 +29,8 @@ _TRAIN_TAR, _VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 _SOLUTION, _MAPPING = "LOC_val_solution.csv", "LOC_synset_mapping.txt"
 _DEVKIT = "ILSVRC2012_devkit_t12"
 _TRUTH, _META = "data/ILSVRC2012_validation_ground_truth.txt", "data/meta.mat"
+_CLASS_TAR = re.compile(r"n\d{8}\.tar")
+_VAL_NAME = "ILSVRC2012_val_"
 _UP = 3  # folders from CLS-LOC to where Kaggle's archive was unpacked
 _LARGEST_TRUTH = 2**26
 
@@ -42,7 +45,7 @@ def imagenet(tree: Tree, choices: Choices) -> Layout | None:
         inner = tree.within(place) if place else tree
         train = _train_part(inner)
         val = _val_part(inner) if train else None
-        if train and val and all("ILSVRC2012_val_" in name for name in val.names):
+        if train and val:
             break
     else:
         return None
@@ -129,14 +132,14 @@ def _train_part(tree: Tree) -> _ClassFolders | _ClassTars | None:
         return _ClassFolders(tree, tuple(sorted(folders)))
     if not isinstance(tree, Directory):
         return None
-    if tars := [name for name in tree.files("train") if name.endswith(".tar")]:
+    if tars := [name for name in tree.files("train") if _CLASS_TAR.fullmatch(name)]:
         found = {name.removesuffix(".tar"): (join("train", name), 0, None) for name in tars}
         return _ClassTars(tree, found, "train/<wnid>.tar")
     if tree.has(_TRAIN_TAR):
         inner = {
             member.name.removesuffix(".tar"): (_TRAIN_TAR, *member.place)
             for member in list_tar(tree.root / _TRAIN_TAR)
-            if member.name.endswith(".tar")
+            if _CLASS_TAR.fullmatch(member.name)
         }
         return _ClassTars(tree, inner, _TRAIN_TAR) if inner else None  # type: ignore[arg-type]
     return None
@@ -144,7 +147,7 @@ def _train_part(tree: Tree) -> _ClassFolders | _ClassTars | None:
 
 def _val_part(tree: Tree) -> _Flat | None:
     notes: Counter[str] = Counter()
-    if any(entry.kind is Kind.FILE for entry in tree.entries("val")) and not tree.folders("val"):
+    if any(name.startswith(_VAL_NAME) for name in tree.files("val")) and not tree.folders("val"):
         names = tuple(list_images(tree, "val", notes))
         return _Flat(names, tree.originals, "val/*", notes)
     if isinstance(tree, Directory) and tree.has(_VAL_TAR):
@@ -210,6 +213,6 @@ def _read_devkit(tree: Tree, truth: bytes, meta: bytes) -> dict[str, str]:
         synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]  # type: ignore[arg-type]
         wnids = {int(number): str(wnid) for number, wnid in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)}
         numbers = [int(line) for line in truth.split()]
-        return {f"ILSVRC2012_val_{index:08}": wnids[number] for index, number in enumerate(numbers, start=1)}
+        return {f"{_VAL_NAME}{index:08}": wnids[number] for index, number in enumerate(numbers, start=1)}
     except Exception as error:  # SciPy raises anything on damaged files
         raise UserError(f"{tree.root / _DEVKIT}: damaged or not the devkit ({error}); fetch it again") from error

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from effvit.data.sources.layout import Choices, Layout
 from effvit.data.sources.layouts.arrays import arrays
-from effvit.data.sources.layouts.class_folders import split_folders, whole_folders
+from effvit.data.sources.layouts.class_folders import has_class_folders, split_folders, whole_folders
 from effvit.data.sources.layouts.csv_table import csv_table
 from effvit.data.sources.layouts.imagenet import imagenet
 from effvit.data.sources.layouts.nothing import explain, explain_file, explain_missing
@@ -68,7 +68,10 @@ def _recognise(tree: Tree, choices: Choices, image_size: int) -> Layout | None:
     for recogniser in holding:
         layout = recogniser(tree, choices)
         if layout is not None:
-            _check_alone(tree, choices, layout)
+            if has_class_folders(tree):
+                raise UserError(
+                    f"{tree.root}: holds two data sets, {layout.description} and a tree train/<class>; move one elsewhere"
+                )
             return layout
     by_columns = choices.image_column or choices.label_column
     ordered = (csv_table, *_FOLDERS) if by_columns else (*_FOLDERS, csv_table)
@@ -77,13 +80,3 @@ def _recognise(tree: Tree, choices: Choices, image_size: int) -> Layout | None:
         if layout is not None:
             return layout
     return None
-
-
-def _check_alone(tree: Tree, choices: Choices, layout: Layout) -> None:
-    """Raise `UserError` where there are folders of classes next to files that hold images."""
-    for recogniser in (*_FOLDERS, whole_folders):
-        other = recogniser(tree, choices)
-        if other is not None:
-            raise UserError(
-                f"{tree.root}: holds two data sets, {layout.description} and {other.description}; move one elsewhere"
-            )

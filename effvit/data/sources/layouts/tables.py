@@ -115,7 +115,7 @@ def _by_part(tree: Directory, files: Sequence[str]) -> dict[str, list[str]]:
         while part is None and folders:
             part = part_of(folders.pop())
         parts[part or WHOLE].append(file)
-        places.add(join(*folders) if part else str(PurePosixPath(file).parent))
+        places.add(join(*(folders if part else PurePosixPath(file).parent.parts)))
     if len(places) > 1:
         several = ", ".join(sorted(place or "." for place in places))
         raise UserError(f"{tree.root}: holds several data sets, in {several}; name one as root")
@@ -152,6 +152,11 @@ def _choose_columns(path: Path, choices: Choices) -> _Columns:
         raise UserError(
             f"{path}: {found}; it has {', '.join(schema.names)}; name the one to take as image_column={schema.names[0]}"
         )
+    if not _holds_images(schema.field(images[0]).type):
+        raise UserError(
+            f"{path}: the column {images[0]!r} is {schema.field(images[0]).type}, expected encoded images (bytes); name "
+            "another as image_column"
+        )
     labels = [choices.label_column] if choices.label_column else _label_columns(schema, features, images[0])
     if len(labels) != 1:
         found = f"several columns that may be labels ({', '.join(labels)})" if labels else "no column of labels"
@@ -161,7 +166,11 @@ def _choose_columns(path: Path, choices: Choices) -> _Columns:
         )
     feature = features.get(labels[0], {})
     names = feature.get("names") if feature.get("_type") == "ClassLabel" else None
-    _check_types(schema, images[0], labels[0], path)
+    if not _may_be_label(schema.field(labels[0]).type):
+        raise UserError(
+            f"{path}: the column {labels[0]!r} is {schema.field(labels[0]).type}, expected one class for each image, as "
+            "number or text; name another as label_column"
+        )
     return _Columns(images[0], labels[0], tuple(map(str, names)) if names else None)
 
 
@@ -202,19 +211,6 @@ def _may_be_label(kind: "pa.DataType") -> bool:
     import pyarrow as pa
 
     return pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def _check_types(schema: "pa.Schema", image: str, label: str, path: Path) -> None:
-    if not _holds_images(schema.field(image).type):
-        raise UserError(
-            f"{path}: the column {image!r} is {schema.field(image).type}, expected encoded images (bytes); "
-            "name another as image_column"
-        )
-    if not _may_be_label(schema.field(label).type):
-        raise UserError(
-            f"{path}: the column {label!r} is {schema.field(label).type}, expected one class for each image, as number "
-            "or text; name another as label_column"
-        )
 
 
 def _labels(path: Path, columns: _Columns) -> "pa.ChunkedArray":
