@@ -50,9 +50,10 @@ def write(path: Path, content: bytes | str) -> Path:
 
 def as_tree(pictures: Pictures, root: Path, names=()) -> Path:
     """``<part>/<class>/<file>``."""
+    called = dict(names)
     for part, found in pictures.items():
         for picture in found:
-            write(root / dict(names).get(part, part) / picture.label / picture.name, picture.content)
+            write(root / called.get(part, part) / picture.label / picture.name, picture.content)
     return root
 
 

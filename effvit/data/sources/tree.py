@@ -128,6 +128,9 @@ class Directory(Tree):
             return []
         return sorted((entry for entry in found if self.only in (None, entry.name)), key=lambda entry: entry.name)
 
+    def has(self, path: str) -> bool:  # without reading a whole folder
+        return self.only in (None, path) and (self.root / path).is_file()
+
     def open(self, path: str) -> IO[bytes]:
         return (self.root / path).open("rb")
 

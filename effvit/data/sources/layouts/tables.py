@@ -16,14 +16,14 @@ from effvit.data.sources.base import Split
 from effvit.data.sources.joined import join_originals
 from effvit.data.sources.layout import WHOLE, Choices, Layout, part_of
 from effvit.data.sources.rows import Rows, is_parquet, one_line, open_arrow
-from effvit.data.sources.tree import Directory, Tree, join
+from effvit.data.sources.tree import Directory, Kind, Tree, join
 from effvit.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 _SUFFIXES = (".parquet", ".pq", ".arrow")
-_DEPTH = 3  # cifar10/plain_text/train/0000.parquet
+_DEPTH = 2  # cifar10/plain_text/train/0000.parquet
 _STATE = "state.json"  # of save_to_disk
 _LABELS = ("label", "labels", "fine_label", "class", "category", "target", "cls")
 
@@ -71,20 +71,17 @@ def tables(tree: Tree, choices: Choices) -> Layout | None:
 def _find(tree: Directory) -> list[str]:
     """Paths of the tables, in the order of their rows."""
     found: list[str] = []
-    folders = [("", 0)]
+    folders = [""]
     while folders:
-        folder, depth = folders.pop(0)
-        names = tree.files(folder)
+        folder = folders.pop(0)
+        entries = tree.entries(folder)
+        names = [entry.name for entry in entries if entry.kind is Kind.FILE]
         if _STATE in names:
-            found += [join(folder, name) for name in _data_files(tree, folder)]
-        else:
-            found += [
-                join(folder, name)
-                for name in names
-                if name.lower().endswith(_SUFFIXES) and not name.startswith("cache-")
-            ]
-        if depth < _DEPTH:
-            folders += [(join(folder, name), depth + 1) for name in tree.folders(folder)]
+            names = _data_files(tree, folder)
+        found += [join(folder, name) for name in names if name.lower().endswith(_SUFFIXES) and name[:6] != "cache-"]
+        # Folders within a part are classes, and not looked into: there may be millions of files.
+        if folder.count("/") < _DEPTH and not part_of(folder.rpartition("/")[2]):
+            folders += [join(folder, entry.name) for entry in entries if entry.kind is Kind.FOLDER]
     kinds = {is_parquet(Path(path)) for path in found}
     if len(kinds) > 1:
         raise UserError(
@@ -154,7 +151,7 @@ def _choose_columns(path: Path, choices: Choices) -> _Columns:
         )
     if not _holds_images(schema.field(images[0]).type):
         raise UserError(
-            f"{path}: the column {images[0]!r} is {schema.field(images[0]).type}, expected encoded images (bytes); name "
+            f"{path}: the column {images[0]!r} is {schema.field(images[0]).type}, expected encoded images; name "
             "another as image_column"
         )
     labels = [choices.label_column] if choices.label_column else _label_columns(schema, features, images[0])
@@ -168,8 +165,8 @@ def _choose_columns(path: Path, choices: Choices) -> _Columns:
     names = feature.get("names") if feature.get("_type") == "ClassLabel" else None
     if not _may_be_label(schema.field(labels[0]).type):
         raise UserError(
-            f"{path}: the column {labels[0]!r} is {schema.field(labels[0]).type}, expected one class for each image, as "
-            "number or text; name another as label_column"
+            f"{path}: the column {labels[0]!r} is {schema.field(labels[0]).type}, expected one class for each row, "
+            "as number or text; name another as label_column"
         )
     return _Columns(images[0], labels[0], tuple(map(str, names)) if names else None)
 

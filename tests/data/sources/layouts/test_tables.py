@@ -37,7 +37,7 @@ def labelled(root, part):
     """Name of class and content of each row, by pyarrow and json alone."""
     table = pq.read_table(root / f"{part}.parquet")
     info = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
-    image, label = ([name for name in info if info[name]["_type"] == kind][0] for kind in ("Image", "ClassLabel"))
+    image, label = (next(name for name in info if info[name]["_type"] == kind) for kind in ("Image", "ClassLabel"))
     names = info[label]["names"]
     return [(names[row[label]], row[image]["bytes"]) for row in table.to_pylist()]
 
@@ -76,7 +76,7 @@ def test_cifar100_has_fine_labels_and_coarse_ones_by_name(tmp_path):
     assert source.train.labels.tolist() == (np.arange(200) % 20).tolist() and source.classes[19] == "c19"
     with pytest.raises(UserError, match=r"has 20 classes .*coarse_label\), CIFAR100 has 100"):
         cifar100(root, 8, Choices(label_column="coarse_label"))
-    with pytest.raises(UserError, match="has 100 classes .*, CIFAR10 has 10"):
+    with pytest.raises(UserError, match=r"has 100 classes .*, CIFAR10 has 10"):
         cifar10(root, 8)
 
 
@@ -148,7 +148,7 @@ LABELS = pa.array([0, 1] * 6)
         (
             {"image": images(), "label": pa.array([[0, 1]] * 12)},
             {"label_column": "label"},
-            "'label' is list<.*, expected one class for each image",
+            "'label' is list<.*, expected one class for each row",
         ),
         ({"image": images(), "label": pa.array([0, None] * 6)}, {}, r"\.parquet\[1\]: no label in the column 'label'"),
         ({"image": images([]), "label": pa.array([], pa.int64())}, {}, "expected at least 2 classes, found 0"),
@@ -224,7 +224,5 @@ def test_file_of_no_split_is_named(tmp_path):
 def test_folders_of_classes_next_to_tables_are_refused(tmp_path):
     sets.as_parquet(PICTURES, tmp_path)
     sets.as_tree(PICTURES, tmp_path)
-    with pytest.raises(
-        UserError, match="holds two data sets, Parquet files, .* and a tree train/<class>; move one elsewhere"
-    ):
+    with pytest.raises(UserError, match=r"holds two data sets, Parquet files, .* and folders of classes; move one"):
         folder(tmp_path, 8)
