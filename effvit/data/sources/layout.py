@@ -117,13 +117,13 @@ def build_source(layout: Layout, root: Path, choices: Choices, wanted: Sequence[
         return Source(description, show(chosen, layout.titles), train, test)
     if WHOLE in parts:
         raise UserError(
-            f"{root}: {len(chosen)} classes with {len(parts[WHOLE].labels):,} images and no split ({description}); "
-            "add test_share=0.2 to hold out a fifth of each class as test split"
+            f"root={root}: {len(chosen)} classes with {len(parts[WHOLE].labels):,} images and no split "
+            f"({description}); add test_share=0.2 to hold out a fifth of each class as test split"
         )
     train, validation = _training(parts, root), None
     if TEST not in parts and VALIDATION not in parts:
         raise UserError(
-            f"{root}: found training images and no test or validation part ({description}); add it, or "
+            f"root={root}: found training images and no test or validation part ({description}); add it, or "
             "test_share=0.2 to hold out a fifth of each class as test split"
         )
     if TEST in parts and VALIDATION in parts:
@@ -136,7 +136,7 @@ def build_source(layout: Layout, root: Path, choices: Choices, wanted: Sequence[
 
 def _training(parts: Mapping[str, Split], root: Path) -> Split:
     if TRAIN not in parts:
-        raise UserError(f"{root}: found a {' and a '.join(parts)} part, but no train part")
+        raise UserError(f"root={root}: found a {' and a '.join(parts)} part, but no train part")
     return parts[TRAIN]
 
 

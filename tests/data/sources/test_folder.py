@@ -74,11 +74,11 @@ def test_images_without_folders_of_classes_are_named_with_their_place(tree):
     for name in ("a.png", "b.png"):
         make_image(tree / "val" / name)
     (tree / "test").rename(tree.parent / "away")
-    with pytest.raises(UserError, match="val: expected a folder for each class, with its images; found 2 files"):
+    with pytest.raises(UserError, match="val/: expected a folder for each class, with its images; found 2 files"):
         read(tree)
     for path in (tree / "val").iterdir():
         path.unlink()
-    with pytest.raises(UserError, match="val: expected a folder for each class, with its images; found nothing"):
+    with pytest.raises(UserError, match="val/: expected a folder for each class, with its images; found nothing"):
         read(tree)
 
 

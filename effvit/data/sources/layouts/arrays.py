@@ -35,7 +35,9 @@ def arrays(tree: Tree, choices: Choices, image_size: int) -> Layout | None:
         return None
     files = [name for name in tree.files() if name.lower().endswith(".npz")]
     if len(files) > 1:
-        raise UserError(f"{tree.root}: holds {len(files)} .npz files; name one as root, as root={tree.root / files[0]}")
+        raise UserError(
+            f"root={tree.root}: holds {len(files)} .npz files; name one as root, as root={tree.root / files[0]}"
+        )
     if not files:
         return None
     path = tree.root / files[0]

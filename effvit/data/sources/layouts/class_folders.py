@@ -92,7 +92,7 @@ def find_parts(tree: Tree) -> dict[str, list[str]]:
         found = [folder for folder in folders if _NUMBERED.sub("", folder).lower() in names]
         if len({_NUMBERED.sub("", folder) for folder in found}) > 1:
             raise UserError(
-                f"{tree.root}: {' and '.join(f'{name}/' for name in found)} are there, expected one of them"
+                f"root={tree.root}: {' and '.join(f'{name}/' for name in found)} are there, expected one of them"
             )
         if found:
             parts[part] = found
@@ -134,7 +134,7 @@ def _unlabelled(tree: Tree, folder: str) -> str:
     inside = tree.folders(folder)
     found = f"{count:,} files" if count else f"the folder {inside[0]}/" if inside else "nothing"
     return (
-        f"{tree.root / folder}: expected a folder for each class, with its images; found {found}; "
+        f"root={tree.root}: {folder}/: expected a folder for each class, with its images; found {found}; "
         "for ImageNet's val, put LOC_val_solution.csv or ILSVRC2012_devkit_t12 next to it; "
         "to divide train/ instead, add test_share=0.2"
     )
@@ -146,7 +146,8 @@ def _no_test(tree: Tree, train: Sequence[str]) -> str:
         (f" (is {name}/ meant?)" for name in others if did_you_mean(name.lower(), ("test", "val", "valid"))), ""
     )
     return (
-        f"{tree.root}: found {train[0]}/ and no test/ or val/{meant}; add it, or test_share=0.2 to divide {train[0]}/"
+        f"root={tree.root}: found {train[0]}/ and no test/ or val/{meant}; add it, or test_share=0.2 to divide "
+        f"{train[0]}/"
     )
 
 
@@ -214,8 +215,8 @@ def list_classes(
                 if entry.kind is not Kind.FOLDER:
                     if depth and _is_image(tree, join(path, entry.name)):
                         raise UserError(
-                            f"{tree.root / path / entry.name}: an image above the folders of classes; "
-                            f"label_level={depth} makes {path.rpartition('/')[2]} its class"
+                            f"label_level={level}: {tree.root / path / entry.name} is an image above the folders of "
+                            f"classes; label_level={depth} makes {path.rpartition('/')[2]} its class"
                         )
                     notes["stray files ignored"] += 1
             paths = [join(path, entry.name) for path, entry in entries if entry.kind is Kind.FOLDER]

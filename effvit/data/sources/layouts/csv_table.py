@@ -56,8 +56,8 @@ def csv_table(tree: Tree, choices: Choices) -> Layout | None:
         if len(files) == 1 or choices.image_column or choices.label_column:
             header = _lines(tree, files[0])[0]
             raise UserError(
-                f"{tree.root / files[0]}: has the columns {', '.join(header)}; name those of images and classes as "
-                "image_column=NAME and label_column=NAME"
+                f"label_column=None: {tree.root / files[0]} has the columns {', '.join(header)}; name those of images "
+                "and classes as image_column=NAME and label_column=NAME"
             )
         return None
     listing: dict[str, list[tuple[str, str]]] = {}

@@ -31,7 +31,7 @@ def explain_missing(root: Path) -> str:
     siblings = [path.name for path in parent.iterdir()] if parent.is_dir() else []
     hint = did_you_mean(root.name, siblings)
     missing = "" if parent.is_dir() else f"; {_first_missing(root)} is not there either"
-    return f"{root}: no such folder or file{hint}{missing}"
+    return f"root={root}: no such folder or file{hint}{missing}"
 
 
 def _first_missing(root: Path) -> Path:
@@ -43,16 +43,18 @@ def explain_file(root: Path) -> str:
     command = _COMPRESSED.get(root.suffix.lower())
     if command:
         return (
-            f"{root}: a compressed archive, which cannot be read in place; unpack it ({command} {root.name}) and name "
-            "the folder as root"
+            f"root={root}: a compressed archive, which cannot be read in place; unpack it ({command} {root.name}) and "
+            "name the folder as root"
         )
-    return f"{root}: a file; expected a folder, or a .zip, .tar, .npz, .parquet or .arrow file"
+    return f"root={root}: a file; expected a folder, or a .zip, .tar, .npz, .parquet or .arrow file"
 
 
 def explain(top: Tree, tree: Tree, choices: Choices) -> str:
     """For a root in which no layout was recognised; ``tree`` is the innermost folder that was looked at."""
     found = _explain(tree)
-    return f"{top.root}: {found}" if top.root == tree.root else f"{tree.root}: {found} (the only folder in {top.root})"
+    return (
+        f"root={top.root}: {found}" if top.root == tree.root else f"root={top.root}: {tree.root.name}/ in it: {found}"
+    )
 
 
 def _explain(tree: Tree) -> str:

@@ -70,7 +70,8 @@ def _recognise(tree: Tree, choices: Choices, image_size: int) -> Layout | None:
         if layout is not None:
             if has_class_folders(tree):
                 raise UserError(
-                    f"{tree.root}: holds two data sets, {layout.description} and folders of classes; move one elsewhere"
+                    f"root={tree.root}: holds two data sets, {layout.description} and folders of classes; "
+                    "move one elsewhere"
                 )
             return layout
     by_columns = choices.image_column or choices.label_column

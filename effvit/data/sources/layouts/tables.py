@@ -85,7 +85,7 @@ def _find(tree: Directory) -> list[str]:
     kinds = {is_parquet(Path(path)) for path in found}
     if len(kinds) > 1:
         raise UserError(
-            f"{tree.root}: holds Parquet and Arrow files; expected one or the other, or name a folder in it"
+            f"root={tree.root}: holds Parquet and Arrow files; expected one or the other, or name a folder in it"
         )
     return found
 
@@ -115,7 +115,7 @@ def _by_part(tree: Directory, files: Sequence[str]) -> dict[str, list[str]]:
         places.add(join(*(folders if part else PurePosixPath(file).parent.parts)))
     if len(places) > 1:
         several = ", ".join(sorted(place or "." for place in places))
-        raise UserError(f"{tree.root}: holds several data sets, in {several}; name one as root")
+        raise UserError(f"root={tree.root}: holds several data sets, in {several}; name one as root")
     if WHOLE in parts and len(parts) > 1:
         raise UserError(
             f"{tree.root}: {parts[WHOLE][0]} does not say which split it is; expected train, validation or test in "
@@ -147,26 +147,27 @@ def _choose_columns(path: Path, choices: Choices) -> _Columns:
     if len(images) != 1:
         found = f"several columns with images ({', '.join(images)})" if images else "no column with images"
         raise UserError(
-            f"{path}: {found}; it has {', '.join(schema.names)}; name the one to take as image_column={schema.names[0]}"
+            f"image_column=None: {path} has {found}; its columns are {', '.join(schema.names)}; "
+            "image_column=NAME takes one"
         )
     if not _holds_images(schema.field(images[0]).type):
         raise UserError(
-            f"{path}: the column {images[0]!r} is {schema.field(images[0]).type}, expected encoded images; name "
+            f"image_column={images[0]}: in {path} it is {schema.field(images[0]).type}, expected encoded images; name "
             "another as image_column"
         )
     labels = [choices.label_column] if choices.label_column else _label_columns(schema, features, images[0])
     if len(labels) != 1:
         found = f"several columns that may be labels ({', '.join(labels)})" if labels else "no column of labels"
-        first = labels[0] if labels else next((name for name in schema.names if name != images[0]), "NAME")
         raise UserError(
-            f"{path}: {found}; it has {', '.join(schema.names)}; name the one to take as label_column={first}"
+            f"label_column=None: {path} has {found}; its columns are {', '.join(schema.names)}; "
+            "label_column=NAME takes one"
         )
     feature = features.get(labels[0], {})
     names = feature.get("names") if feature.get("_type") == "ClassLabel" else None
     if not _may_be_label(schema.field(labels[0]).type):
         raise UserError(
-            f"{path}: the column {labels[0]!r} is {schema.field(labels[0]).type}, expected one class for each row, "
-            "as number or text; name another as label_column"
+            f"label_column={labels[0]}: in {path} it is {schema.field(labels[0]).type}, expected one class for each "
+            "row, as number or text; name another as label_column"
         )
     return _Columns(images[0], labels[0], tuple(map(str, names)) if names else None)
 

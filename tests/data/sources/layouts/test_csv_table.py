@@ -89,7 +89,7 @@ def test_labels_that_are_numbers_are_in_their_order(tmp_path):
         ("id,label\n0,a\n0,b\n", SPLIT, r"images/0\.png has several classes, as with multi-label images"),
         ("id,label\n0,a\n0,a\n", SPLIT, r"images/0\.png has several rows"),
         ("id,label\n", SPLIT, r"labels\.csv: has no rows"),
-        ("x,y\n0,a\n", SPLIT, r"labels\.csv: has the columns x, y; name those .* image_column=NAME and label_column"),
+        ("x,y\n0,a\n", SPLIT, r"labels\.csv has the columns x, y; name those .* image_column=NAME and label_column"),
         ("id,label\n0,a\n1,b\n", Choices(label_column="lable"), r"label_column=lable: .* \(did you mean label\?\)"),
         ("id,label,split\n0,a,train\n1,b,extra\n", SPLIT, r"'extra' in the column 'split': expected train, valid"),
         ("id,label\n0,a\n1,b\n2,a\n3,b", Choices(), r"2 classes with 4 images and no split .*; add test_share=0\.2"),

@@ -20,7 +20,7 @@ def told(root, choices=None):
 
 def test_no_such_root(tmp_path):
     (tmp_path / "photos").mkdir()
-    assert told(tmp_path / "photo") == f"{tmp_path}/photo: no such folder or file (did you mean photos?)"
+    assert told(tmp_path / "photo") == f"root={tmp_path}/photo: no such folder or file (did you mean photos?)"
     assert told(tmp_path / "a" / "b").endswith(f"no such folder or file; {tmp_path}/a is not there either")
 
 
@@ -32,12 +32,12 @@ def test_compressed_archive(tmp_path, name, command):
     says = (
         f"a compressed archive, which cannot be read in place; unpack it ({command} {name}) and name the folder as root"
     )
-    assert told(root) == f"{root}: {says}"
+    assert told(root) == f"root={root}: {says}"
 
 
 def test_file_of_another_kind(tmp_path):
     root = sets.write(tmp_path / "notes.txt", b"any")
-    assert told(root) == f"{root}: a file; expected a folder, or a .zip, .tar, .npz, .parquet or .arrow file"
+    assert told(root) == f"root={root}: a file; expected a folder, or a .zip, .tar, .npz, .parquet or .arrow file"
 
 
 def test_archives_inside(tmp_path):
@@ -68,16 +68,16 @@ def test_no_split(tmp_path):
 def test_one_level_down_among_others(tmp_path):
     for name in ("a", "b"):
         sets.as_tree(PICTURES, tmp_path / name)
-    assert told(tmp_path) == f"{tmp_path}: no train/ here, but in a/, b/; name one as root, as root={tmp_path}/a"
+    assert told(tmp_path) == f"root={tmp_path}: no train/ here, but in a/, b/; name one as root, as root={tmp_path}/a"
 
 
 def test_images_without_labels(tmp_path):
     sets.write(tmp_path / "1.png", PNG)
     assert told(tmp_path).startswith(
-        f"{tmp_path}: 1 images without labels; sort them into folders of classes, or add a"
+        f"root={tmp_path}: 1 images without labels; sort them into folders of classes, or add a"
     )
     (tmp_path / "1.png").rename(sets.write(tmp_path / "images" / "0.png", PNG).with_name("1.png"))
-    assert told(tmp_path).startswith(f"{tmp_path}/images: 2 images without labels")
+    assert told(tmp_path).startswith(f"root={tmp_path}: images/ in it: 2 images without labels")
 
 
 def test_train_without_classes(tmp_path):
@@ -92,7 +92,7 @@ def test_no_train(tmp_path):
 
 
 def test_empty_folder_and_something_else(tmp_path):
-    assert told(tmp_path).startswith(f"{tmp_path}: is empty; expected train/<class>/ and test/<class>/")
+    assert told(tmp_path).startswith(f"root={tmp_path}: is empty; expected train/<class>/ and test/<class>/")
     for name in "abcde":
         sets.write(tmp_path / f"{name}.tex", b"any")
-    assert told(tmp_path).startswith(f"{tmp_path}: found a.tex, b.tex, c.tex and 2 more; expected train/<class>/")
+    assert told(tmp_path).startswith(f"root={tmp_path}: found a.tex, b.tex, c.tex and 2 more; expected train/<class>/")

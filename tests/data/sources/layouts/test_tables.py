@@ -131,24 +131,32 @@ LABELS = pa.array([0, 1] * 6)
 @pytest.mark.parametrize(
     ("columns", "choices", "message"),
     [
-        ({"image": images(), "text": LABELS.cast(pa.float64())}, {}, "no column of labels; it has image, text"),
+        (
+            {"image": images(), "text": LABELS.cast(pa.float64())},
+            {},
+            "label_column=None: .* no column of labels; its columns are image, text",
+        ),
         ({"image": images(), "label": LABELS, "b": images()}, {"image_column": "imag"}, r"image_column=imag: .* \(did"),
         (
             {"x": images(), "label": LABELS, "b": images()},
             {},
-            r"several columns with images \(x, b\); .*image_column=x",
+            r"several columns with images \(x, b\); .*image_column=NAME",
         ),
         ({"image": LABELS, "label": LABELS}, {}, "no column with images"),
-        ({"image": images(), "label": LABELS}, {"image_column": "label"}, "'label' is int64, expected encoded images"),
+        (
+            {"image": images(), "label": LABELS},
+            {"image_column": "label"},
+            "image_column=label: in .* it is int64, expected encoded images",
+        ),
         (
             {"image": images(), "x": LABELS, "y": LABELS},
             {},
-            r"several columns that may be labels \(x, y\); .*_column=x",
+            r"several columns that may be labels \(x, y\); .*_column=NAME",
         ),
         (
             {"image": images(), "label": pa.array([[0, 1]] * 12)},
             {"label_column": "label"},
-            "'label' is list<.*, expected one class for each row",
+            "label_column=label: in .* it is list<.*, expected one class for each row",
         ),
         ({"image": images(), "label": pa.array([0, None] * 6)}, {}, r"\.parquet\[1\]: no label in the column 'label'"),
         ({"image": images([]), "label": pa.array([], pa.int64())}, {}, "expected at least 2 classes, found 0"),
