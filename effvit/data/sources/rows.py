@@ -1,6 +1,8 @@
 """Images in a column of Parquet or Arrow files, read in order, a few rows at a time."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,22 +15,20 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 BATCH_ROWS = 64  # in memory at a time, of images of any size
+_FAR_ROWS = 10_000  # ahead; to find the row group of a row further on is faster than to read up to it
 
 
+@dataclass(frozen=True)
 class Rows:
-    """Images of one file: ``rows`` are int64 ``(n,)``, the rows of the file, and reading is in order or starts anew.
+    """Images of one file: ``rows`` are int64 ``(n,)``, the rows of the file.
 
     ``column`` holds bytes, or structs with a field ``bytes``, as Hugging Face's ``datasets`` has them.
     """
 
-    def __init__(self, root: Path, file: str, column: str, rows: np.ndarray) -> None:
-        self.root, self.file, self.column, self.rows = root, file, column, rows
-        self._batches: Iterator[pa.Array] = iter(())
-        self._start = 0  # row of the first in the batch
-        self._batch: Any = ()
-
-    def __reduce__(self) -> tuple[Any, ...]:  # without what is open
-        return Rows, (self.root, self.file, self.column, self.rows)
+    root: Path
+    file: str
+    column: str
+    rows: np.ndarray
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -38,7 +38,7 @@ class Rows:
 
     def read(self, index: int) -> bytes:
         try:
-            value = self._value(int(self.rows[index]))
+            value = _cursor(self.root / self.file, self.column, self._version).value(int(self.rows[index]))
         except (OSError, ValueError) as error:  # pyarrow's errors are both
             if isinstance(error, OSError) and error.errno is not None:
                 raise
@@ -56,30 +56,65 @@ class Rows:
     def stamp(self) -> list[Any]:
         return [stamp_of(self.root, self.file), self.column, self.rows.tolist()]
 
-    def _value(self, row: int) -> Any:
-        if not len(self._batch) or row < self._start:
-            first, self._batches = batches_from(self.root / self.file, self.column, row)
-            self._start, self._batch = first, next(self._batches)
+    @cached_property
+    def _version(self) -> tuple[Any, ...]:
+        return tuple(stamp_of(self.root, self.file))
+
+
+@lru_cache(maxsize=1)
+def _cursor(path: Path, column: str, version: tuple[Any, ...]) -> "_Cursor":
+    """The place in a file where this process reads: lots of the same file, one after another, share it."""
+    return _Cursor(path, column)
+
+
+class _Cursor:
+    """A column, read in order, or anew from where an earlier row is. One batch is in memory."""
+
+    def __init__(self, path: Path, column: str) -> None:
+        self._column = _ParquetColumn(path, column) if is_parquet(path) else _ArrowColumn(path, column)
+        self._batches: Iterator[pa.Array] = iter(())
+        self._batch: Any = ()
+        self._start = 0  # row of the first in the batch
+
+    def value(self, row: int) -> Any:
+        """The value at a row: bytes, a dictionary, or None."""
+        if not len(self._batch) or not self._start <= row < self._start + _FAR_ROWS:
+            self._start, self._batches = self._column.batches(row)
+            self._batch = next(self._batches)
         while row >= self._start + len(self._batch):
             self._start += len(self._batch)
             self._batch = next(self._batches)
         return self._batch[row - self._start].as_py()
 
 
-def batches_from(path: Path, column: str, row: int) -> "tuple[int, Iterator[pa.Array]]":
-    """Batches of a column from the one on that holds ``row`` or comes before it, and the row that it starts with."""
-    if is_parquet(path):
+class _ParquetColumn:
+    def __init__(self, path: Path, name: str) -> None:
         import pyarrow.parquet as pq
 
-        file = pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
-        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-        starts = np.cumsum([0, *sizes])
-        group = int(np.searchsorted(starts, row, side="right")) - 1
-        groups = list(range(group, len(sizes)))
-        batches = file.iter_batches(batch_size=BATCH_ROWS, row_groups=groups, columns=[column], use_threads=False)
-        return int(starts[group]), (batch.column(0) for batch in batches)
-    values = open_arrow(path).column(column)
-    return row, (values.slice(at, BATCH_ROWS).combine_chunks() for at in range(row, len(values), BATCH_ROWS))
+        self._file, self._name = pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False), name
+        sizes = [self._file.metadata.row_group(group).num_rows for group in range(self._file.num_row_groups)]
+        self._starts = np.cumsum([0, *sizes])
+
+    def batches(self, row: int) -> "tuple[int, Iterator[pa.Array]]":
+        """Batches from the row group with ``row`` on, and the row that it starts with."""
+        group = int(np.searchsorted(self._starts, row, side="right")) - 1
+        batches = self._file.iter_batches(
+            batch_size=BATCH_ROWS,
+            row_groups=list(range(group, self._file.num_row_groups)),
+            columns=[self._name],
+            use_threads=False,
+        )
+        return int(self._starts[group]), (batch.column(0) for batch in batches)
+
+
+class _ArrowColumn:
+    def __init__(self, path: Path, name: str) -> None:
+        self._values = open_arrow(path).column(name)
+
+    def batches(self, row: int) -> "tuple[int, Iterator[pa.Array]]":
+        """Batches from ``row`` on, over the memory map."""
+        starts = range(row, len(self._values), BATCH_ROWS)
+        return row, (self._values.slice(start, BATCH_ROWS).combine_chunks() for start in starts)
 
 
 def open_arrow(path: Path) -> "pa.Table":

@@ -1,6 +1,7 @@
 """Parquet and Arrow files as Hugging Face's ``datasets`` has them; labels checked against pyarrow read plainly."""
 
 import json
+import os
 import pickle
 
 import image_sets as sets
@@ -120,7 +121,21 @@ def test_reading_holds_few_rows_whatever_the_row_groups(tmp_path, monkeypatch):
         lot = pickle.loads(pickle.dumps(Rows(tmp_path, "x.parquet", "image", np.arange(12))))
         for order in (range(12), [11, 0, 5, 5, 4, 9], range(11, -1, -1)):
             assert [lot.read(row) for row in order] == [CONTENT[row] for row in order]
-            assert len(lot._batch) <= 2
+        for part in range(0, 12, 4):  # as workers take them
+            assert [lot.take(np.arange(part, part + 4)).read(row) for row in range(4)] == CONTENT[part : part + 4]
+
+
+def test_file_is_opened_once_for_lots_that_follow_one_another_and_anew_when_it_changed(tmp_path, monkeypatch):
+    opened = []
+    parquet = pq.ParquetFile
+    monkeypatch.setattr(pq, "ParquetFile", lambda *args, **options: opened.append(1) or parquet(*args, **options))
+    for time, contents in enumerate((CONTENT, CONTENT[::-1])):
+        opened.clear()
+        pq.write_table(pa.table({"image": images(contents)}), tmp_path / "x.parquet", row_group_size=3)
+        os.utime(tmp_path / "x.parquet", ns=(time, time))
+        lot = Rows(tmp_path, "x.parquet", "image", np.arange(12))
+        assert [lot.take(np.array([row])).read(0) for row in range(12)] == contents
+        assert opened == [1]
 
 
 NAMES = {"_type": "ClassLabel", "names": ["a", "b"]}
