@@ -1,14 +1,28 @@
 """``effvit evaluate``."""
 
+from typing import Annotated
+
 import typer
 
 from effvit.cli import options
+
+_FILES = ("evaluation.json", "*.csv", "attention_maps.*", "worst.png", "provenance.json")
 
 
 def evaluate(
     model_dir: options.ModelDir,
     dataset_dir: options.DatasetDir,
     output_dir: options.OutputDir,
+    worst: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=200,
+            rich_help_panel=options.FILES,
+            help="Draw the most confident mistakes, so many, in worst.png.",
+            show_default="none",
+        ),
+    ] = 0,
     batch_size: options.ImagesPerPass = 256,
     device: options.Device = "auto",
 ) -> None:
@@ -25,8 +39,8 @@ def evaluate(
     model = load_model(model_dir, where)
     dataset = PreparedDataset.load(dataset_dir)
     dataset = check_fits(model, dataset)
-    with staged_dir(output_dir, ("evaluation.json", "*.csv", "attention_maps.*", "provenance.json")) as directory:
-        scores = score_test_split(model, dataset, directory, batch_size)
+    with staged_dir(output_dir, _FILES) as directory:
+        scores = score_test_split(model, dataset, directory, batch_size, worst)
         map_test_images(model, dataset, directory)
         settings = {"model": model.config.model_dump(), "dataset": dataset.name}
         write_provenance(directory, settings, this_machine(where))
