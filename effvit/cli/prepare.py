@@ -55,6 +55,14 @@ def prepare(
     num_classes: Annotated[
         int | None, typer.Option(help="Fail unless there are this many classes.", show_default="any number")
     ] = None,
+    skip_damaged: Annotated[
+        bool,
+        typer.Option(
+            "--skip-damaged",
+            rich_help_panel=options.FILES,
+            help="Leave damaged images out and list them in damaged.csv.",
+        ),
+    ] = False,
     workers: Annotated[
         int | None,
         typer.Option(min=1, help="Processes that read image files.", show_default="one per core"),
@@ -77,6 +85,7 @@ def prepare(
         classes=classes,
         num_classes=num_classes,
         workers=workers or _cores(),
+        skip_damaged=skip_damaged,
         test_share=test_share,
         label_level=label_level,
         image_column=image_column,

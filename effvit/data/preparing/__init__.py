@@ -20,6 +20,7 @@ def prepare(
     classes: Path | None = None,
     num_classes: int | None = None,
     workers: int = 1,
+    skip_damaged: bool = False,
     test_share: float | None = None,
     label_level: int = 1,
     image_column: str | None = None,
@@ -34,6 +35,7 @@ def prepare(
         output_dir: replaced as a whole; must be absent, empty, or a prepared data set, and hold none of the originals.
         classes: a file with the classes to take, one a line; all by default.
         num_classes: how many classes are expected; None for any number.
+        skip_damaged: leave damaged images out, with a count in ``notes`` and a list in ``damaged.csv``.
         workers: processes that read image files; more than one needs a ``__main__`` that can be imported.
         test_share: what share of each class becomes the test split, for images without one.
         label_level: the level of folders that are the classes, 1 for the top.
@@ -59,5 +61,5 @@ def prepare(
     source = open_source(name, root, image_size, choices)
     if num_classes not in (None, len(source.classes)):
         raise UserError(f"num_classes={num_classes}: {name} has {len(source.classes)} classes there; set it to that")
-    write_prepared(source, name, image_size, output_dir, workers)
+    write_prepared(source, name, image_size, output_dir, workers, skip_damaged=skip_damaged)
     return PreparedDataset.load(output_dir)

@@ -1,7 +1,6 @@
 """From an encoded image to RGB: decoded by content, upright, as pixels of one size or as a JPEG of a moderate size."""
 
 import io
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -133,15 +132,14 @@ def _read(content: bytes, name: str, side: int) -> _File:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content), formats=_OPENED) as image:
-                size = image.size
-                image.draft(None, (2 * side, 2 * side))
-                image.load()
-                done = _note_kind(image, content, name)
-                turn = _turn(image, done)
-            ready = turn is None and image.format == "JPEG" and image.mode == "RGB"
-            if turn is not None:
-                image = image.transpose(turn)
+            with Image.open(io.BytesIO(content), formats=_OPENED) as opened:
+                size = opened.size
+                opened.draft(None, (2 * side, 2 * side))
+                opened.load()
+                done = _note_kind(opened, content, name)
+                turn = _turn(opened, done)
+            ready = turn is None and opened.format == "JPEG" and opened.mode == "RGB"
+            image = opened if turn is None else opened.transpose(turn)
             if image.mode != "RGB":
                 done.append(f"{_kind(image.mode)} converted to RGB")
                 image = _to_rgb(image)
@@ -169,7 +167,7 @@ def _turn(image: Image.Image, done: list[str]) -> Image.Transpose | None:
         exif = image.getexif()
         if not exif and "exif" in image.info:  # of a JPEG, Pillow may have met what is wrong before, and kept silent
             Image.Exif().load(image.info["exif"])
-        return _TURNS.get(exif.get(_ORIENTATION))
+        return _TURNS.get(exif.get(_ORIENTATION, 1))
     except Exception as error:  # anything, as in decoders
         _raise_systems(error)
         done.append("unreadable Exif ignored")
@@ -177,7 +175,7 @@ def _turn(image: Image.Image, done: list[str]) -> Image.Transpose | None:
 
 
 def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower()
+    return name[name.rfind(".") :].lower()
 
 
 def _raise_systems(error: Exception) -> None:
