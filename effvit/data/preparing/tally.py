@@ -28,9 +28,9 @@ class Tally:
         self.damaged.update(other.damaged)
         self.digests += other.digests
 
-    def count_levels(self, image: Image.Image) -> None:
-        """Add the pixels of an RGB image."""
-        self.levels += np.array(image.histogram()).reshape(3, 256)
+    def count_levels(self, image: Image.Image, times: int = 1) -> None:
+        """Add the pixels of an RGB image, or take them away again: -1 times."""
+        self.levels += times * np.array(image.histogram()).reshape(3, 256)
 
     def as_json(self) -> dict[str, Any]:
         """What `from_json` takes."""

@@ -1,5 +1,6 @@
 """What a source of images hands to the writer: labels at once, images one by one or still encoded."""
 
+import io
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -56,7 +57,8 @@ class Files:
         return self.paths[index]
 
     def read(self, index: int) -> bytes:
-        return (self.root / self.paths[index]).read_bytes()
+        with io.FileIO(f"{self.root}/{self.paths[index]}") as file:  # a third of the time that a Path takes
+            return file.readall()
 
     def take(self, rows: np.ndarray) -> "Files":
         return Files(self.root, tuple(self.paths[row] for row in rows))
@@ -67,7 +69,7 @@ class Files:
 
 def stamp_of(root: Path, path: str) -> list[Any]:
     """A file's name, size and time."""
-    stat = (root / path).stat()
+    stat = os.stat(f"{root}/{path}")  # noqa: PTH116  # a Path takes several times as long
     return [path, stat.st_size, stat.st_mtime_ns]
 
 

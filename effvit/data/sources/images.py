@@ -1,8 +1,10 @@
 """From an encoded image to RGB: decoded by content, upright, as pixels of one size or as a JPEG of a moderate size."""
 
 import io
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,9 +45,18 @@ def load_image(path: Path, size: int, storage: str = "pixels") -> np.ndarray:
     Raises `UserError` when it is not a whole image.
     """
     content, name = path.read_bytes(), str(path)
-    if storage == "jpeg":
-        return np.asarray(evaluation_view(decode(read_jpeg(content, name, size).content), size))
-    return np.asarray(read_square(content, name, size)[0])
+    with pillow_silenced():
+        if storage == "jpeg":
+            return np.asarray(evaluation_view(decode(read_jpeg(content, name, size).content), size))
+        return np.asarray(read_square(content, name, size)[0])
+
+
+@contextmanager
+def pillow_silenced() -> Iterator[None]:
+    """Have Pillow say nothing of files that it finds odd: they are read, or an error names them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")
+        yield
 
 
 def read_square(content: bytes, name: str, size: int) -> tuple[Image.Image, list[str]]:
@@ -96,8 +107,7 @@ def is_image(name: str, open_file: Callable[[], IO[bytes]]) -> bool:
     if _suffix(name) in SUFFIXES:
         return True
     try:
-        with open_file() as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with open_file() as file, pillow_silenced():
             Image.open(file, formats=_RECOGNISED).close()
     except UnidentifiedImageError:
         return False
@@ -129,20 +139,20 @@ class _Unusable(Exception):
 def _read(content: bytes, name: str, side: int) -> _File:
     """Decode an image whose shorter side is to be ``side``; a JPEG comes reduced, to no less than twice that."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content), formats=_OPENED) as opened:
-                size = opened.size
-                opened.draft(None, (2 * side, 2 * side))
-                opened.load()
-                done = _note_kind(opened, content, name)
-                turn = _turn(opened, done)
-            ready = turn is None and opened.format == "JPEG" and opened.mode == "RGB"
-            image = opened if turn is None else opened.transpose(turn)
-            if image.mode != "RGB":
-                done.append(f"{_kind(image.mode)} converted to RGB")
-                image = _to_rgb(image)
+        opened = Image.open(io.BytesIO(content), formats=_OPENED)
+        size = opened.size
+        if size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise Image.DecompressionBombError
+        if min(size) >= 4 * side:
+            opened.draft(None, (2 * side, 2 * side))
+        opened.load()
+        done = _note_kind(opened, content, name)
+        turn = _turn(opened, done)
+        ready = turn is None and opened.format == "JPEG" and opened.mode == "RGB"
+        image = opened if turn is None else opened.transpose(turn)
+        if image.mode != "RGB":
+            done.append(f"{_kind(image.mode)} converted to RGB")
+            image = _to_rgb(image)
         return _File(image, size, done, ready)
     except Exception as error:  # decoders raise anything from SyntaxError to struct.error on damaged files
         _raise_systems(error)
@@ -215,7 +225,7 @@ def _kind(mode: str) -> str:
 def _reason(error: Exception, content: bytes) -> str:
     if isinstance(error, _Unusable):
         return f"{error}; convert it to 8 bits per channel"
-    if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
+    if isinstance(error, Image.DecompressionBombError):
         return f"more than {Image.MAX_IMAGE_PIXELS} pixels; scale it down or remove it"
     if not isinstance(error, UnidentifiedImageError):
         return f"damaged image ({error}); replace or remove it"
