@@ -136,14 +136,20 @@ def test_images_are_not_replaced_by_what_is_prepared_of_them(tmp_path):
     assert PreparedDataset.load(tmp_path / "out").classes == ("cat", "dog")
 
 
-@pytest.mark.parametrize(("splits", "left"), [(["train"], [".out.partial"]), (["train", "test"], [])])
-def test_bad_image_ends_in_one_line_and_leaves_no_more_than_what_was_finished(tmp_path, splits, left):
+@pytest.mark.parametrize("splits", [["train"], ["train", "test"]])
+def test_bad_image_ends_in_one_line_and_leaves_no_more_than_what_was_finished(tmp_path, splits):
     root = make_tree(tmp_path / "images")
     for split in splits:
         (root / split / "dog" / "9999.jpg").write_bytes(b"\xff\xd8\xff\xe0 no jpeg")
     result = run("--dataset", "folder", "--root", root, "--output-dir", tmp_path / "out")
-    assert_one_line_error(result, "9999.jpg")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [*left, "images"]
+    assert_one_line_error(result, "9999.jpg", "--skip-damaged", str(tmp_path / ".out.partial" / "damaged.csv"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", "images"]
+    skipping = ("--dataset", "folder", "--root", root, "--output-dir", tmp_path / "out", "--skip-damaged")
+    result = run(*skipping)
+    assert result.returncode == 0 and "train: 1 damaged images left out, see damaged.csv" in result.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out"]
+    assert (tmp_path / "out" / "damaged.csv").read_text().count("9999.jpg") == len(splits)
+    assert run(*skipping).returncode == 0  # it knows its own
 
 
 TOO_MUCH = pytest.mark.parametrize(("size", "side", "per_class"), [(64, 8, 60), (144, 150, 45)])  # pixels and JPEG
