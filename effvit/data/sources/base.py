@@ -69,7 +69,7 @@ class Files:
 
 def stamp_of(root: Path, path: str) -> list[Any]:
     """A file's name, size and time."""
-    stat = os.stat(f"{root}/{path}")  # noqa: PTH116  # a Path takes several times as long
+    stat = os.stat(f"{root}/{path}" if path else root)  # noqa: PTH116  # a Path takes several times as long
     return [path, stat.st_size, stat.st_mtime_ns]
 
 
