@@ -94,7 +94,8 @@ def write_prepared(
             "validation": _positions(parts[0].rows, validation),
             "test": np.arange(len(parts[1].rows)),
         }
-        _check_left(source, parts[0], splits)
+        if any(part.tally.damaged for part in parts):
+            _check_left(source, parts[0], splits)
         notes = _write_lists(work / "data", parts, splits, source.classes)
         mean, std = channel_statistics(parts[0].tally.levels)
         meta = Meta(

@@ -164,11 +164,19 @@ def _note_kind(image: Image.Image, content: bytes, name: str) -> list[str]:
     if kind in FORMATS:
         if SUFFIXES.get(_suffix(name), kind) != kind:
             done.append(f"{kind} under the suffix of another format")
-        if kind == "GIF":  # to look for a second frame, Pillow gives up the first one
-            image = Image.open(io.BytesIO(content), formats=("GIF",))
-        if getattr(image, "is_animated", False):
+        if _has_more_frames(image, content):
             done.append("first of several frames taken")
     return done
+
+
+def _has_more_frames(image: Image.Image, content: bytes) -> bool:
+    if image.format != "GIF":
+        return getattr(image, "is_animated", False)
+    try:  # to look for a second frame Pillow gives up the first one, and that second one may be damaged
+        return getattr(Image.open(io.BytesIO(content), formats=("GIF",)), "is_animated", False)
+    except Exception as error:
+        _raise_systems(error)
+        return True
 
 
 def _turn(image: Image.Image, done: list[str]) -> Image.Transpose | None:

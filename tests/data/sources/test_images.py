@@ -99,9 +99,10 @@ def test_of_several_frames_the_first_is_read_and_the_others_are_not_decoded(tmp_
     still = save(tmp_path / f"b.{format.lower()}", first)
     assert "first of several frames taken" not in read(still, 32)[1]
     if format in ("GIF", "TIFF"):  # the others need not even be there
-        whole = path.read_bytes()
-        path.write_bytes(whole[: len(whole) - 20])
-        assert np.array_equal(read(path, 32)[0], np.asarray(first))
+        whole, least = path.read_bytes(), still.stat().st_size + 1
+        for end in range(least, len(whole)) if format == "GIF" else [len(whole) - 20]:
+            path.write_bytes(whole[:end])
+            assert np.array_equal(read(path, 32)[0], np.asarray(first))
 
 
 @pytest.mark.parametrize(
