@@ -78,12 +78,16 @@ class _Cursor:
 
     def value(self, row: int) -> Any:
         """The value at a row: bytes, a dictionary, or None."""
-        if not len(self._batch) or not self._start <= row < self._start + _FAR_ROWS:
-            self._start, self._batches = self._column.batches(row)
-            self._batch = next(self._batches)
-        while row >= self._start + len(self._batch):
-            self._start += len(self._batch)
-            self._batch = next(self._batches)
+        try:
+            if not len(self._batch) or not self._start <= row < self._start + _FAR_ROWS:
+                self._start, self._batches = self._column.batches(row)
+                self._batch = next(self._batches)
+            while row >= self._start + len(self._batch):
+                self._start += len(self._batch)
+                self._batch = next(self._batches)
+        except Exception:
+            self._batch = ()  # nothing more comes of these batches
+            raise
         return self._batch[row - self._start].as_py()
 
 

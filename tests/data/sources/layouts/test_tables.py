@@ -138,6 +138,24 @@ def test_file_is_opened_once_for_lots_that_follow_one_another_and_anew_when_it_c
         assert opened == [1]
 
 
+def test_rows_after_damaged_ones_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "BATCH_ROWS", 2)
+    path = tmp_path / "x.parquet"
+    options = {"row_group_size": 6, "use_dictionary": False, "compression": "zstd", "data_page_size": 1}
+    pq.write_table(pa.table({"image": images()}), path, write_batch_size=1, **options)
+    whole, end = bytearray(path.read_bytes()), pq.read_metadata(path).row_group(1).column(0).data_page_offset
+    whole[end // 2 : end - 1] = bytes(len(whole[end // 2 : end - 1]))  # the latter half of the first row group
+    path.write_bytes(whole)
+    read = {}
+    for row in range(12):
+        try:
+            read[row] = Rows(tmp_path, "x.parquet", "image", np.arange(12)).read(row)
+        except UserError as error:
+            assert f"x.parquet[{row}]: " in str(error)
+    assert 5 not in read and set(range(6, 12)) <= set(read)
+    assert all(content == CONTENT[row] for row, content in read.items())
+
+
 NAMES = {"_type": "ClassLabel", "names": ["a", "b"]}
 TYPED = sets.features(image={"_type": "Image"}, label=NAMES)
 LABELS = pa.array([0, 1] * 6)
