@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 BATCH_ROWS = 64  # in memory at a time, of images of any size
-_FAR_ROWS = 10_000  # ahead; to find the row group of a row further on is faster than to read up to it
 
 
 @dataclass(frozen=True)
@@ -68,25 +67,25 @@ def _cursor(path: Path, column: str, version: tuple[Any, ...]) -> "_Cursor":
 
 
 class _Cursor:
-    """A column, read in order, or anew from where an earlier row is. One batch is in memory."""
+    """A column, read in order within a row group, or anew from where another row is. One batch is in memory."""
 
     def __init__(self, path: Path, column: str) -> None:
         self._column = _ParquetColumn(path, column) if is_parquet(path) else _ArrowColumn(path, column)
         self._batches: Iterator[pa.Array] = iter(())
         self._batch: Any = ()
-        self._start = 0  # row of the first in the batch
+        self._start = self._stop = 0  # row of the first in the batch, and that before which the batches end
 
     def value(self, row: int) -> Any:
         """The value at a row: bytes, a dictionary, or None."""
         try:
-            if not len(self._batch) or not self._start <= row < self._start + _FAR_ROWS:
-                self._start, self._batches = self._column.batches(row)
+            if not self._start <= row < self._stop:
+                self._start, self._stop, self._batches = self._column.batches(row)
                 self._batch = next(self._batches)
             while row >= self._start + len(self._batch):
                 self._start += len(self._batch)
                 self._batch = next(self._batches)
         except Exception:
-            self._batch = ()  # nothing more comes of these batches
+            self._stop = self._start  # nothing more comes of these batches
             raise
         return self._batch[row - self._start].as_py()
 
@@ -99,26 +98,23 @@ class _ParquetColumn:
         sizes = [self._file.metadata.row_group(group).num_rows for group in range(self._file.num_row_groups)]
         self._starts = np.cumsum([0, *sizes])
 
-    def batches(self, row: int) -> "tuple[int, Iterator[pa.Array]]":
-        """Batches from the row group with ``row`` on, and the row that it starts with."""
+    def batches(self, row: int) -> "tuple[int, int, Iterator[pa.Array]]":
+        """Batches of the row group with ``row``, the row that they start with and that before which they end."""
         group = int(np.searchsorted(self._starts, row, side="right")) - 1
         batches = self._file.iter_batches(
-            batch_size=BATCH_ROWS,
-            row_groups=list(range(group, self._file.num_row_groups)),
-            columns=[self._name],
-            use_threads=False,
+            batch_size=BATCH_ROWS, row_groups=[group], columns=[self._name], use_threads=False
         )
-        return int(self._starts[group]), (batch.column(0) for batch in batches)
+        return int(self._starts[group]), int(self._starts[group + 1]), (batch.column(0) for batch in batches)
 
 
 class _ArrowColumn:
     def __init__(self, path: Path, name: str) -> None:
         self._values = open_arrow(path).column(name)
 
-    def batches(self, row: int) -> "tuple[int, Iterator[pa.Array]]":
-        """Batches from ``row`` on, over the memory map."""
-        starts = range(row, len(self._values), BATCH_ROWS)
-        return row, (self._values.slice(start, BATCH_ROWS).combine_chunks() for start in starts)
+    def batches(self, row: int) -> "tuple[int, int, Iterator[pa.Array]]":
+        """A batch from ``row`` on, over the memory map, the row and that before which it ends."""
+        batch = self._values.slice(row, BATCH_ROWS).combine_chunks()
+        return row, row + len(batch), iter([batch])
 
 
 def open_arrow(path: Path) -> "pa.Table":
