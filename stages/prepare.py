@@ -16,5 +16,9 @@ if __name__ == "__main__":  # not again in its worker processes
             image_size=data.image_size,
             classes=Path(data.classes) if data.classes else None,
             num_classes=data.num_classes,
+            test_share=data.test_share,
+            label_level=data.label_level,
+            image_column=data.image_column,
+            label_column=data.label_column,
             output_dir=study.PREPARED / dataset,
         )

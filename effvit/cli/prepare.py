@@ -26,7 +26,7 @@ def prepare(
         Path | None,
         typer.Option(
             rich_help_panel=options.FILES,
-            help="Directory of the original files; downloads go there.",
+            help="Folder, .zip, .tar, .parquet or .npz with the originals; downloads go there.",
             show_default="$EFFVIT_DATA/DATASET, or the user's cache",
         ),
     ] = None,
@@ -37,9 +37,32 @@ def prepare(
             help="File with one class to take per line; for imagenet100 and folder.", show_default="all classes"
         ),
     ] = None,
+    test_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of each class to hold out as test split.", show_default="the originals' own test split"
+        ),
+    ] = None,
+    label_level: Annotated[int, typer.Option(help="Level of the folders that are the classes, 1 for the top.")] = 1,
+    image_column: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Column of images in a CSV or Parquet file.", show_default="by its name"),
+    ] = None,
+    label_column: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Column of classes, e.g. coarse_label.", show_default="by its name"),
+    ] = None,
     num_classes: Annotated[
         int | None, typer.Option(help="Fail unless there are this many classes.", show_default="any number")
     ] = None,
+    skip_damaged: Annotated[
+        bool,
+        typer.Option(
+            "--skip-damaged",
+            rich_help_panel=options.FILES,
+            help="Leave damaged images out and list them in damaged.csv.",
+        ),
+    ] = False,
     workers: Annotated[
         int | None,
         typer.Option(min=1, help="Processes that read image files.", show_default="one per core"),
@@ -62,6 +85,11 @@ def prepare(
         classes=classes,
         num_classes=num_classes,
         workers=workers or _cores(),
+        skip_damaged=skip_damaged,
+        test_share=test_share,
+        label_level=label_level,
+        image_column=image_column,
+        label_column=label_column,
     )
     typer.echo(_describe(prepared))
     typer.echo(f"written to {output_dir} in {time.perf_counter() - start:.1f} s")

@@ -13,7 +13,15 @@ from torch import Tensor
 from effvit.data.loading.prepared import PreparedDataset
 from effvit.data.loading.transforms import to_float
 from effvit.errors import UserError
-from effvit.evaluation.score import attention_rollout, confusion, per_class, predict_logits, predictions, summarise
+from effvit.evaluation.score import (
+    attention_rollout,
+    confusion,
+    per_class,
+    predict_logits,
+    predictions,
+    summarise,
+    worst_mistakes,
+)
 from effvit.files import write_csv, write_json
 from effvit.model.trained_on import TrainedOn
 from effvit.model.vit import ViT
@@ -115,8 +123,13 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:_FEW]) + (f" and {len(names) - _FEW} more" if len(names) > _FEW else "")
 
 
-def score_test_split(model: ViT, dataset: PreparedDataset, directory: Path, batch_size: int) -> dict[str, float]:
+def score_test_split(
+    model: ViT, dataset: PreparedDataset, directory: Path, batch_size: int, worst: int = 0
+) -> dict[str, float]:
     """Write evaluation.json, per_class.csv, confusion.csv and predictions.csv of the test split.
+
+    With ``worst``, also worst.png: so many of the wrong predictions, the most confident first. Without mistakes there
+    is no such file.
 
     Returns:
         What evaluation.json holds.
@@ -135,8 +148,29 @@ def score_test_split(model: ViT, dataset: PreparedDataset, directory: Path, batc
     write_json(directory / "evaluation.json", scores)
     write_csv(directory / "per_class.csv", per_class(logits, labels, dataset.classes))
     write_csv(directory / "confusion.csv", confusion(logits, labels, dataset.classes))
-    write_csv(directory / "predictions.csv", predictions(logits, labels))
+    files = dataset.files("test")
+    write_csv(directory / "predictions.csv", predictions(logits, labels, files))
+    rows, confidence = worst_mistakes(logits, labels, worst)
+    if len(rows):
+        predicted = logits.argmax(dim=1).numpy()
+        captions = [
+            [
+                f"{dataset.classes[labels_array[row]]}, predicted",
+                f"{dataset.classes[predicted[row]]} ({share:.1%})",
+                files[row] if files else f"test image {row}",
+            ]
+            for row, share in zip(rows, confidence, strict=True)
+        ]
+        heading = f"{model.config.attention}: the {len(rows)} most confident mistakes"
+        _draw_mistakes(directory / "worst.png", images[rows], captions, heading)
     return scores
+
+
+def _draw_mistakes(path: Path, images: np.ndarray, captions: Sequence[Sequence[str]], heading: str) -> None:
+    from effvit.evaluation.mistakes import mistake_sheet
+
+    figure = mistake_sheet(list(images), captions, heading)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
 @torch.inference_mode()

@@ -82,12 +82,24 @@ def confusion(logits: Tensor, labels: Tensor, classes: Sequence[str]) -> "pd.Dat
     return pd.DataFrame({"actual": names[pairs[0]], "predicted": names[pairs[1]], "count": counts})
 
 
-def predictions(logits: Tensor, labels: Tensor) -> "pd.DataFrame":
-    """Class of each image and class it was taken for, as numbers: columns index, label, prediction."""
+def predictions(logits: Tensor, labels: Tensor, files: Sequence[str] | None = None) -> "pd.DataFrame":
+    """Class of each image and class it was taken for, as numbers: columns index, label, prediction.
+
+    Where the images' ``files`` are known, they are a fourth column, file.
+    """
     import pandas as pd
 
     predicted = logits.argmax(dim=1).numpy()
-    return pd.DataFrame({"index": range(len(labels)), "label": labels.numpy(), "prediction": predicted})
+    table = {"index": range(len(labels)), "label": labels.numpy(), "prediction": predicted}
+    return pd.DataFrame(table if files is None else table | {"file": files})
+
+
+def worst_mistakes(logits: Tensor, labels: Tensor, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of wrong predictions, the most confident first, at most so many, and the confidence of each, 0 to 1."""
+    confidence, predicted = logits.softmax(dim=1).max(dim=1)
+    wrong = (predicted != labels).nonzero().flatten()
+    rows = wrong[confidence[wrong].argsort(descending=True, stable=True)][:most]
+    return rows.numpy(), confidence[rows].numpy()
 
 
 def attention_rollout(maps: Sequence[Tensor], prefix_tokens: int = 1, *, class_token: bool = True) -> Tensor:

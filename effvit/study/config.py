@@ -24,7 +24,8 @@ def _distinct(values: list[int]) -> list[int]:
 class DatasetConfig(Strict):
     """One data set: image and patch size in pixels, classes, where the user's own files are, what suits its images.
 
-    ``classes`` is a file with the classes to take.
+    ``classes`` is a file with the classes to take. For ``test_share``, ``label_level``, ``image_column`` and
+    ``label_column`` see `effvit.data.preparing.prepare`.
     """
 
     image_size: Size
@@ -32,6 +33,10 @@ class DatasetConfig(Strict):
     num_classes: Size
     root: str | None = None
     classes: str | None = None
+    test_share: float | None = None
+    label_level: int = 1
+    image_column: str | None = None
+    label_column: str | None = None
     horizontal_flip: bool = True
 
 

@@ -217,6 +217,13 @@ def test_evaluate_writes_every_file_and_says_the_scores(effvit, trained, digits_
     ]
 
 
+def test_evaluate_draws_the_worst_mistakes_and_replaces_what_it_wrote(effvit, trained, digits_dir, tmp_path):
+    arguments = ["--model-dir", trained / "run", "--dataset-dir", digits_dir, "--output-dir", tmp_path / "scores"]
+    for options, there in ((["--worst", 3], True), ([], False)):
+        assert effvit("evaluate", *arguments, *options).code == 0
+        assert (tmp_path / "scores" / "worst.png").exists() == there
+
+
 @pytest.mark.parametrize(
     ("changes", "part"),
     [

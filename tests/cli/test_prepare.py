@@ -56,7 +56,7 @@ def test_it_says_what_it_did(tmp_path):
     root = make_tree(tmp_path / "images")
     (root / "train" / ".DS_Store").touch()
     Image.new("L", (40, 32)).save(root / "test" / "cat" / "grey.png")
-    result = run("--dataset", "cifar10", "--root", root, "--output-dir", tmp_path / "out")
+    result = run("--dataset", "folder", "--root", root, "--output-dir", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     for part in (
         "2 classes, 32x32 RGB",
@@ -136,14 +136,20 @@ def test_images_are_not_replaced_by_what_is_prepared_of_them(tmp_path):
     assert PreparedDataset.load(tmp_path / "out").classes == ("cat", "dog")
 
 
-@pytest.mark.parametrize(("splits", "left"), [(["train"], [".out.partial"]), (["train", "test"], [])])
-def test_bad_image_ends_in_one_line_and_leaves_no_more_than_what_was_finished(tmp_path, splits, left):
+@pytest.mark.parametrize("splits", [["train"], ["train", "test"]])
+def test_bad_image_ends_in_one_line_and_leaves_no_more_than_what_was_finished(tmp_path, splits):
     root = make_tree(tmp_path / "images")
     for split in splits:
         (root / split / "dog" / "9999.jpg").write_bytes(b"\xff\xd8\xff\xe0 no jpeg")
-    result = run("--dataset", "cifar10", "--root", root, "--output-dir", tmp_path / "out")
-    assert_one_line_error(result, "9999.jpg")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [*left, "images"]
+    result = run("--dataset", "folder", "--root", root, "--output-dir", tmp_path / "out")
+    assert_one_line_error(result, "9999.jpg", "--skip-damaged", str(tmp_path / ".out.partial" / "damaged.csv"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", "images"]
+    skipping = ("--dataset", "folder", "--root", root, "--output-dir", tmp_path / "out", "--skip-damaged")
+    result = run(*skipping)
+    assert result.returncode == 0 and "train: 1 damaged images left out, see damaged.csv" in result.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out"]
+    assert (tmp_path / "out" / "damaged.csv").read_text().count("9999.jpg") == len(splits)
+    assert run(*skipping).returncode == 0  # it knows its own
 
 
 TOO_MUCH = pytest.mark.parametrize(("size", "side", "per_class"), [(64, 8, 60), (144, 150, 45)])  # pixels and JPEG
@@ -179,6 +185,19 @@ def test_number_of_classes_that_differs_is_told_before_any_work(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 
+def test_options_for_ones_own_layout_reach_the_source_and_errors_name_them(effvit, tmp_path):
+    root = make_tree(tmp_path / "images") / "train"
+    options = ("prepare", "--dataset", "folder", "--root", root, "--output-dir", tmp_path / "out")
+    outcome = effvit(*options)
+    assert outcome.code == 1 and "add --test-share 0.2 to hold out a fifth" in outcome.err
+    outcome = effvit(*options, "--test-share", 0.2)
+    assert outcome.code == 0 and "16 train, 2 validation, 2 test" not in outcome.out
+    assert "14 train, 2 validation, 4 test" in outcome.out
+    assert "folder tree <class>, 20% of each class held out as test split by a fixed rule" in outcome.out
+    assert effvit(*options, "--test-share", 0.9).err.startswith("error: --test-share 0.9: expected more than 0")
+    assert effvit(*options, "--label-level", 0).err.startswith("error: --label-level 0: expected 1 for the top")
+
+
 def test_choice_of_classes_is_refused_where_there_is_none(tmp_path):
     with pytest.raises(UserError, match="digits has its own; only imagenet100 and folder take a choice"):
         prepare("digits", None, 8, tmp_path / "out", classes=tmp_path / "list")
@@ -194,7 +213,7 @@ def test_real_cifar10_images_come_out_as_pillow_decodes_them(tmp_path):
     for split in ("train", "test"):
         (tmp_path / "images" / split).parent.mkdir(exist_ok=True)
         (tmp_path / "images" / split).symlink_to(tmp_path / "raw" / "test")
-    result = run("--dataset", "cifar10", "--root", tmp_path / "images", "--output-dir", tmp_path / "out")
+    result = run("--dataset", "folder", "--root", tmp_path / "images", "--output-dir", tmp_path / "out")
     assert result.returncode == 0, result.stderr
     files = sorted((tmp_path / "raw" / "test").glob("*/*"))
     images, labels = PreparedDataset.load(tmp_path / "out").split("test")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tarfile
 from pathlib import Path
 
@@ -78,8 +79,10 @@ def test_another_layout_of_the_same_images_gives_the_same_bytes(tree, prepared, 
     prepare("imagenet100", root, 64, tmp_path / "out", classes=classes)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in prepared.iterdir()}
     for path in prepared.iterdir():
-        if path.name != "meta.json":
-            assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+        ours, theirs = path.read_bytes(), (tmp_path / "out" / path.name).read_bytes()
+        if path.suffix == ".csv":  # which has the names of files
+            theirs = re.sub(rb"(train|val)\.X\d?/", rb"\1/", theirs)
+        assert ours == theirs or path.name == "meta.json"
     ours, theirs = (json.loads((d / "meta.json").read_text()) for d in (prepared, tmp_path / "out"))
     assert ours.pop("source") != theirs.pop("source")
     assert ours == theirs

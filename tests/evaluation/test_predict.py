@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -8,9 +9,11 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from effvit.attention import available_attention
+from effvit.data.loading.prepared import write_files
 from effvit.data.loading.transforms import to_float
 from effvit.device import pick_device
 from effvit.errors import UserError
+from effvit.evaluation.mistakes import mistake_sheet
 from effvit.evaluation.overlay import map_sheet, overlay
 from effvit.evaluation.predict import check_fits, map_test_images, rollout_maps, score_test_split
 from effvit.model.checkpoint import load_model
@@ -48,6 +51,40 @@ def test_scoring_again_gives_the_same_bytes(model, digits, tmp_path):
         map_test_images(model, digits, tmp_path / name)
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+
+
+def test_predictions_name_the_file_of_each_image_where_it_is_known(model, digits, tmp_path):
+    names = [f"test/{label}/ä, {index}\n.png" for index, label in enumerate(digits.split("test")[1])]
+    write_files(tmp_path / "test_files.csv", names)
+    named = replace(digits, file_lists={"test": tmp_path / "test_files.csv"})
+    for name, dataset in (("with", named), ("without", digits)):
+        (tmp_path / name).mkdir()
+        score_test_split(model, dataset, tmp_path / name, batch_size=64)
+    table = pd.read_csv(tmp_path / "with" / "predictions.csv")
+    assert table.pop("file").tolist() == names
+    assert table.equals(pd.read_csv(tmp_path / "without" / "predictions.csv"))
+
+
+def test_worst_mistakes_are_drawn_and_without_mistakes_nothing_is(model, digits, tmp_path):
+    score_test_split(model, digits, tmp_path, batch_size=64, worst=7)
+    with Image.open(tmp_path / "worst.png") as picture:
+        assert np.asarray(picture).std() > 0
+    (tmp_path / "right").mkdir()
+    labels = pd.read_csv(tmp_path / "predictions.csv")["prediction"].to_numpy()
+    right = replace(digits, arrays=digits.arrays | {"test_labels": labels})
+    score_test_split(model, right, tmp_path / "right", batch_size=64, worst=7)
+    assert not (tmp_path / "right" / "worst.png").exists()
+
+
+def test_sheet_of_mistakes_has_a_captioned_cell_per_image():
+    images = [np.full((8, 8, 3), index, dtype=np.uint8) for index in range(7)]
+    captions = [[f"class {index}", "$x$\t" + "long" * 20 + f"{index}.png"] for index in range(7)]
+    cells = [axes for axes in mistake_sheet(images, captions, "heading").axes if axes.get_visible()]
+    assert len(cells) == 7
+    for index, axes in enumerate(cells):
+        assert (axes.images[0].get_array() == index).all()
+        first, second = axes.get_xlabel().split("\n")
+        assert first == f"class {index}" and second.endswith(f"{index}.png") and len(second) < 40
 
 
 def test_model_that_gives_no_numbers_is_a_user_error(model, digits, tmp_path):

@@ -12,6 +12,7 @@ from effvit.evaluation.score import (
     predict_logits,
     summarise,
     top_k_accuracy,
+    worst_mistakes,
 )
 
 CLASSES = tuple("abcdefghijkl")
@@ -92,6 +93,17 @@ def test_confusion_is_scikit_learns(scored):
         matrix[CLASSES.index(row.actual), CLASSES.index(row.predicted)] = row.count
     assert np.array_equal(matrix, confusion_matrix(labels, logits.argmax(1), labels=range(len(CLASSES))))
     assert (table["count"] > 0).all()
+
+
+@pytest.mark.parametrize("most", [0, 1, 20, 10_000])
+def test_worst_mistakes_are_those_of_brute_force(scored, most):
+    logits, labels = scored
+    probabilities = logits.double().softmax(1).numpy()
+    wrong = [row for row in range(len(labels)) if probabilities[row].argmax() != labels[row]]
+    expected = sorted(wrong, key=lambda row: -probabilities[row].max())[:most]
+    rows, confidence = worst_mistakes(logits, labels, most)
+    assert rows.tolist() == expected
+    assert np.allclose(confidence, probabilities[expected].max(1))
 
 
 def test_rollout_is_the_product_of_normalised_maps(scored):

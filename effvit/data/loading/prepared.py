@@ -1,4 +1,4 @@
-"""The one prepared format, which every data set becomes before training.
+r"""The one prepared format, which every data set becomes before training.
 
 A prepared directory holds
 
@@ -6,12 +6,16 @@ A prepared directory holds
   RGB, memory-mapped when loaded;
 - larger images that come from files: ``train_images-00000.arrow`` and so on, see `effvit.data.loading.encoded`;
 - ``train_labels.npy``, ``test_labels.npy``: int64 ``(n,)``;
+- ``train_files.csv``, ``test_files.csv``, of images that have a name: one column ``file``, the path of each image below
+  the data set's root, in the order of the images. Bytes that are no UTF-8 are escaped as ``\udcff``;
 - ``train_indices.npy``, ``validation_indices.npy``: int64, a partition of the rows of ``train_images``; validation is
   one image in ten of each class by `effvit.data.sources.holdout.hold_out`, whatever the seed of the training;
+- ``duplicates.csv``, where there are byte-identical images in two parts or two classes: their group, part, class, file;
 - ``meta.json``: the fields of `Meta`.
 """
 
-from collections.abc import Mapping
+import csv
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,10 +31,12 @@ __all__ = ["FORMAT_VERSION", "META_FILE", "SPLITS", "Images", "Meta", "PreparedD
 
 FORMAT_VERSION = 1
 META_FILE = "meta.json"
-FILES = (META_FILE, "*.npy", "*_images-*.arrow")
+DUPLICATES_FILE, DAMAGED_FILE = "duplicates.csv", "damaged.csv"
+FILES = (META_FILE, "*.npy", "*_images-*.arrow", "*_files.csv", DUPLICATES_FILE, DAMAGED_FILE)
 """Patterns of what a prepared data set consists of."""
 SPLITS = ("train", "validation", "test")
 STORED = ("train", "test")
+_FILE_COLUMN = "file"
 _ARRAYS = ("train_labels", "test_labels", "train_indices", "validation_indices")
 
 _Level = Annotated[float, Field(ge=0, le=1)]
@@ -60,10 +66,14 @@ class Meta:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PreparedDataset(Meta):
-    """A prepared data set: the fields of `Meta`, the stored images of train and test, and the arrays by name."""
+    """A prepared data set: the fields of `Meta`, the stored images of train and test, and the arrays by name.
+
+    ``file_lists`` are the paths of ``train_files.csv`` and ``test_files.csv``, where there are such files.
+    """
 
     images: Mapping[str, np.ndarray | JpegShards]
     arrays: Mapping[str, np.ndarray]
+    file_lists: Mapping[str, Path]
 
     @classmethod
     def load(cls, directory: Path) -> "PreparedDataset":
@@ -74,7 +84,8 @@ class PreparedDataset(Meta):
         problem = _find_mismatch(meta, images, arrays)
         if problem:
             raise UserError(f"{directory}: {problem}; run `effvit prepare` again")
-        return cls(**vars(meta), images=images, arrays=arrays)
+        lists = {stored: path for stored in STORED if (path := files_path(directory, stored)).exists()}
+        return cls(**vars(meta), images=images, arrays=arrays, file_lists=lists)
 
     def split(self, name: str) -> tuple[Images, np.ndarray]:
         """Images ``(n, H, W, 3)`` uint8, read when indexed, and int64 labels ``(n,)`` of one of ``SPLITS``."""
@@ -86,6 +97,43 @@ class PreparedDataset(Meta):
         if isinstance(images, JpegShards):
             return EncodedImages(images, rows, self.image_size), labels[rows]
         return PixelImages(images, rows), labels[rows]
+
+    def files(self, name: str) -> list[str] | None:
+        """Path of each image of one of ``SPLITS`` below the data set's root; None where images have no names.
+
+        The list is read when it is asked for, as it may be long. Raises `UserError` if it does not fit the images.
+        """
+        stored = "test" if name == "test" else "train"
+        if stored not in self.file_lists:
+            return None
+        files = _read_files(self.file_lists[stored], len(self.arrays[f"{stored}_labels"]))
+        return files if name == "test" else [files[row] for row in self.arrays[f"{name}_indices"]]
+
+
+def files_path(directory: Path, stored: str) -> Path:
+    """Where a prepared data set lists the files of a stored part."""
+    return directory / f"{stored}_files.csv"
+
+
+def write_files(path: Path, files: Iterable[str]) -> None:
+    """Write the list of files of a stored part."""
+    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow([_FILE_COLUMN])
+        rows.writerows([name] for name in files)
+
+
+def _read_files(path: Path, count: int) -> list[str]:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            header, *files = (name for (name,) in csv.reader(file))
+        if header != _FILE_COLUMN:
+            raise ValueError(header)
+    except (ValueError, csv.Error) as error:  # no header, a row of several fields, no UTF-8
+        raise UserError(f"{path}: not a list of files; run `effvit prepare` again") from error
+    if len(files) != count:
+        raise UserError(f"{path}: {len(files)} files for {count} images; run `effvit prepare` again")
+    return files
 
 
 def _read_meta(directory: Path) -> Meta:

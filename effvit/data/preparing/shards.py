@@ -1,64 +1,30 @@
-"""Image files to what a prepared data set stores of them: so many rows at a time, each finished part on record."""
+"""What a prepared data set stores of encoded images: so many rows at a time, each finished part on record."""
 
 import hashlib
 import json
-import math
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import PIL
-from PIL import Image
 
 from effvit.data.loading import encoded, views
+from effvit.data.preparing import tally as tallies
+from effvit.data.preparing import units
+from effvit.data.preparing.tally import Tally
+from effvit.data.preparing.units import UNIT_ROWS, Rows, Unit
 from effvit.data.sources import images
-from effvit.data.sources.base import Files
-from effvit.errors import UserError
+from effvit.data.sources.base import Originals
 from effvit.files import name_file, write_json
 
 SHARD_ROWS = 2048
 _BATCH_ROWS = 256  # of an Arrow record batch, which is held in memory
 _BUFFER_BYTES = 8 * 2**20
-_MOST_NAMED = 20  # damaged images in one message
-
-
-@dataclass
-class Tally:
-    """What was done to images, and how often each level occurs in each channel of some of them: int64 ``(3, 256)``.
-
-    ``damaged`` counts files that are not whole images; ``reasons`` names the first ones, and what is wrong.
-    """
-
-    notes: Counter[str] = field(default_factory=Counter)
-    levels: np.ndarray = field(default_factory=lambda: np.zeros((3, 256), dtype=np.int64))
-    damaged: int = 0
-    reasons: list[str] = field(default_factory=list)
-
-    def add(self, other: "Tally") -> None:
-        """Add what another one counted."""
-        self.notes.update(other.notes)
-        self.levels += other.levels
-        self.damaged += other.damaged
-        self.reasons = (self.reasons + other.reasons)[:_MOST_NAMED]
-
-    def note_damage(self, error: UserError) -> None:
-        """Count a file that is not a whole image."""
-        self.add(Tally(damaged=1, reasons=[str(error)]))
-
-    def check(self) -> None:
-        """Raise `UserError` where there were damaged images."""
-        if self.damaged:
-            count = f"{self.damaged:,} images are damaged: " if self.damaged > 1 else ""
-            more = f"; and {self.damaged - len(self.reasons):,} more" if self.damaged > len(self.reasons) else ""
-            raise UserError(f"{count}{'; '.join(sorted(self.reasons))}{more}")
-
-    def count_levels(self, image: Image.Image) -> None:
-        """Add the pixels of an RGB image."""
-        self.levels += np.array(image.histogram()).reshape(3, 256)
 
 
 @dataclass(frozen=True)
@@ -75,11 +41,16 @@ class Shard:
     first: int
     size: int
     storage: str
-    files: Files
+    originals: Originals
     in_mean: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.files.paths)
+        return len(self.originals)
+
+    @property
+    def unit_count(self) -> int:
+        """How many `units` there are."""
+        return -(-len(self) // UNIT_ROWS)
 
     @property
     def path(self) -> Path:
@@ -92,15 +63,16 @@ class Shard:
         """The file that says that this shard is finished, and what was counted."""
         return self.work / "done" / f"{self.stored}-{self.first:09}.json"
 
+    @cached_property
     def fingerprint(self) -> str:
-        """Of everything that decides this shard's content: files by name, size and time, settings, code, libraries."""
-        stats = [(path, (self.files.root / path).stat()) for path in self.files.paths]
+        """Of everything that decides this shard's content: the originals' stamp, settings, code, libraries."""
         parts: dict[str, Any] = {
-            "files": [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats],
+            "originals": self.originals.stamp(),
             "in_mean": self.in_mean.tolist(),
             "settings": [self.stored, self.first, self.size, self.storage],
             "libraries": [PIL.__version__, np.__version__],
-            "code": [_content(module.__file__) for module in (encoded, images, views)] + [_content(__file__)],
+            "code": [_content(module.__file__) for module in (encoded, images, tallies, units, views)],
+            "shard": _content(__file__),
         }
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -108,107 +80,64 @@ class Shard:
         """What was counted when this very shard was finished earlier; None if it was not."""
         try:
             record = json.loads(self.record.read_text(encoding="utf-8"))
-            fingerprint, tally = record["fingerprint"], Tally(Counter(record["notes"]), np.array(record["levels"]))
+            tally = Tally.from_json(record)
+            return tally if self.path.exists() and record["fingerprint"] == self.fingerprint else None
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
-        return tally if self.path.exists() and fingerprint == self.fingerprint() else None
 
-    def write(self, on_image: Callable[[], None]) -> Tally:
-        """Read the files and write the shard, then its record; ``on_image`` is called after each image.
+    def units(self) -> Iterator[Unit]:
+        """The shard in units, to be read in this order."""
+        self.fingerprint  # noqa: B018  # of the originals before they are read
+        for start in range(0, len(self), UNIT_ROWS):
+            stop = min(start + UNIT_ROWS, len(self))
+            part = self.originals.take(np.arange(start, stop))
+            yield Unit(part, self.first + start, self.size, self.storage, self.in_mean[start:stop])
 
-        Damaged images are counted in what is returned. A shard with one has no record, and is written again.
-        """
-        fingerprint = self.fingerprint()
+    def write(self, rows: Iterable[Rows]) -> Tally:
+        """Write what was read of the shard's units, then its record. Rows of damaged images are missing."""
         self.record.unlink(missing_ok=True)
         tally = Tally()
         try:
-            (self._write_jpegs if self.storage == "jpeg" else self._write_pixels)(tally, on_image)
+            (self._write_jpegs if self.storage == "jpeg" else self._write_pixels)(_counted(rows, tally))
         except OSError as error:
             name_file(error, self.path)
             raise
-        if tally.damaged:
-            return tally
-        counted = {"notes": dict(tally.notes), "levels": tally.levels.tolist()}
-        write_json(self.record, {"fingerprint": fingerprint} | counted)
+        write_json(self.record, {"fingerprint": self.fingerprint} | tally.as_json())
         return tally
 
-    def _write_pixels(self, tally: Tally, on_image: Callable[[], None]) -> None:
-        start = np.load(self.path, mmap_mode="r").offset + self.first * self.size * self.size * 3
+    def _write_pixels(self, stored: Iterator[bytes]) -> None:
         with self.path.open("r+b", buffering=_BUFFER_BYTES) as file:
-            file.seek(start)
-            for path, in_mean in zip(self.files.paths, self.in_mean, strict=True):
-                try:
-                    pixels, done = images.read_image(self.files.root / path, self.size)
-                except UserError as error:
-                    tally.note_damage(error)
-                else:
-                    file.write(pixels.tobytes())
-                    tally.notes.update(done)
-                    if in_mean:
-                        tally.count_levels(Image.fromarray(pixels))
-                on_image()
-            _to_disk(file)
+            file.seek(first_row(self.path) + self.first * self.size * self.size * 3)
+            file.writelines(stored)
+            to_disk(file)
 
-    def _write_jpegs(self, tally: Tally, on_image: Callable[[], None]) -> None:
+    def _write_jpegs(self, stored: Iterator[bytes]) -> None:
         import pyarrow as pa
 
         schema = pa.schema([(encoded.COLUMN, pa.large_binary())])
-        jpegs = self._jpegs(tally, on_image)
         with self.path.open("wb") as file:
             with pa.ipc.new_file(file, schema) as sink:
-                for start in range(0, len(self), _BATCH_ROWS):
-                    rows = min(_BATCH_ROWS, len(self) - start)
-                    column = pa.array([next(jpegs) for _ in range(rows)], pa.large_binary())
-                    sink.write_batch(pa.record_batch([column], schema=schema))
-            _to_disk(file)
-
-    def _jpegs(self, tally: Tally, on_image: Callable[[], None]) -> Iterator[bytes]:
-        for path, in_mean in zip(self.files.paths, self.in_mean, strict=True):
-            try:
-                jpeg, done = images.read_jpeg(self.files.root / path, self.size)
-            except UserError as error:
-                tally.note_damage(error)
-                jpeg, done = b"", []
-            tally.notes.update(done)
-            if in_mean and jpeg:
-                tally.count_levels(views.evaluation_view(encoded.decode(jpeg), self.size))
-            on_image()
-            yield jpeg
+                while batch := list(islice(stored, _BATCH_ROWS)):
+                    sink.write_batch(pa.record_batch([pa.array(batch, pa.large_binary())], schema=schema))
+            to_disk(file)
 
 
-def cut(work: Path, stored: str, size: int, storage: str, files: Files, in_mean: np.ndarray) -> list[Shard]:
-    """Divide files into shards of `SHARD_ROWS`."""
-    starts = range(0, len(files.paths), SHARD_ROWS)
-    parts = [slice(start, start + SHARD_ROWS) for start in starts]
-    return [
-        Shard(work, stored, number, part.start, size, storage, Files(files.root, files.paths[part]), in_mean[part])
-        for number, part in enumerate(parts)
-    ]
-
-
-def make_room(shards: Sequence[Shard]) -> None:
-    """Remove what is of no shard among these, all of one stored part, and begin the array where there is to be one."""
-    first = shards[0]
-    paths = {shard.path for shard in shards}
-    for stray in set(first.path.parent.glob(f"{first.stored}_*")) - paths:
-        stray.unlink()
-    if first.storage == "pixels":
-        shape = (sum(map(len, shards)), first.size, first.size, 3)
-        with first.path.open("r+b" if first.path.exists() else "wb") as file:
-            write_header(file, shape)
-            file.truncate(file.tell() + math.prod(shape))  # rows that are there stay
-
-
-def write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
-    """Begin a ``.npy`` file of bytes."""
-    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)
-
-
-def _to_disk(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _counted(rows: Iterable[Rows], tally: Tally) -> Iterator[bytes]:
+    for unit in rows:
+        tally.add(unit.tally)
+        yield from unit.stored
 
 
 def _content(path: str | None) -> str:
     return hashlib.sha256(Path(str(path)).read_bytes()).hexdigest()
+
+
+def first_row(path: Path) -> int:
+    """Where the rows of a ``.npy`` file begin."""
+    return int(np.load(path, mmap_mode="r").offset)
+
+
+def to_disk(file: BinaryIO) -> None:
+    """Have what was written outlive a loss of power."""
+    file.flush()
+    os.fsync(file.fileno())

@@ -8,20 +8,21 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from effvit.data.loading.prepared import FILES
+from effvit.data.loading.prepared import DAMAGED_FILE, FILES
 from effvit.errors import UserError
 from effvit.files import check_replaceable, name_file, replace_dir
 
 
 def _is_workspace(directory: Path) -> bool:
-    return directory.is_dir() and {path.name for path in directory.iterdir()} <= {"data", "done", "lock"}
+    return directory.is_dir() and {path.name for path in directory.iterdir()} <= {"data", "done", "lock", DAMAGED_FILE}
 
 
 @contextmanager
 def workspace(final: Path) -> Iterator[Path]:
     """Yield a directory with ``data``, which replaces ``final`` on success, and ``done``, for records of what is whole.
 
-    An error removes it, unless there is a record and the error was not the system's (a full disk is not left full).
+    An error removes it, unless there is a record and the error was not the system's (a full disk is not left full). The
+    list of damaged images is kept there as well.
 
     Raises:
         UserError: another process works there, or ``final`` must not be replaced.

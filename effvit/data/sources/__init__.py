@@ -1,13 +1,14 @@
 """Data sets, one file each, and the registry that names them.
 
-A source is a function ``name(root, image_size) -> Source`` (see `effvit.data.sources.base`) in the module named here;
-adding one takes a file and a line of ``_SOURCES``. Those of ``_CHOOSE_CLASSES`` also take a file of the classes wanted.
+A source is a function ``name(root, image_size, choices) -> Source`` (see `effvit.data.sources.base`) in the module
+named here; adding one takes a file and a line of ``_SOURCES``. Those of ``_CHOOSE_CLASSES`` take a file of classes.
 """
 
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from effvit.data.sources.layout import BY_CONTENT, Choices
 from effvit.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -37,11 +38,10 @@ def check_name(name: str, classes: Path | None) -> None:
         raise UserError(f"classes={classes}: {name} has its own; only {' and '.join(_CHOOSE_CLASSES)} take a choice")
 
 
-def open_source(name: str, root: Path | None, image_size: int, classes: Path | None = None) -> "Source":
+def open_source(name: str, root: Path | None, image_size: int, choices: Choices = BY_CONTENT) -> "Source":
     """Find the images of data set ``name`` at ``root``, or where the source keeps them.
 
     Raises:
         UserError: files that are missing, damaged or not what the source expects.
     """
-    choice = {"classes": classes} if classes else {}
-    return getattr(import_module(_SOURCES[name]), name)(root, image_size, **choice)
+    return getattr(import_module(_SOURCES[name]), name)(root, image_size, choices)

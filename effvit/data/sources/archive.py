@@ -39,11 +39,16 @@ def extract(archive: Path, directory: Path, largest: int) -> None:
         raise UserError(f"{archive}: refused to extract it ({error})") from error
 
 
+def leads_out(name: str) -> bool:
+    """Whether the name of a member leads out of the folder that the archive is unpacked to, on any system."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    return path.is_absolute() or ".." in path.parts or ":" in "".join(path.parts[:1])  # "." has no parts
+
+
 def _checked(tar: tarfile.TarFile, largest: int) -> Iterator[tarfile.TarInfo]:
     total = 0
     for member in tar:
-        path = PurePosixPath(member.name.replace("\\", "/"))
-        if path.is_absolute() or ".." in path.parts or ":" in "".join(path.parts[:1]):  # "." has no parts
+        if leads_out(member.name):
             raise tarfile.TarError(f"{member.name!r} leads out of its folder")
         if not (member.isfile() or member.isdir()):
             raise tarfile.TarError(f"{member.name!r} is neither a file nor a folder")

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100: torchvision's download with its checksums, or a folder tree of the user's own."""
+"""CIFAR-10 and CIFAR-100: torchvision's download with its checksums, or the user's own copy in any layout."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -13,8 +13,10 @@ from PIL import Image
 
 from effvit.data.sources.archive import extract
 from effvit.data.sources.base import Source, Split, default_root
-from effvit.data.sources.folder import has_tree, read_tree
 from effvit.data.sources.images import fit
+from effvit.data.sources.layout import BY_CONTENT, Choices, build_source
+from effvit.data.sources.layouts.recognise import recognise
+from effvit.data.sources.tree import is_litter
 from effvit.errors import UserError
 from effvit.files import staged_dir, staged_file
 
@@ -24,30 +26,49 @@ if TYPE_CHECKING:
 # RuntimeError: torchvision found the checksum of what arrived wrong. A full disk is another OSError and none of these.
 _NETWORK_ERRORS = (URLError, HTTPException, ConnectionError, TimeoutError, SSLError, RuntimeError)
 
+# Names that torchvision's classes have too, which are slow to import.
+_BATCHES = {"CIFAR10": "cifar-10-batches-py", "CIFAR100": "cifar-100-python"}
+_ARCHIVES = {"CIFAR10": "cifar-10-python.tar.gz", "CIFAR100": "cifar-100-python.tar.gz"}
 _LARGEST_BYTES = 256 * 2**20  # the extracted batches come to 186 MB
 
 
-def cifar10(root: Path | None, image_size: int) -> Source:
+def cifar10(root: Path | None, image_size: int, choices: Choices = BY_CONTENT) -> Source:
     """CIFAR-10 in ``root`` (by default `default_root`).
 
-    What is there is taken in this order: a folder tree ``train/<class>/*``, ``test/<class>/*``; torchvision's extracted
-    batches; its archive, which is then extracted; else the archive is downloaded. Nothing is extracted or unpickled
-    before its checksum matched.
+    What is there is taken in this order: torchvision's extracted batches; its archive, which is then extracted; any
+    layout with 10 classes. Into a folder that is empty or new the archive is downloaded. Nothing is extracted or
+    unpickled before its checksum matched.
+
+    Raises:
+        UserError: something else is there, the archive is damaged, or it could not be downloaded.
     """
-    return _open("CIFAR10", root or default_root("cifar10"), image_size)
+    return _open("CIFAR10", 10, root or default_root("cifar10"), image_size, choices)
 
 
-def cifar100(root: Path | None, image_size: int) -> Source:
+def cifar100(root: Path | None, image_size: int, choices: Choices = BY_CONTENT) -> Source:
     """CIFAR-100 (its 100 fine labels) in ``root``, found as `cifar10` finds CIFAR-10."""
-    return _open("CIFAR100", root or default_root("cifar100"), image_size)
+    return _open("CIFAR100", 100, root or default_root("cifar100"), image_size, choices)
 
 
-def _open(class_name: str, root: Path, image_size: int) -> Source:
-    if has_tree(root):
-        return read_tree(root)
-    from torchvision import datasets  # slow to import, and a folder tree needs none of it
+def _open(class_name: str, num_classes: int, root: Path, image_size: int, choices: Choices) -> Source:
+    entries = {path.name for path in root.iterdir() if not is_litter(path.name)} if root.is_dir() else set()
+    batches = {_BATCHES[class_name], _ARCHIVES[class_name]}
+    if entries & batches or (not entries and (root.is_dir() or not root.exists())):
+        from torchvision import datasets  # slow to import, and other layouts need none of it
 
-    return _from_torchvision(getattr(datasets, class_name), root, image_size)
+        if choices != BY_CONTENT:
+            raise UserError(f"{root}: CIFAR's batches have one form and split; leave out what chooses among files")
+        return _from_torchvision(getattr(datasets, class_name), root, image_size)
+    try:
+        layout = recognise(root, choices, image_size)
+    except UserError as error:
+        raise UserError(f"{error}; to download {class_name}, name an empty folder as root") from error
+    if len(layout.classes) != num_classes:
+        raise UserError(
+            f"{root}: has {len(layout.classes)} classes ({layout.description}), {class_name} has {num_classes}; "
+            "prepare other images as the data set folder, or name an empty folder as root to download it"
+        )
+    return build_source(layout, root, choices)
 
 
 def _from_torchvision(kind: "type[CIFAR10]", root: Path, image_size: int) -> Source:

@@ -10,18 +10,21 @@ from PIL import Image
 from effvit.data.sources.base import Source, Split
 from effvit.data.sources.holdout import hold_out
 from effvit.data.sources.images import fit
+from effvit.data.sources.layout import BY_CONTENT, Choices
 from effvit.errors import UserError
 
 _TEST_EVERY = 5  # there is no official test split: one digit in five of each class
 _WHITE = 16  # pixels are whole numbers from 0 to 16
 
 
-def digits(root: Path | None, image_size: int) -> Source:
-    """Digits as RGB images ``image_size`` pixels square; ``root`` must be None, as there is nothing to read there."""
+def digits(root: Path | None, image_size: int, choices: Choices = BY_CONTENT) -> Source:
+    """Digits as RGB images ``image_size`` pixels square; there is no root to read and nothing to choose."""
     from sklearn.datasets import load_digits
 
     if root is not None:
         raise UserError(f"root={root}: the digits come with scikit-learn, leave root out")
+    if choices != BY_CONTENT:
+        raise UserError("the digits have one form and one split; leave out what chooses among files")
     images, labels = load_digits(return_X_y=True)
     grey = np.rint(images.reshape(-1, 8, 8) * (255 / _WHITE)).astype(np.uint8)
     train, test = (

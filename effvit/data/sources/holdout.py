@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def hold_out(labels: np.ndarray, every: int) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(labels: np.ndarray, every: float) -> tuple[np.ndarray, np.ndarray]:
     """Hold out one image in ``every`` of each class, evenly spaced through the class in stored order.
 
     Of a class with n images, ``m = max(1, round(n / every))`` (halves up) are held out: the ones at positions
@@ -11,7 +11,7 @@ def hold_out(labels: np.ndarray, every: int) -> tuple[np.ndarray, np.ndarray]:
 
     Args:
         labels: integer labels ``(n,)``.
-        every: at least 2.
+        every: at least 2; of a share of each class, one divided by it.
 
     Returns:
         Indices kept and indices held out, both int64 and ascending.
@@ -22,6 +22,6 @@ def hold_out(labels: np.ndarray, every: int) -> tuple[np.ndarray, np.ndarray]:
         n = len(members)
         if n < 2:
             raise ValueError(f"class {label} has a single image, at least 2 are needed")
-        m = max(1, (2 * n + every) // (2 * every))
+        m = max(1, int((2 * n + every) // (2 * every)))
         held[members[(2 * np.arange(m) + 1) * n // (2 * m)]] = True
     return np.flatnonzero(~held).astype(np.int64), np.flatnonzero(held).astype(np.int64)

@@ -4,7 +4,7 @@ import re
 import numpy as np
 import pytest
 
-from effvit.data.loading.prepared import PreparedDataset
+from effvit.data.loading.prepared import PreparedDataset, write_files
 from effvit.data.preparing.writer import write_prepared
 from effvit.data.sources.base import Source, Split
 from effvit.errors import UserError
@@ -136,6 +136,37 @@ def test_unsound_directory_is_refused_in_one_line_with_the_remedy(directory, spo
         PreparedDataset.load(directory)
     assert str(directory) in str(caught.value) and "run `effvit prepare` again" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+NAMES = [f"train/{name}/{index}.png" for index, name in enumerate(["a, b", 'quote"d', "two\nlines", "ä"] * 15)]
+
+
+def test_files_are_those_of_the_images_of_each_split(directory):
+    assert PreparedDataset.load(directory).files("test") is None  # as prepared by an earlier version
+    write_files(directory / "train_files.csv", NAMES)
+    write_files(directory / "test_files.csv", [*"abcdefghijk", "no UTF-8 \udcff"])
+    dataset = PreparedDataset.load(directory)
+    assert dataset.files("test") == [*"abcdefghijk", r"no UTF-8 \udcff"]
+    for split in ("train", "validation"):
+        assert dataset.files(split) == [NAMES[row] for row in dataset.arrays[f"{split}_indices"]]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a list of files"),
+        (b"file\na,b\n", "not a list of files"),
+        (b"file\n\xff\n", "not a list of files"),
+        (b"file\n" + b"a" * 200_000, "not a list of files"),
+        (b"file\na\n", "1 files for 12 images"),
+        (b"name\n" + b"a\n" * 12, "not a list of files"),
+    ],
+)
+def test_list_of_files_that_does_not_fit_is_refused_when_it_is_read(directory, content, message):
+    (directory / "test_files.csv").write_bytes(content)
+    dataset = PreparedDataset.load(directory)
+    with pytest.raises(UserError, match=rf"test_files\.csv: {message}.*; run `effvit prepare` again"):
+        dataset.files("test")
 
 
 @pytest.mark.parametrize("name", ["", "absent"])

@@ -1,8 +1,10 @@
 """Preparing files: parallel, interrupted, resumed."""
 
+import csv
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import pytest
 from PIL import Image
 
 from effvit.data.loading.prepared import PreparedDataset
-from effvit.data.preparing import prepare, shards
+from effvit.data.preparing import parts, prepare, shards, units
 from effvit.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -44,7 +46,8 @@ def make_tree(root, per_class, side=12):
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    monkeypatch.setattr(shards, "SHARD_ROWS", 25)
+    monkeypatch.setattr(parts, "SHARD_ROWS", 25)
+    monkeypatch.setattr(shards, "UNIT_ROWS", 8)
 
 
 @pytest.fixture
@@ -62,9 +65,9 @@ def written(monkeypatch):
     names = []
     write = shards.Shard.write
 
-    def recorded(self, on_image):
+    def recorded(self, rows):
         names.append(self.record.stem)
-        return write(self, on_image)
+        return write(self, rows)
 
     monkeypatch.setattr(shards.Shard, "write", recorded)
     return names
@@ -81,8 +84,9 @@ def test_prepared_files_are_the_images_in_order_and_the_statistics_are_theirs(tm
         truth = np.asarray(Image.open(io.BytesIO(picture(number))).convert("RGB")).mean()
         assert label == number % 2 and abs(image.mean() - truth) < 4
     pixels = dataset.split("train")[0][:].reshape(-1, 3) / 255
-    np.testing.assert_allclose(dataset.mean, pixels.mean(0), atol=1e-6)
-    np.testing.assert_allclose(dataset.std, pixels.std(0), atol=1e-6)
+    off = 1e-6 if size == 16 else 2e-3  # what compression adds to those that are encoded anew
+    np.testing.assert_allclose(dataset.mean, pixels.mean(0), atol=off)
+    np.testing.assert_allclose(dataset.std, pixels.std(0), atol=off)
     grey = sum((2 * index + label) % 20 == 0 for label in range(2) for index in range(PER_CLASS))
     assert dataset.notes["train"]["grayscale converted to RGB"] == grey
     assert dataset.notes["train"]["CMYK converted to RGB"] == grey
@@ -111,7 +115,7 @@ def test_damaged_image_is_named_and_what_was_finished_is_kept_until_it_is_mended
     os.utime(damaged, ns=(when.st_atime_ns, when.st_mtime_ns))
     written.clear()
     prepare("folder", tree, size, tmp_path / "out")
-    assert written == ["test-000000025"] if workers == 1 else "test-000000025" in written
+    assert written == ["test-000000025"]
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out", "whole"]
 
@@ -124,9 +128,13 @@ def test_all_damaged_images_are_told_at_once_and_the_rest_is_not_read_again(tmp_
     originals = [path.read_bytes() for path in damaged]
     for path in damaged:
         path.write_bytes(b"\xff\xd8\xff\xe0 no jpeg")
-    with pytest.raises(UserError, match=r"^3 images are damaged: ") as caught:
+    listed = tmp_path / ".out.partial" / "damaged.csv"
+    with pytest.raises(UserError, match=rf"^3 images are damaged, listed in {re.escape(str(listed))} ") as caught:
         prepare("folder", tree, size, tmp_path / "out", workers=workers)
     assert all(f"{path}: " in str(caught.value) for path in damaged) and "\n" not in str(caught.value)
+    names, reasons = zip(*csv.reader(listed.read_text().splitlines()), strict=True)
+    assert list(names) == ["file", *(path.relative_to(tree).as_posix() for path in damaged)]
+    assert reasons[0] == "reason" and all("image" in reason and str(tree) not in reason for reason in reasons[1:])
     assert not (tmp_path / "out").exists()
     for path, content in zip(damaged, originals, strict=True):
         path.write_bytes(content)
@@ -136,32 +144,151 @@ def test_all_damaged_images_are_told_at_once_and_the_rest_is_not_read_again(tmp_
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_of_many_damaged_images_twenty_are_named(tmp_path, tree):
+def test_of_many_damaged_images_twenty_are_named_and_all_are_listed(tmp_path, tree):
     for path in (tree / "train" / "dog").iterdir():
         path.write_bytes(b"\xff\xd8\xff\xe0 no jpeg")
-    with pytest.raises(UserError, match=r"^60 images are damaged: .*; and 40 more$") as caught:
+    with pytest.raises(UserError, match=r"^60 images are damaged, listed in .*; and 40 more$") as caught:
         prepare("folder", tree, 16, tmp_path / "out")
     assert str(caught.value).count("/dog/") == 20
+    assert (tmp_path / ".out.partial" / "damaged.csv").read_text().count("/dog/") == 60
+
+
+def damage(tree):
+    """Spoil a whole shard of 25, the beginning and the end of others, and all that is held out of no class."""
+    names = [f"train/cat/{index:05}.jpg" for index in [*range(25, 50), 50, 59]]
+    names += ["train/dog/00000.jpg", "train/dog/00033.jpg", "test/cat/00000.jpg", "test/dog/00014.jpg"]
+    for name in names:
+        (tree / name).write_bytes(b"\xff\xd8\xff\xe0 no jpeg")
+    return names
+
+
+@pytest.mark.parametrize(("size", "workers"), [(16, 1), (16, 2), (96, 1), (96, 2)])
+def test_skipped_images_are_left_out_with_their_labels_and_listed(tmp_path, tree, written, size, workers):
+    prepare("folder", tree, size, tmp_path / "whole")
+    names = damage(tree)
+    prepare("folder", tree, size, tmp_path / "out", workers=workers, skip_damaged=True)
+    whole, dataset = (PreparedDataset.load(tmp_path / name) for name in ("whole", "out"))
+    for split in ("train", "validation", "test"):
+        files = dict(zip(whole.files(split), range(len(whole.files(split))), strict=True))
+        kept = [files[name] for name in dataset.files(split)]
+        assert set(dataset.files(split)) == set(files) - set(names)
+        assert np.array_equal(dataset.split(split)[1], whole.split(split)[1][kept])
+        assert np.array_equal(dataset.split(split)[0][:], whole.split(split)[0][:][kept])
+    note = "damaged images left out, see damaged.csv"
+    assert dataset.notes["train"][note] == 29 and dataset.notes["test"][note] == 2 and note not in whole.notes["train"]
+    table = csv.DictReader((tmp_path / "out" / "damaged.csv").read_text().splitlines())
+    assert [row["file"] for row in table] == names
+    pixels = dataset.split("train")[0][:].reshape(-1, 3) / 255
+    np.testing.assert_allclose(dataset.mean, pixels.mean(0), atol=1e-6 if size == 16 else 2e-3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out", "whole"]
+
+
+@pytest.mark.parametrize("size", [16, 96])
+def test_nothing_is_read_again_when_damaged_images_are_skipped_after_all(tmp_path, tree, written, size):
+    damage(tree)
+    prepare("folder", tree, size, tmp_path / "at once", skip_damaged=True)
+    with pytest.raises(UserError, match="31 images are damaged"):
+        prepare("folder", tree, size, tmp_path / "out")
+    written.clear()
+    prepare("folder", tree, size, tmp_path / "out", skip_damaged=True)
+    assert written == []
+    assert contents(tmp_path / "out") == contents(tmp_path / "at once")
+
+
+def test_kill_while_gaps_are_closed_costs_time_and_no_image(tmp_path, tree, written, monkeypatch):
+    damage(tree)
+    prepare("folder", tree, 16, tmp_path / "whole", skip_damaged=True)
+    moved, move = [], parts._move
+
+    def killed(*arguments):
+        moved.append(arguments)
+        if len(moved) == 4:
+            raise KeyboardInterrupt
+        move(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(parts, "_move", killed)
+        prepare("folder", tree, 16, tmp_path / "out", skip_damaged=True)
+    written.clear()
+    prepare("folder", tree, 16, tmp_path / "out", skip_damaged=True)
+    assert written == [f"train-{first:09}" for first in (25, 50, 75, 100)]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "message"),
+    [
+        ("train/dog/*", "class 'dog': without the damaged images there is none to train on"),
+        ("test/*/*", "test: there is no image without the damaged ones"),
+        ("train/*/000[0-5]5.jpg", "validation: there is no image without the damaged ones"),
+    ],
+)
+def test_class_or_split_of_damaged_images_alone_cannot_be_skipped(tmp_path, tree, spoilt, message):
+    for path in tree.glob(spoilt):
+        path.write_bytes(b"\xff\xd8\xff\xe0 no jpeg")
+    with pytest.raises(UserError, match=message):
+        prepare("folder", tree, 16, tmp_path / "out", skip_damaged=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_are_listed_in_the_order_of_the_images(tmp_path, tree):
+    prepare("folder", tree, 16, tmp_path / "out")
+    dataset = PreparedDataset.load(tmp_path / "out")
+    for split in ("train", "validation", "test"):
+        images, labels = dataset.split(split)
+        for name, image, label in zip(dataset.files(split), images[:], labels, strict=True):
+            assert name.split("/")[1] == dataset.classes[label]
+            assert abs(image.mean() - np.asarray(Image.open(tree / name).convert("RGB")).mean()) < 4
+
+
+def test_every_process_has_images_from_the_start(tmp_path):
+    """Each of three processes waits for the two others before it reads its first unit of a part of 120 images."""
+    script = "\n".join(
+        [
+            "import sys, time",
+            "from pathlib import Path",
+            "from effvit.data.preparing import prepare, shards, units",
+            "if __name__ == '__main__':",
+            "    shards.UNIT_ROWS = 8",
+            "    prepare('folder', Path(sys.argv[1]), 96, Path(sys.argv[2]), workers=3)",
+            "else:",
+            "    read, here = units.Unit.read, Path(sys.argv[3])",
+            "    def wait(self, on_image):",
+            "        (here / str(self.first)).touch()",
+            "        end = time.monotonic() + 60",
+            "        while len(list(here.iterdir())) < 3:",
+            "            assert time.monotonic() < end",
+            "            time.sleep(0.01)",
+            "        return read(self, on_image)",
+            "    units.Unit.read = wait",
+        ]
+    )
+    root = make_tree(tmp_path / "images", PER_CLASS)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "script.py").write_text(script)
+    command = [sys.executable, tmp_path / "script.py", root, tmp_path / "out", tmp_path / "here"]
+    subprocess.run(command, check=True, capture_output=True)
+    assert PreparedDataset.load(tmp_path / "out").counts == {"train": 108, "validation": 12, "test": 30}
 
 
 def interrupt(tree, size, output, after):
     """Leave a preparation behind as a kill does, with ``after`` images read."""
     count = 0
-    read = {name: getattr(shards.images, name) for name in ("read_image", "read_jpeg")}
+    read = {name: getattr(units, name) for name in ("read_square", "read_jpeg")}
 
     def counting(name):
-        def reader(path, image_size):
+        def reader(*image):
             nonlocal count
             count += 1
             if count > after:
                 raise KeyboardInterrupt
-            return read[name](path, image_size)
+            return read[name](*image)
 
         return reader
 
     with pytest.MonkeyPatch.context() as patch:
         for name in read:
-            patch.setattr(shards.images, name, counting(name))
+            patch.setattr(units, name, counting(name))
         with pytest.raises(KeyboardInterrupt):
             prepare("folder", tree, size, output)
     assert not output.exists()
@@ -255,21 +382,22 @@ def test_killed_worker_is_told_and_what_was_finished_is_kept(tmp_path, tree, mon
     script = "\n".join(
         [
             "import os, signal, sys",
-            "from effvit.data.preparing import prepare, shards, workers",
+            "from effvit.data.preparing import parts, prepare, shards, units, workers",
             "from effvit.errors import one_line_errors",
             "from pathlib import Path",
             "if __name__ == '__main__':",
-            "    shards.SHARD_ROWS = 25",
+            "    parts.SHARD_ROWS = 25",
+            "    shards.UNIT_ROWS = 8",
             "    with one_line_errors():",
             "        prepare('folder', Path(sys.argv[1]), 16, Path(sys.argv[2]), workers=2)",
             "elif not os.path.exists(sys.argv[3]):",
-            "    write = shards.Shard.write",
+            "    read = units.Unit.read",
             "    def fail(self, on_image):",
-            "        if self.first == 75:",
+            "        if self.first == 108:",
             "            Path(sys.argv[3]).touch()",
             "            os.kill(os.getpid(), signal.SIGKILL)",
-            "        return write(self, on_image)",
-            "    shards.Shard.write = fail",
+            "        return read(self, on_image)",
+            "    units.Unit.read = fail",
         ]
     )
     (tmp_path / "script.py").write_text(script)

@@ -46,7 +46,7 @@ def test_writing_twice_gives_the_same_bytes(tmp_path):
     for name in ("one", "two"):
         write_prepared(source(), "x", 8, tmp_path / name)
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert len(files) == 7 and files == sorted(path.name for path in (tmp_path / "two").iterdir())
+    assert len(files) == 8 and files == sorted(path.name for path in (tmp_path / "two").iterdir())
     for name in files:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 

@@ -8,6 +8,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100
 
 from effvit.data.preparing import prepare
@@ -180,8 +181,47 @@ def test_default_root_is_below_effvit_data(monkeypatch, tmp_path):
     assert str(tmp_path) not in (tmp_path / "out" / "meta.json").read_text()
 
 
-def test_folder_tree_comes_first(monkeypatch, root):
+def make_tree(root, num_classes):
+    for part in ("train", "test"):
+        for label in range(num_classes):
+            folder = root / part / f"c{label}"
+            folder.mkdir(parents=True)
+            for index in range(2):
+                Image.new("RGB", (32, 32), (label, index, part == "test")).save(folder / f"{index}.png")
+
+
+def test_folders_of_another_data_set_next_to_the_batches_are_not_taken_for_cifar(monkeypatch, root):
     install(monkeypatch, root, CIFAR10, "labels", 10)
-    (root / "train").mkdir()
-    with pytest.raises(UserError, match="found no test/"):
+    make_tree(root, 3)
+    assert cifar10(root, 32).description.startswith("torchvision CIFAR10")
+
+
+def test_any_layout_with_ten_classes_is_taken(root):
+    make_tree(root, 10)
+    source = cifar10(root, 32)
+    assert len(source.train.labels) == 20 and source.classes == tuple(f"c{label}" for label in range(10))
+
+
+@pytest.mark.parametrize(("read", "expected"), [(cifar10, "CIFAR10 has 10"), (cifar100, "CIFAR100 has 100")])
+def test_another_number_of_classes_is_refused(root, read, expected):
+    make_tree(root, 3)
+    with pytest.raises(UserError, match=f"root: has 3 classes .*, {expected}; prepare other images as .* folder"):
+        read(root, 32)
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "photos/1.png"])
+def test_nothing_is_downloaded_into_a_folder_of_something_else(root, tmp_path, server, monkeypatch, name):
+    monkeypatch.setattr(CIFAR10, "url", f"{server}/archive.tar.gz")
+    (root / name).parent.mkdir(parents=True)
+    (root / name).write_bytes(b"")
+    with pytest.raises(UserError, match="to download CIFAR10, name an empty folder as root"):
         cifar10(root, 32)
+    assert [path.name for path in root.iterdir()] == [name.partition("/")[0]]
+
+
+def test_litter_does_not_stop_a_download(monkeypatch, root, tmp_path, server):
+    install(monkeypatch, root, CIFAR10, "labels", 10)
+    (root / CIFAR10.filename).rename(tmp_path / "served" / CIFAR10.filename)
+    monkeypatch.setattr(CIFAR10, "url", f"{server}/{CIFAR10.filename}")
+    (root / "lost+found").mkdir()
+    assert len(list(cifar10(root, 32).train.images)) == 100

@@ -1,16 +1,16 @@
 import io
 import os
-import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from effvit.data.sources.folder import folder, read_class_list
-from effvit.data.sources.images import read_image
+from effvit.data.sources.folder import folder
+from effvit.data.sources.images import FORMATS_TEXT, read_square
+from effvit.data.sources.layout import Choices, read_class_list
 from effvit.errors import UserError
 
-OTHERS = "files that are no JPEG, PNG, WEBP or BMP ignored"
+OTHERS = f"files that are no {FORMATS_TEXT} ignored"
 RNG = np.random.default_rng(0)
 
 
@@ -33,7 +33,7 @@ def tree(tmp_path):
 def read(root):
     source = folder(root, 8)
     return source, [
-        [read_image(split.images.root / path, 8)[0] for path in split.images.paths]
+        [np.asarray(read_square(split.images.read(i), split.images.name(i), 8)[0]) for i in range(len(split.images))]
         for split in (source.train, source.test)
     ]
 
@@ -61,8 +61,8 @@ def test_litter_and_files_of_another_kind_are_ignored_with_a_count(tree):
 
 
 def test_images_of_formats_that_are_not_read_are_counted_apart(tree):
-    Image.new("RGB", (8, 8)).save(tree / "train/cat/9.gif")
-    Image.new("RGB", (8, 8)).save(tree / "train/dog/9.tiff")
+    Image.new("RGB", (8, 8)).save(tree / "train/cat/9.ico")
+    Image.new("RGB", (8, 8)).save(tree / "train/dog/9.jp2")
     source, (train, _) = read(tree)
     assert source.train.notes == {OTHERS: 2} and len(train) == 6
 
@@ -71,11 +71,11 @@ def test_images_without_folders_of_classes_are_named_with_their_place(tree):
     for name in ("a.png", "b.png"):
         make_image(tree / "val" / name)
     (tree / "test").rename(tree.parent / "away")
-    with pytest.raises(UserError, match="val: expected a folder for each class, with its images; found 2 files"):
+    with pytest.raises(UserError, match="val/: expected a folder for each class, with its images; found 2 files"):
         read(tree)
     for path in (tree / "val").iterdir():
         path.unlink()
-    with pytest.raises(UserError, match="val: expected a folder for each class, with its images; found nothing"):
+    with pytest.raises(UserError, match="val/: expected a folder for each class, with its images; found nothing"):
         read(tree)
 
 
@@ -122,17 +122,23 @@ def test_val_is_the_test_split_where_there_is_no_test(tree):
     assert len(read(tree)[1][1]) == 2
 
 
-def test_that_val_is_not_read_where_there_is_a_test_is_said(tree):
-    assert folder(tree, 8).description == "folder tree train/<class>, test/<class>"
-    shutil.copytree(tree / "test", tree / "val")
-    assert folder(tree, 8).description == "folder tree train/<class>, test/<class>, val/ not read"
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_validation_part_of_ones_own_is_the_validation_split(tree, name):
+    assert folder(tree, 8).validation is None
+    for label in ("cat", "dog"):
+        make_image(tree / name / label / "v.png")
+    source, (train, test) = read(tree)
+    assert source.description == f"folder tree train/<class>, {name}/<class>, test/<class>"
+    assert (len(train), len(test)) == (8, 6) and source.validation.tolist() == [6, 7]
+    assert [source.train.images.name(row) for row in source.validation] == [f"{name}/{c}/v.png" for c in ("cat", "dog")]
+    assert source.train.labels.tolist() == [0, 0, 0, 1, 1, 1, 0, 1]
 
 
 def test_classes_can_be_chosen_by_a_file(tree, tmp_path):
     for split in ("train", "test"):
         make_image(tree / split / "ant lion" / "0.png")
     (tmp_path / "list").write_text("dog\n\nant lion\n")
-    source = folder(tree, 8, tmp_path / "list")
+    source = folder(tree, 8, Choices(tmp_path / "list"))
     assert source.classes == ("ant lion", "dog") and source.train.labels.tolist() == [0, 1, 1, 1]
 
 
@@ -148,7 +154,7 @@ def test_classes_can_be_chosen_by_a_file(tree, tmp_path):
 def test_wrong_file_of_classes_is_told(tree, tmp_path, content, message):
     (tmp_path / "list").write_bytes(content)
     with pytest.raises(UserError, match=message):
-        folder(tree, 8, tmp_path / "list")
+        folder(tree, 8, Choices(tmp_path / "list"))
 
 
 def test_order_of_a_class_list_is_kept_and_blanks_and_a_byte_order_mark_are_not(tmp_path):
@@ -158,7 +164,7 @@ def test_order_of_a_class_list_is_kept_and_blanks_and_a_byte_order_mark_are_not(
 
 def others(directory):
     empty(directory)
-    for name in ("scan.tiff", "notes.txt"):
+    for name in ("scan.pdf", "notes.txt"):
         (directory / name).write_bytes(b"II*\0 and more")
 
 
@@ -172,14 +178,13 @@ def empty(directory):
     [
         (lambda t: (empty(t / "test/dog"), (t / "test/dog").rmdir()), "class 'dog' is missing from test"),
         (lambda t: make_image(t / "test/emu/0.png"), "class 'emu' is missing from train"),
-        (lambda t: empty(t / "train/cat"), "class 'cat' has no images .JPEG, PNG, WEBP, BMP.: .*/train/cat is empty"),
+        (lambda t: empty(t / "train/cat"), "class 'cat' has no images .JPEG, PNG, .*/train/cat is empty"),
         (lambda t: others(t / "train/cat"), "class 'cat' has no images .*/train/cat has 2 other files"),
         (lambda t: (empty(t / "test/cat"), (t / "test/cat/.DS_Store").touch()), "class 'cat' has no images"),
         (lambda t: (t / "train/cat/empty.jpg").touch(), r"empty\.jpg: not an image"),
-        (lambda t: (t / "train/cat/more").mkdir(), "more: expected image files"),
         (lambda t: os.mkfifo(t / "train/cat/pipe.png"), r"pipe\.png: expected image files"),
         (lambda t: (t / "train/cat").rename(t / "train/c\udcff"), "the name of a class must be valid UTF-8"),
-        (lambda t: (t / "test").rename(t / "tests"), "found no test/"),
+        (lambda t: (t / "test").rename(t / "tests"), "found train/ and no test/ or val/ .is tests/ meant.."),
     ],
 )
 def test_what_is_wrong_with_a_tree_is_named(tree, spoil, message):

@@ -8,6 +8,7 @@ from PIL import Image
 
 from effvit.data.preparing import prepare
 from effvit.data.sources.imagenet100 import imagenet100, standard_wnids
+from effvit.data.sources.layout import Choices
 from effvit.errors import UserError
 
 WNIDS = standard_wnids()
@@ -58,7 +59,7 @@ def test_three_layouts_of_the_same_images_give_the_same_arrays(tmp_path, tree, s
     chosen = write_list(tmp_path / "list.txt", reversed(SOME))
     for name, root, classes in (("a", tree, None), ("b", kaggle, None), ("c", more, chosen)):
         prepare("imagenet100", root, size, tmp_path / name, classes=classes)
-    files = sorted(path.name for path in (tmp_path / "a").iterdir() if path.name != "meta.json")
+    files = sorted(path.name for path in (tmp_path / "a").iterdir() if path.suffix in (".npy", ".arrow"))
     assert len(files) == 6
     for other in ("b", "c"):
         for name in files:
@@ -81,7 +82,7 @@ def test_of_a_thousand_classes_the_usual_hundred_are_taken(tmp_path):
     source = imagenet100(tmp_path, 8)
     assert source.classes == tuple(sorted(WNIDS)) and len(source.train.labels) == 100
     shutil.rmtree(tmp_path / "val" / WNIDS[3])
-    with pytest.raises(UserError, match=f"class '{WNIDS[3]}' is wanted, but there is no folder .*/val/{WNIDS[3]}"):
+    with pytest.raises(UserError, match=f"class '{WNIDS[3]}' is missing from val: .*/train/{WNIDS[3]} has no val"):
         imagenet100(tmp_path, 8)
     shutil.rmtree(tmp_path / "train" / WNIDS[3])
     with pytest.raises(UserError, match=f"has 999 classes, .* but {WNIDS[3]} is not there; name a file .* as classes"):
@@ -106,14 +107,14 @@ def test_names_come_from_labels_json_in_any_layout_and_stay_distinct(tmp_path, t
     root = layout(tree, tmp_path / "root")
     names = dict(zip(SOME, ["crane, machine", "robin, Turdus", "crane, bird", ""], strict=True))
     (root / "Labels.json").write_text(json.dumps(names), encoding="utf-8-sig")
-    classes = imagenet100(root, 8, write_list(tmp_path / "list.txt", SOME)).classes
+    classes = imagenet100(root, 8, Choices(write_list(tmp_path / "list.txt", SOME))).classes
     assert classes == (f"crane ({SOME[0]})", "robin", f"crane ({SOME[2]})", SOME[3])
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda root: (root / "val.X").rename(root / "valid"), "expected train/<wnid>/ and val/<wnid>/, or train.X1"),
+        (lambda root: (root / "val.X").rename(root / "vals"), "found train.X1/ and no test/ or val/ .is vals/ meant"),
         (lambda root: (root / "Labels.json").write_text("[1]"), r"Labels\.json: expected a JSON object"),
         (lambda root: shutil.rmtree(root / "val.X" / SOME[1]), f"class '{SOME[1]}' is missing from val.X"),
     ],

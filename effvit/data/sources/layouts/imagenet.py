@@ -1,0 +1,218 @@
+"""ImageNet-1k as it is given out: a flat ``val`` with its ground truth apart, and training images in a tar per class.
+
+Kaggle's release has ``ILSVRC/Data/CLS-LOC/train/<wnid>``, ``val`` and ``LOC_val_solution.csv``. The official one has
+``ILSVRC2012_img_train.tar``, ``ILSVRC2012_img_val.tar`` and the devkit, whose ground truth is a number per image.
+"""
+
+import csv
+import io
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from effvit.data.sources.base import Originals, Split
+from effvit.data.sources.joined import join_originals
+from effvit.data.sources.layout import TEST, TRAIN, Choices, Layout
+from effvit.data.sources.layouts.class_folders import list_images, list_split
+from effvit.data.sources.layouts.titles import read_titles
+from effvit.data.sources.members import TarMembers, list_tar
+from effvit.data.sources.packed import open_tar
+from effvit.data.sources.tree import Directory, Tree, join
+from effvit.errors import UserError
+
+_PLACES = ("", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
+_TRAIN_TAR, _VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+_SOLUTION, _MAPPING = "LOC_val_solution.csv", "LOC_synset_mapping.txt"
+_DEVKIT = "ILSVRC2012_devkit_t12"
+_TRUTH, _META = "data/ILSVRC2012_validation_ground_truth.txt", "data/meta.mat"
+_CLASS_TAR = re.compile(r"n\d{8}\.tar")
+_VAL_NAME = "ILSVRC2012_val_"
+_UP = 3  # folders from CLS-LOC to where Kaggle's archive was unpacked
+_LARGEST_TRUTH = 2**26
+
+
+def imagenet(tree: Tree, choices: Choices) -> Layout | None:
+    """Recognise ImageNet with a flat ``val`` or with training images in tars; ``val`` is the test split.
+
+    Raises:
+        UserError: the ground truth of ``val`` is not there, or does not fit the images.
+    """
+    for place in _PLACES:
+        inner = tree.within(place) if place else tree
+        train = _train_part(inner)
+        val = _val_part(inner) if train else None
+        if train and val:
+            break
+    else:
+        return None
+    near = [inner, *([] if inner is tree else [tree]), *_above(inner)]
+    truth = _find_truth(near)
+    if truth is None:
+        raise UserError(
+            f"{inner.root}: val has {len(val.names):,} images without folders of classes; put {_SOLUTION} (Kaggle) or "
+            f"{_DEVKIT} (the official devkit) next to it"
+        )
+    labels, said = truth
+    titles = next((found for each in near if (found := read_titles(each, _MAPPING))), {})
+    labelled = val.label(labels, set(train.classes))
+
+    def read(wanted: tuple[str, ...]) -> dict[str, Split]:
+        return {TRAIN: train.read(wanted), TEST: val.read(labelled, wanted)}
+
+    return Layout(f"ImageNet, {train.described}, {val.described} with {said}", train.classes, read, titles)
+
+
+@dataclass(frozen=True)
+class _ClassFolders:
+    tree: Tree
+    classes: tuple[str, ...]
+    described: str = "train/<wnid>"
+
+    def read(self, wanted: tuple[str, ...]) -> Split:
+        return list_split(self.tree, ["train"], wanted)
+
+
+@dataclass(frozen=True)
+class _ClassTars:
+    """Tars of one class each: ``tars`` has the file, the first byte and the bytes of each."""
+
+    tree: Directory
+    tars: Mapping[str, tuple[str, int, int | None]]
+    described: str
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(sorted(self.tars))
+
+    def read(self, wanted: tuple[str, ...]) -> Split:
+        lots, counts = [], []
+        for name in wanted:
+            file, start, size = self.tars[name]
+            members = sorted(list_tar(self.tree.root / file, start, size))
+            members = [member for member in members if not member.name.endswith("/")]
+            places = np.array([(0, *member.place) for member in members], dtype=np.int64).reshape(-1, 3)
+            lots.append(TarMembers(self.tree.root, (file,), tuple(member.name for member in members), places))
+            counts.append(len(members))
+        return Split(np.repeat(np.arange(len(wanted), dtype=np.int64), counts), join_originals(lots))
+
+
+@dataclass(frozen=True)
+class _Flat:
+    """Images of ``val`` in one folder: their names, and how to get at some of them."""
+
+    names: tuple[str, ...]
+    originals: Callable[[Sequence[str]], Originals]
+    described: str
+    notes: Counter[str]
+
+    def label(self, labels: Mapping[str, str], classes: set[str]) -> dict[str, list[str]]:
+        """The files of each class, sorted."""
+        listing: dict[str, list[str]] = {}
+        for name in sorted(self.names):
+            stem = name.rpartition("/")[2].partition(".")[0]
+            if stem not in labels:
+                raise UserError(f"{name}: no ground truth for this image of val")
+            if labels[stem] not in classes:
+                raise UserError(f"class {labels[stem]!r} of val's {name} is missing from train")
+            listing.setdefault(labels[stem], []).append(name)
+        return listing
+
+    def read(self, listing: Mapping[str, Sequence[str]], wanted: Sequence[str]) -> Split:
+        files = [listing.get(name, []) for name in wanted]
+        labels = np.repeat(np.arange(len(wanted), dtype=np.int64), [len(each) for each in files])
+        return Split(labels, self.originals([name for each in files for name in each]), self.notes)
+
+
+def _train_part(tree: Tree) -> _ClassFolders | _ClassTars | None:
+    if folders := tree.folders("train"):
+        return _ClassFolders(tree, tuple(sorted(folders)))
+    if not isinstance(tree, Directory):
+        return None
+    if tars := [name for name in tree.files("train") if _CLASS_TAR.fullmatch(name)]:
+        found = {name.removesuffix(".tar"): (join("train", name), 0, None) for name in tars}
+        return _ClassTars(tree, found, "train/<wnid>.tar")
+    if tree.has(_TRAIN_TAR):
+        inner = {
+            member.name.removesuffix(".tar"): (_TRAIN_TAR, *member.place)
+            for member in list_tar(tree.root / _TRAIN_TAR)
+            if _CLASS_TAR.fullmatch(member.name)
+        }
+        return _ClassTars(tree, inner, _TRAIN_TAR) if inner else None  # type: ignore[arg-type]
+    return None
+
+
+def _val_part(tree: Tree) -> _Flat | None:
+    notes: Counter[str] = Counter()
+    if any(name.startswith(_VAL_NAME) for name in tree.files("val")) and not tree.folders("val"):
+        names = tuple(list_images(tree, "val", notes))
+        return _Flat(names, tree.originals, "val/*", notes)
+    if isinstance(tree, Directory) and tree.has(_VAL_TAR):
+        packed = open_tar(tree.root / _VAL_TAR)
+        names = tuple(list_images(packed, "", notes))
+        return _Flat(names, packed.originals, _VAL_TAR, notes)
+    return None
+
+
+def _above(tree: Tree) -> list[Tree]:
+    """The folders around a directory, as many as Kaggle's release has."""
+    return (
+        [Directory(parent) for parent in list(tree.root.resolve().parents)[:_UP]] if isinstance(tree, Directory) else []
+    )
+
+
+def _find_truth(trees: Sequence[Tree]) -> tuple[dict[str, str], str] | None:
+    """The class of each image of ``val`` by the stem of its name, and where that is from."""
+    for tree in trees:
+        if tree.has(_SOLUTION):
+            return _read_solution(tree), _SOLUTION
+        if tree.has(join(_DEVKIT, _TRUTH)) and tree.has(join(_DEVKIT, _META)):
+            files = [tree.open(join(_DEVKIT, name)).read() for name in (_TRUTH, _META)]
+            return _read_devkit(tree, *files), _DEVKIT
+        if isinstance(tree, Directory) and tree.has(f"{_DEVKIT}.tar.gz"):
+            return _read_devkit(tree, *_unpack_devkit(tree)), f"{_DEVKIT}.tar.gz"
+    return None
+
+
+def _read_solution(tree: Tree) -> dict[str, str]:
+    rows = list(csv.reader(io.StringIO(tree.read_text(_SOLUTION))))
+    if not rows or rows[0][:2] != ["ImageId", "PredictionString"]:
+        raise UserError(f"{tree.root / _SOLUTION}: expected the columns ImageId and PredictionString")
+    labels = {}
+    for number, row in enumerate(rows[1:], start=2):
+        if len(row) < 2 or not row[1].split():
+            raise UserError(f"{tree.root / _SOLUTION}: line {number} has no class")
+        labels[row[0].partition(".")[0]] = row[1].split()[0]
+    return labels
+
+
+def _unpack_devkit(tree: Directory) -> list[bytes]:
+    path, found = tree.root / f"{_DEVKIT}.tar.gz", {}
+    try:
+        with tarfile.open(path, "r:gz") as tar:
+            for name in (_TRUTH, _META):
+                member = tar.getmember(join(_DEVKIT, name))
+                file = tar.extractfile(member) if member.isfile() and member.size < _LARGEST_TRUTH else None
+                if file is None:
+                    raise tarfile.TarError(f"{name} is no file of the expected size")
+                found[name] = file.read()
+    except (tarfile.TarError, KeyError, EOFError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise UserError(f"{path}: damaged or not the devkit ({error}); fetch it again") from error
+    return [found[_TRUTH], found[_META]]
+
+
+def _read_devkit(tree: Tree, truth: bytes, meta: bytes) -> dict[str, str]:
+    from scipy.io import loadmat
+
+    try:
+        synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]  # type: ignore[arg-type]
+        wnids = {int(number): str(wnid) for number, wnid in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)}
+        numbers = [int(line) for line in truth.split()]
+        return {f"{_VAL_NAME}{index:08}": wnids[number] for index, number in enumerate(numbers, start=1)}
+    except Exception as error:  # SciPy raises anything on damaged files
+        raise UserError(f"{tree.root / _DEVKIT}: damaged or not the devkit ({error}); fetch it again") from error
