@@ -5,8 +5,9 @@ entered nor the number of processes changes what the model sees.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from torch import Tensor
 from effvit.data.loading.augmentation import Augmentation, Draws, augment, draw
 from effvit.data.loading.prepared import PreparedDataset
 from effvit.seeding import Purpose, derive, numpy_generator
+
+_ALIGNED = 16  # bytes: where a tensor of any dtype may begin
 
 
 @dataclass(frozen=True)
@@ -61,14 +64,17 @@ def training_batches(
     """Shares of the batches of an epoch's steps from ``start``: every training image once an epoch, in random order."""
     count = dataset.counts["train"]
     order = numpy_generator(seed, Purpose.ORDER, epoch).permutation(count)
-    chance = {"seed": derive(seed, Purpose.DECODING, epoch), "min_crop_area": augmentation.min_crop_area}
+    decoding = {"seed": derive(seed, Purpose.DECODING, epoch), "min_crop_area": augmentation.min_crop_area}
     shares = _shares(
-        dataset, "train", np.split(order, range(batch_size, count, batch_size))[start:], place, workers, **chance
+        dataset, "train", np.split(order, range(batch_size, count, batch_size))[start:], place, workers, **decoding
     )
     for step, (images, labels, part, total) in enumerate(shares, start):
         rng = numpy_generator(seed, Purpose.AUGMENTATION, epoch, step)
-        draws = draw(rng, total, dataset.image_size, augmentation)
-        yield Batch(*augment(images, labels, draws.share(part), augmentation, dataset), total)
+        draws = draw(rng, total, dataset.image_size, augmentation).share(part)
+        chance = draws.tensors()
+        images, labels, *there = upload([images, labels, *chance.values()], place.device)
+        draws = replace(draws, **dict(zip(chance, there, strict=True)))
+        yield Batch(*augment(images, labels, draws, augmentation, dataset), total)
 
 
 def validation_batches(dataset: PreparedDataset, place: Place, *, batch_size: int, workers: int = 0) -> Iterator[Batch]:
@@ -76,6 +82,7 @@ def validation_batches(dataset: PreparedDataset, place: Place, *, batch_size: in
     count = dataset.counts["validation"]
     batches = np.split(np.arange(count), range(batch_size, count, batch_size))
     for images, labels, _, total in _shares(dataset, "validation", batches, place, workers, seed=0):
+        images, labels = upload([images, labels], place.device)
         yield Batch(*augment(images, labels, Draws(), Augmentation(), dataset), total)
 
 
@@ -87,15 +94,24 @@ def _shares(
     workers: int,
     **chance: Any,
 ) -> Iterator[tuple[Tensor, Tensor, slice, int]]:
-    """Images and labels on the device, the part of the batch that they are, and the size of the batch."""
+    """Images and labels, the part of the batch that they are, and the size of the batch."""
     images, labels = dataset.split(split)
     parts = [place.share(len(batch)) for batch in batches]
     rows = [batch[part] for batch, part in zip(batches, parts, strict=True)]
     loaded = images.batches(rows, workers=workers, **chance)
     for batch, part, index, array in zip(batches, parts, rows, loaded, strict=True):
-        yield _to(array, place.device), _to(labels[index], place.device), part, len(batch)
+        yield torch.from_numpy(array), torch.from_numpy(labels[index]), part, len(batch)
 
 
-def _to(array: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+def upload(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Move tensors of the CPU to a device; to CUDA as one copy from pinned memory, for which the host does not wait."""
+    if device.type != "cuda":
+        return [tensor.to(device) for tensor in tensors]
+    flat = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors]
+    starts = [0, *accumulate(-(-len(part) // _ALIGNED) * _ALIGNED for part in flat)]
+    packed = torch.empty(starts[-1], dtype=torch.uint8).pin_memory()
+    for part, start in zip(flat, starts, strict=False):
+        packed[start : start + len(part)] = part
+    there = packed.to(device, non_blocking=True)
+    parts = (there[start : start + len(part)] for part, start in zip(flat, starts, strict=False))
+    return [part.view(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
