@@ -15,7 +15,6 @@ import torch
 from lightning_fabric import Fabric, seed_everything
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from effvit.attention import Attention
 from effvit.data.loading.batches import Batch, steps_of, training_batches, validation_batches
@@ -27,6 +26,7 @@ from effvit.model.logits import logits_of
 from effvit.model.vit import ViT, ViTConfig
 from effvit.seeding import Purpose, derive, torch_generator
 from effvit.training.allocator import keep_freed_memory
+from effvit.training.average import Average
 from effvit.training.optimizer import build_optimizer, schedule
 from effvit.training.parallel import make_fabric, process_place, sum_gradients
 from effvit.training.recipe import TrainConfig
@@ -119,9 +119,7 @@ class Training(Generic[M, D]):
         # For each shape by itself: with shapes left open, the code would depend on the order in which they come.
         module: nn.Module = torch.compile(self.model, dynamic=False) if recipe.compile else self.model  # type: ignore[assignment]
         self._forward, self._update = self.fabric.setup(module, self.optimizer)
-        self._averaged = None
-        if recipe.ema_decay:
-            self._averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
+        self._averaged = Average(self.model, recipe.ema_decay) if recipe.ema_decay else None
         self._attentions = [module for module in self.model.modules() if isinstance(module, Attention)]
         self._pending: deque[tuple[_Figures, int, int]] = deque()  # figures, images and number of steps done
         self._settled: list[tuple[Step, int]] = []  # of those that have been read
@@ -135,7 +133,7 @@ class Training(Generic[M, D]):
     @property
     def weights(self) -> M:
         """The weights that count: the averaged ones where the recipe averages. Not to be changed."""
-        return self.model if self._averaged is None else cast(M, self._averaged.module)
+        return self.model if self._averaged is None else self._averaged.module
 
     @property
     def validates(self) -> bool:
@@ -216,7 +214,7 @@ class Training(Generic[M, D]):
         for attention in self._attentions:
             attention.after_step(done, generator)
         if self._averaged is not None:
-            self._averaged.update_parameters(self.model)
+            self._averaged.update(self.model, done)
         return _Figures(figures)
 
     def _gradient(self, batch: Batch) -> Tensor:
@@ -256,7 +254,7 @@ class Training(Generic[M, D]):
                 loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=self.recipe.label_smoothing)
                 self.fabric.backward(loss / batch.total)
             figures[:2] += torch.stack([loss.detach(), _right(logits, targets)])
-        figures[2] = self._should_stop()
+        figures[2].fill_(self._should_stop())
         return figures
 
     def _settle(self, keep: int = 0) -> None:
@@ -292,7 +290,7 @@ class Training(Generic[M, D]):
     def validate(self) -> tuple[float, float]:
         """Loss and accuracy of the validation part, each image counted once whatever the number of processes."""
         self.weights.eval()
-        sums = torch.zeros(2, dtype=torch.float64)
+        rows = []
         with self.fabric.autocast():
             for batch in self._validation_batches():
                 size = self.micro_batch_size or batch.total
@@ -300,7 +298,10 @@ class Training(Generic[M, D]):
                     if len(images):
                         logits = logits_of(self.weights(images)).float()
                         loss = F.cross_entropy(logits, labels, reduction="sum")
-                        sums += torch.stack([loss, _right(logits, labels)]).cpu()
+                        rows.append(torch.stack([loss, _right(logits, labels)]))
+        sums = torch.zeros(2, dtype=torch.float64)
+        for row in torch.stack(rows).cpu() if rows else ():  # one by one: MPS has no float64
+            sums += row
         if self.place.world > 1:
             sums = self.fabric.all_reduce(sums.to(self.place.device), reduce_op="sum").cpu()  # type: ignore[union-attr]
         loss_sum, right = sums.tolist()
@@ -324,7 +325,7 @@ class Training(Generic[M, D]):
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
         if self._averaged is not None:
-            tensors |= {f"averaged.{name}": tensor for name, tensor in self._averaged.state_dict().items()}
+            tensors |= {f"averaged.{name}": tensor for name, tensor in self._averaged.module.state_dict().items()}
         numbers = {name: getattr(self, name) for name in _NUMBERS}
         numbers["precision"] = self.fabric.strategy.precision.state_dict()  # float16's loss scale
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}, numbers
@@ -339,7 +340,7 @@ class Training(Generic[M, D]):
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         if self._averaged is not None:
-            self._averaged.load_state_dict(_part(tensors, "averaged."))
+            self._averaged.module.load_state_dict(_part(tensors, "averaged."))
         for name in _NUMBERS:
             setattr(self, name, numbers[name])
         self.fabric.strategy.precision.load_state_dict(numbers["precision"])
