@@ -107,11 +107,24 @@ def upload(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Move tensors of the CPU to a device; to CUDA as one copy from pinned memory, for which the host does not wait."""
     if device.type != "cuda":
         return [tensor.to(device) for tensor in tensors]
+    return unpack(pack(tensors).pin_memory().to(device, non_blocking=True), tensors)
+
+
+def pack(tensors: Sequence[Tensor]) -> Tensor:
+    """Copy tensors into one of bytes, each where any dtype may begin."""
     flat = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors]
-    starts = [0, *accumulate(-(-len(part) // _ALIGNED) * _ALIGNED for part in flat)]
-    packed = torch.empty(starts[-1], dtype=torch.uint8).pin_memory()
-    for part, start in zip(flat, starts, strict=False):
+    packed = torch.empty(_starts(tensors)[-1], dtype=torch.uint8)
+    for part, start in zip(flat, _starts(tensors), strict=False):
         packed[start : start + len(part)] = part
-    there = packed.to(device, non_blocking=True)
-    parts = (there[start : start + len(part)] for part, start in zip(flat, starts, strict=False))
-    return [part.view(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    return packed
+
+
+def unpack(packed: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Views of what `pack` made of ``tensors``, whose dtypes and shapes they have."""
+    parts = (packed[start : start + each.nbytes] for start, each in zip(_starts(tensors), tensors, strict=False))
+    return [part.view(each.dtype).view(each.shape) for part, each in zip(parts, tensors, strict=True)]
+
+
+def _starts(tensors: Sequence[Tensor]) -> list[int]:
+    """Where each tensor begins, and where all of them end."""
+    return [0, *accumulate(-(-tensor.nbytes // _ALIGNED) * _ALIGNED for tensor in tensors)]
