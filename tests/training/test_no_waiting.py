@@ -67,6 +67,7 @@ def test_cutmix_and_micro_batches_do_not_wait_either(tiny_config, digits, monkey
 def test_validation_reads_its_sums_once(tiny_config, digits, monkeypatch, nothing_kept):
     with fake_cuda(monkeypatch) as traffic:
         training = training_on_cuda(tiny_config(), digits, batch_size=40)
+        traffic.reset()
         with torch.no_grad():  # these tensors have no inference mode
             Training.validate.__wrapped__(training)
     batches = -(-digits.counts["validation"] // 40)
