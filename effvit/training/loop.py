@@ -16,6 +16,7 @@ from lightning_fabric import Fabric, seed_everything
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from effvit import policy
 from effvit.attention import Attention
 from effvit.data.loading.batches import Batch, steps_of, training_batches, validation_batches
 from effvit.data.loading.loaders import Loaders
@@ -27,7 +28,8 @@ from effvit.model.vit import ViT, ViTConfig
 from effvit.seeding import Purpose, derive, torch_generator
 from effvit.training.allocator import keep_freed_memory
 from effvit.training.average import Average
-from effvit.training.optimizer import build_optimizer, schedule
+from effvit.training.compiling import compile_blocks
+from effvit.training.optimizer import build_optimizer, clip_gradients, schedule
 from effvit.training.parallel import make_fabric, process_place, sum_gradients
 from effvit.training.recipe import TrainConfig
 
@@ -71,6 +73,8 @@ class Epoch:
 class Training(Generic[M, D]):
     """A run as far as it has come. Same arguments, same numbers on the same machine, whether it is continued or not.
 
+    It sets PyTorch up by `effvit.policy.apply`, for which a caller who wants its own settings back has `policy.kept`.
+
     Args:
         model: configuration of a ViT to build, or an image classifier, which is trained in place.
         dataset: prepared images, of which the test split is not read; or loaders.
@@ -98,11 +102,13 @@ class Training(Generic[M, D]):
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         given, recipe = recipe, recipe.with_warmup_that_fits()
-        self.dataset, self.recipe, self.seed = dataset, recipe, seed
+        self.dataset, self.seed = dataset, seed
         self.augmentation = recipe.augmentation(horizontal_flip)
         self._report, self._should_stop = report, should_stop
         keep_freed_memory()
         self.fabric: Fabric = make_fabric(recipe.device, recipe.devices, recipe.precision)
+        precision = policy.training_precision(recipe.precision, self.fabric.device)
+        self.recipe = recipe = recipe.model_copy(update={"precision": precision})
         self.place = process_place(self.fabric)
         if recipe.warmup_epochs != given.warmup_epochs and self.fabric.is_global_zero:
             report(
@@ -110,16 +116,14 @@ class Training(Generic[M, D]):
                 f"warm-up shortened to {recipe.warmup_epochs:g} epochs"
             )
         seed_everything(seed, verbose=False)
-        torch.use_deterministic_algorithms(True)
-        # Every buffer here is written before it is read.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        policy.apply(self.place.device, deterministic=recipe.deterministic)
         self.model = cast(M, ViT(model)) if isinstance(model, ViTConfig) else model
         init(self.model)
         self.optimizer = build_optimizer(self.model, recipe)
-        # For each shape by itself: with shapes left open, the code would depend on the order in which they come.
-        module: nn.Module = torch.compile(self.model, dynamic=False) if recipe.compile else self.model  # type: ignore[assignment]
-        self._forward, self._update = self.fabric.setup(module, self.optimizer)
+        self._forward, self._update = self.fabric.setup(self.model, self.optimizer)
         self._averaged = Average(self.model, recipe.ema_decay) if recipe.ema_decay else None
+        for module in dict.fromkeys((self.model, self.weights)):
+            compile_blocks(module, recipe.compile, self.place.device)
         self._attentions = [module for module in self.model.modules() if isinstance(module, Attention)]
         self._pending: deque[tuple[_Figures, int, int]] = deque()  # figures, images and number of steps done
         self._settled: list[tuple[Step, int]] = []  # of those that have been read
@@ -203,10 +207,7 @@ class Training(Generic[M, D]):
             group["lr"] = lr
         figures = sum_gradients(self.fabric, self.model.parameters(), self._gradient(batch))
         if self.recipe.clip_norm:
-            # Not finite is no error: float16's scaler skips such a step, and otherwise the next loss shows it.
-            self.fabric.clip_gradients(
-                self._forward, self._update, max_norm=self.recipe.clip_norm, error_if_nonfinite=False
-            )
+            clip_gradients(self.fabric, self.optimizer, self.recipe.clip_norm)
         self._update.step()
         self._update.zero_grad()
         done = self.epoch * self.steps_per_epoch + self.step + 1

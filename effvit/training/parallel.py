@@ -11,7 +11,9 @@ from lightning_fabric import Fabric
 from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
 
+from effvit import policy
 from effvit.data.loading.batches import Place
+from effvit.device import pick_device
 from effvit.errors import UserError
 
 _LEADER = "EFFVIT_LEADER"  # number of the process that starts the others
@@ -39,11 +41,14 @@ def make_fabric(device: str, devices: int = 1, precision: str = "32-true") -> Fa
     several = devices * nodes > 1
     # Buffers change by seeded draws, alike in all processes: nothing to broadcast before each forward pass.
     strategy = DDPStrategy(broadcast_buffers=False) if several else "auto"
+    precision = policy.training_precision(precision, where := pick_device(device))
     try:
-        fabric = Fabric(accelerator=device, devices=devices, num_nodes=nodes, strategy=strategy, precision=precision)  # type: ignore[arg-type]
+        fabric = Fabric(
+            accelerator=where.type, devices=devices, num_nodes=nodes, strategy=strategy, precision=precision
+        )  # type: ignore[arg-type]
     except (RuntimeError, ValueError) as error:
-        where = f"device={device}" + (f", devices={devices}" if devices > 1 else "")
-        raise UserError(f"{where}: not usable here, try auto or cpu ({error})") from error
+        which = f"device={device}" + (f", devices={devices}" if devices > 1 else "")
+        raise UserError(f"{which}: not usable here, try auto or cpu ({error})") from error
     _watch_leader()
     try:
         fabric.launch()
