@@ -6,12 +6,17 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from effvit.errors import UserError
 from effvit.processor import is_amds
+
+Precision = Literal["float32", "tf32", "bfloat16"]
+"""Of a measurement: TF32 rounds float32's factors, on CUDA; bfloat16 is by autocast."""
+Execution = Literal["eager", "compiled", "graphs"]
 
 _ASKED = os.environ.get("EFFVIT_KERNELS", "")
 if _ASKED not in ("", "reference"):

@@ -144,6 +144,30 @@ Deterministic = Annotated[
     bool,
     typer.Option(rich_help_panel=DEVICE, help="The same bytes in every run on the same machine, or faster kernels."),
 ]
+MeasuredPrecision = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--precision",
+        metavar="NAME,...",
+        parser=words,
+        callback=joined,
+        rich_help_panel=DEVICE,
+        help="float32, tf32 (CUDA) or bfloat16 (autocast); the first is that of tables and figures.",
+        show_default="float32",
+    ),
+]
+MeasuredExecution = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--execution",
+        metavar="NAME,...",
+        parser=words,
+        callback=joined,
+        rich_help_panel=DEVICE,
+        help="eager, compiled or graphs (CUDA); the first is that of tables and figures.",
+        show_default="eager",
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(rich_help_panel=DEVICE, help="CPU threads of the measurement.", show_default="PyTorch's choice"),

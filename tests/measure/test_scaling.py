@@ -343,11 +343,14 @@ def test_the_command_writes_exact_macs_apart_from_what_is_measured(tmp_path):
     scaling(attention="linformer", output_dir=out, tokens=[17, 5], **arguments)
     macs = pd.read_csv(out / "macs.csv")
     expected = [build_attention("linformer", 8, 2, (side, side), k=5).macs() for side in (2, 4)]
-    block = macs[macs["scope"] == "block"].drop(columns="scope").to_dict("list")
+    block = macs[macs["scope"] == "block"].drop(columns=["scope", "hidden_size"]).to_dict("list")
     fused = [build_attention("fused", 8, 2, (side, side)).macs() for side in (2, 4)]
     assert block == {"tokens": [5, 17], "macs": expected, "fused_macs": fused}
     columns = [
+        "precision",
+        "execution",
         "scope",
+        "hidden_size",
         "batch",
         "batch_size",
         "tokens",
@@ -359,7 +362,7 @@ def test_the_command_writes_exact_macs_apart_from_what_is_measured(tmp_path):
         "ratio_high",
     ]
     table = pd.read_csv(out / "scaling.csv")
-    assert list(table.columns) == [*columns, "status", "others", "contended"]
+    assert list(table.columns) == [*columns, "status", "others", "contended", "busy", "launch_bound"]
     assert set(zip(table["scope"], table["batch"], strict=True)) == set(product(("block", "model"), ("one", "tokens")))
     assert json.loads((out / "provenance.json").read_text())["config"]["model"]["attention_options"] == {"k": 5}
     first = (out / "macs.csv").read_bytes()
