@@ -53,12 +53,15 @@ class Machine:
 
 
 def pick_device(name: str) -> torch.device:
-    """Turn ``auto``, ``cpu``, ``cuda`` or ``mps`` into a device that is there; raises ``UserError`` otherwise."""
+    """Turn ``auto``, ``cpu``, ``cuda`` or ``mps`` into a device that is there; raises ``UserError`` otherwise.
+
+    Of several GPUs it is the one with the least memory in use.
+    """
     there = {"cuda": _cuda_is_usable(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         if not there["cuda"] and (reason := unusable_gpu()):
             _say_once(reason)
-        return torch.device(next(kind for kind, available in there.items() if available))
+        name = next(kind for kind, available in there.items() if available)
     if name not in there:
         raise UserError(f"device={name!r}: unknown, expected one of auto, {', '.join(there)}")
     if not there[name]:
@@ -66,6 +69,8 @@ def pick_device(name: str) -> torch.device:
         raise UserError(
             f"device={name}: not available on this machine; try auto or cpu" + (f" ({reason})" * bool(reason))
         )
+    if name == "cuda" and torch.cuda.device_count() > 1:
+        return torch.device(name, _emptiest_gpu())
     return torch.device(name)
 
 
@@ -140,6 +145,20 @@ def _gpu(device: torch.device) -> dict[str, Any]:
         _ask(lambda: torch.backends.cudnn.version()),
     )
     return dict(zip(fields, values, strict=True))
+
+
+def gpu_uuid(device: torch.device) -> str:
+    """UUID of a GPU, by which all programs know it: PyTorch, the driver's tool and its library number them each."""
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    return uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
+
+
+def _emptiest_gpu() -> int:
+    """Number of the GPU of those that PyTorch sees with the least memory in use; the first where nobody knows."""
+    used = dict(line.split(", ") for line in _ask_driver("uuid", "memory.used") if line.count(", ") == 1)
+    known = {uuid: int(mib) for uuid, mib in used.items() if mib.isdecimal()}
+    numbers = range(torch.cuda.device_count())
+    return min(numbers, key=lambda number: known.get(gpu_uuid(torch.device("cuda", number)), 0))
 
 
 @functools.cache

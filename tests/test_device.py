@@ -137,6 +137,18 @@ def test_a_gpu_without_kernels_in_this_pytorch_is_not_taken(h200, monkeypatch, c
         pick_device("cuda")
 
 
+def test_of_several_gpus_the_one_with_least_memory_in_use_is_taken(h200, monkeypatch):
+    """By UUID: the driver's tool numbers them otherwise."""
+    uuids = ["11aa", "22bb", "33cc"]
+    of = {n: SimpleNamespace(name="NVIDIA L4", major=8, minor=9, uuid=uuid) for n, uuid in enumerate(uuids)}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: of[getattr(device, "index", device)])
+    h200.write_text("#!/bin/sh\nprintf 'GPU-33cc, 900\\nGPU-11aa, 700\\nGPU-44dd, 0\\nGPU-22bb, 3\\n'\n")
+    assert pick_device("auto") == pick_device("cuda") == measuring_device("auto") == torch.device("cuda", 1)
+    h200.write_text("#!/bin/sh\nexit 9\n")
+    assert pick_device("cuda") == torch.device("cuda", 0)
+
+
 def test_measurements_take_the_gpu_or_the_cpu_and_never_mps(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -102,7 +102,7 @@ def bench_data(
     recipe = recipe.model_copy(update={"precision": policy.training_precision(precision, where)})
     kept = keep_freed_memory()
     files = ("throughput.csv", "provenance.json")
-    with staged_dir(output_dir, files) as staged, measuring_alone(), policy.kept():
+    with staged_dir(output_dir, files) as staged, measuring_alone(where), policy.kept():
         policy.apply(where, deterministic=deterministic)
         rows = measure_throughput(
             config,

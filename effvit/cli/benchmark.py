@@ -84,7 +84,7 @@ def benchmark(
         torch.set_num_threads(threads)
     torch.manual_seed(0)
     files = ("model.json", "cost.csv", "provenance.json")
-    with staged_dir(output_dir, files) as staged, measuring_alone(), policy.kept():
+    with staged_dir(output_dir, files) as staged, measuring_alone(where), policy.kept():
         size = model_size(config)
         write_json(staged / "model.json", size)
         settings: dict[str, Any] = {"batch_size": batch_size, "memory_mib": memory_mib, "budget_s": budget_s}

@@ -117,7 +117,7 @@ def choose(
     file, earlier = open_output(output, machine, precision) if output else (None, None)
     build = _timm_builder(timm, settings) if timm else builder(preset(subject), settings)
     rows = []
-    with measuring_alone(), Progress(transient=True) as bar:
+    with measuring_alone(where), Progress(transient=True) as bar:
         task = bar.add_task(f"measuring {subject}", total=1.0)
 
         def progress(share: float, what: str) -> None:

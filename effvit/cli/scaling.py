@@ -105,7 +105,7 @@ def scaling(
         torch.set_num_threads(threads)
     torch.manual_seed(0)
     files = ("macs.csv", "scaling.csv", "provenance.json")
-    with staged_dir(output_dir, files) as staged, measuring_alone(), policy.kept():
+    with staged_dir(output_dir, files) as staged, measuring_alone(where), policy.kept():
         macs = [
             {
                 "scope": s.scope,

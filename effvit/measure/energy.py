@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from effvit.device import gpu_uuid
 from effvit.measure.latency import Call
 
 Counter = Callable[[], float]
@@ -39,7 +40,7 @@ def energy_of(call: Call, budget_s: float, device: torch.device) -> float | None
 def counter_of(device: torch.device) -> Counter | None:
     """What counts the energy of a device; None where nothing does."""
     if device.type == "cuda":
-        return _gpu_counter(str(torch.cuda.get_device_properties(device).uuid))
+        return _gpu_counter(gpu_uuid(device))
     return _rapl_counter(_RAPL) if device.type == "cpu" else None
 
 
@@ -80,8 +81,7 @@ def _nvml() -> ctypes.CDLL | None:
 def _gpu_counter(uuid: str) -> Counter | None:
     """The GPU's own counter (Volta and later), found by UUID, as NVML numbers GPUs otherwise than PyTorch."""
     library, handle = _nvml(), ctypes.c_void_p()
-    name = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
-    if library is None or library.nvmlDeviceGetHandleByUUID(name.encode(), ctypes.byref(handle)) != 0:
+    if library is None or library.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(handle)) != 0:
         return None
     if library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(ctypes.c_ulonglong())) != 0:
         return None

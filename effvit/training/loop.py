@@ -30,7 +30,7 @@ from effvit.training.allocator import keep_freed_memory
 from effvit.training.average import Average
 from effvit.training.compiling import compile_blocks
 from effvit.training.optimizer import build_optimizer, clip_gradients, schedule
-from effvit.training.parallel import make_fabric, process_place, sum_gradients
+from effvit.training.parallel import Exchange, make_fabric, process_place
 from effvit.training.recipe import TrainConfig
 
 M = TypeVar("M", bound=nn.Module)
@@ -121,6 +121,7 @@ class Training(Generic[M, D]):
         init(self.model)
         self.optimizer = build_optimizer(self.model, recipe)
         self._forward, self._update = self.fabric.setup(self.model, self.optimizer)
+        self._exchange = Exchange(self.fabric, self.model.parameters())
         self._averaged = Average(self.model, recipe.ema_decay) if recipe.ema_decay else None
         for module in dict.fromkeys((self.model, self.weights)):
             compile_blocks(module, recipe.compile, self.place.device)
@@ -205,11 +206,11 @@ class Training(Generic[M, D]):
     def _take_step(self, batch: Batch, lr: float) -> "_Figures":
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        figures = sum_gradients(self.fabric, self.model.parameters(), self._gradient(batch))
+        figures = self._exchange.sum(self._gradient(batch))
         if self.recipe.clip_norm:
             clip_gradients(self.fabric, self.optimizer, self.recipe.clip_norm)
         self._update.step()
-        self._update.zero_grad()
+        self._exchange.clear(self.optimizer)
         done = self.epoch * self.steps_per_epoch + self.step + 1
         generator = torch_generator(self.seed, Purpose.REDRAW, done)
         for attention in self._attentions:
@@ -229,7 +230,7 @@ class Training(Generic[M, D]):
                     raise
                 if size == 1:
                     raise UserError("out of memory with one image at a time: take a smaller model") from error
-            self._update.zero_grad()
+            self._exchange.clear(self.optimizer)
             if self.place.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.micro_batch_size = -(-size // 2)
@@ -250,10 +251,9 @@ class Training(Generic[M, D]):
         for images, targets in zip(batch.images.split(size), batch.targets.split(size), strict=True):
             if not len(images):
                 continue  # a share of nothing
-            with self.fabric.no_backward_sync(self._forward, enabled=self.place.world > 1):
-                logits = logits_of(self._forward(images)).float()
-                loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=self.recipe.label_smoothing)
-                self.fabric.backward(loss / batch.total)
+            logits = logits_of(self._forward(images)).float()
+            loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=self.recipe.label_smoothing)
+            self.fabric.backward(loss / batch.total)
             figures[:2] += torch.stack([loss.detach(), _right(logits, targets)])
         figures[2].fill_(self._should_stop())
         return figures

@@ -71,13 +71,13 @@ class Driver:
 def test_a_gpu_is_found_by_its_uuid_and_counts_millijoules(monkeypatch):
     driver = Driver()
     monkeypatch.setattr(energy, "_nvml", lambda: driver)
-    joules = energy._gpu_counter("8b6f2d1c")
+    joules = energy._gpu_counter("GPU-8b6f2d1c")
     driver.spent = 7500
     assert joules() == 7.5 and driver.asked == [b"GPU-8b6f2d1c"]
     monkeypatch.setattr(driver, "nvmlDeviceGetTotalEnergyConsumption", lambda handle, value: 3)  # before Volta
     assert energy._gpu_counter("GPU-8b6f2d1c") is None
     monkeypatch.setattr(energy, "_nvml", lambda: None)
-    assert energy._gpu_counter("8b6f2d1c") is None
+    assert energy._gpu_counter("GPU-8b6f2d1c") is None
 
 
 def test_without_a_driver_there_is_no_library():
