@@ -50,7 +50,7 @@ def benchmark(
     from effvit.measure.alone import measuring_alone
     from effvit.measure.benchmark import COST_STEPS, measure_cost, model_size
     from effvit.measure.compare import require_positive
-    from effvit.measure.display import print_rows
+    from effvit.measure.display import print_rows, remark_on_launches
     from effvit.measure.execution import executions
     from effvit.model.presets import preset
     from effvit.model.vit import ViTConfig
@@ -98,6 +98,8 @@ def benchmark(
         settings |= {"dtype": ways[0].precision, "execution": ways[0].mode, "deterministic": deterministic}
         settings |= {"model": config.model_dump()}
         write_provenance(staged, settings, this_machine(where))
+    if remark := remark_on_launches(rows):
+        typer.echo(remark, err=True)
     print_rows(
         f"{attention}: {size['parameters']:,} parameters, {size['macs'] / 1e6:,.2f} M multiply-adds per image",
         rows,

@@ -63,7 +63,7 @@ def scaling(
     from effvit.files import staged_dir, write_csv
     from effvit.measure.alone import measuring_alone
     from effvit.measure.compare import require_positive
-    from effvit.measure.display import print_rows
+    from effvit.measure.display import print_rows, remark_on_launches
     from effvit.measure.execution import executions
     from effvit.measure.scaling import measure_scaling
     from effvit.measure.subject import Block, Model, Subject, parse_width, square_grid
@@ -129,6 +129,8 @@ def scaling(
         record = settings | {"tokens": counts, "widths": widths, "model": config.model_dump()}
         record |= {"dtype": ways[0].precision, "execution": ways[0].mode, "deterministic": deterministic}
         write_provenance(staged, record, this_machine(where))
+    if remark := remark_on_launches(rows):
+        typer.echo(remark, err=True)
     of_parts = dict.fromkeys(tuple(row[key] for key in _PART) for row in rows)
     for part in of_parts:
         for batch, which in (
