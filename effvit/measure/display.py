@@ -51,8 +51,8 @@ def remark_on_launches(rows: Sequence[Row]) -> str | None:
     if not bound:
         return None
     return (
-        f"{bound} of {len(rows)} points are launch-bound: their time is that of launching, not of computing; take larger "
-        "batches or --execution graphs, in the study -S measure=gpu"
+        f"{bound} of {len(rows)} points are launch-bound: their time is that of launching, not of computing; "
+        "take larger batches or --execution graphs, in the study -S measure=gpu"
     )
 
 

@@ -2,7 +2,7 @@
 
 import json
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def cost(directory: Path) -> pd.DataFrame:
     """Measured costs, one row per quantity and batch size; latency and training memory are always among them."""
     path = directory / "cost.csv"
     columns = {"quantity": str, "batch_size": "Int64"} | _MEASURED | {"launch_bound": bool}
-    table = _first(read_csv(path, "benchmark", _WAY | columns), list(_WAY))
+    table = _of_first(read_csv(path, "benchmark", _WAY | columns), _WAY).drop(columns=list(_WAY))
     if missing := {"latency", "train_memory"} - set(table["quantity"]):
         raise UserError(f"{path}: no row for {', '.join(sorted(missing))}; `dvc repro -f benchmark` makes it anew")
     return table
@@ -111,18 +111,18 @@ def scaling(directory: Path) -> pd.DataFrame:
     """Costs of a block and of a model, one row per scope, batch, token count, mode and quantity, with exact MACs."""
     place = {"scope": str, "hidden_size": int, "batch": str, "batch_size": int, "tokens": int, "mode": str}
     columns = place | _MEASURED | {"status": str, "others": float, "contended": bool, "launch_bound": bool}
-    table = _first(read_csv(directory / "scaling.csv", "scaling", _WAY | columns), [*_WAY])
-    table = pd.concat([_first(of_scope, ["hidden_size"]) for _, of_scope in table.groupby("scope", sort=False)])
+    table = _of_first(read_csv(directory / "scaling.csv", "scaling", _WAY | columns), _WAY).drop(columns=list(_WAY))
+    table = pd.concat([_of_first(part, ["hidden_size"]) for _, part in table.groupby("scope", sort=False)])
     numbers = dict.fromkeys(("hidden_size", "tokens", "macs", "fused_macs"), int)
     macs = read_csv(directory / "macs.csv", "scaling", {"scope": str} | numbers)
     macs = macs.astype({"macs": "Int64", "fused_macs": "Int64"})
     return table.merge(macs, on=["scope", "hidden_size", "tokens"], how="left").drop(columns="hidden_size")
 
 
-def _first(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
-    """Rows of the first values in these columns, without them: what tables and figures show."""
-    of_first = table[columns].eq(table[columns].iloc[0]).all(axis=1)
-    return table[of_first].drop(columns=columns)
+def _of_first(table: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
+    """Rows with the first values in these columns: what tables and figures show."""
+    values = table[list(columns)]
+    return table[values.eq(values.iloc[0]).all(axis=1)]
 
 
 def fidelity(directory: Path) -> pd.DataFrame:
