@@ -1,4 +1,4 @@
-"""RandAugment for CUDA: a few dozen launches a batch, whatever its images drew, where each group would need its own.
+"""RandAugment for CUDA: the same launches whatever a batch's images drew, where each group would need its own.
 
 An image takes one operation at a time, so a batch goes through all kinds of operations and each image keeps what is
 its own. What an operation does to every image alike is a table, made once by the operation itself on the CPU: so the
@@ -67,8 +67,10 @@ def by_tables(images: Tensor, choices: Tensor, magnitude: int) -> Tensor:
 def _round(images: Tensor, chosen: Tensor, of_variants: Tables) -> Tensor:
     """One operation each: those whose tables are known beforehand, then those that depend on the image."""
 
+    operations = (chosen // 2).view(-1, 1, 1)
+
     def does(name: str) -> Tensor:
-        return (chosen // 2 == _NUMBERS[name]).view(-1, 1, 1)
+        return operations == _NUMBERS[name]
 
     flat = images.flatten(2)  # (B, 3, H W)
     moved = torch.cat([flat, flat.new_zeros(1).expand(*flat.shape[:2], 1)], dim=2).gather(
