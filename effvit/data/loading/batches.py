@@ -73,7 +73,8 @@ def training_batches(
         draws = draw(rng, total, dataset.image_size, augmentation).share(part)
         chance = draws.tensors()
         images, labels, *there = upload([images, labels, *chance.values()], place.device)
-        draws = replace(draws, **dict(zip(chance, there, strict=True)))
+        arrived: dict[str, Any] = dict(zip(chance, there, strict=True))
+        draws = replace(draws, **arrived)
         yield Batch(*augment(images, labels, draws, augmentation, dataset), total)
 
 
