@@ -55,7 +55,7 @@ class Machine:
 def pick_device(name: str) -> torch.device:
     """Turn ``auto``, ``cpu``, ``cuda`` or ``mps`` into a device that is there; raises ``UserError`` otherwise.
 
-    Of several GPUs it is the one with the least memory in use.
+    Of several GPUs it is the one with the lowest memory in use.
     """
     there = {"cuda": _cuda_is_usable(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
@@ -154,7 +154,7 @@ def gpu_uuid(device: torch.device) -> str:
 
 
 def _emptiest_gpu() -> int:
-    """Number of the GPU of those that PyTorch sees with the least memory in use; the first where nobody knows."""
+    """Number of the GPU of those that PyTorch sees with the lowest memory in use; the first where nobody knows."""
     used = dict(line.split(", ") for line in _ask_driver("uuid", "memory.used") if line.count(", ") == 1)
     known = {uuid: int(mib) for uuid, mib in used.items() if mib.isdecimal()}
     numbers = range(torch.cuda.device_count())

@@ -123,7 +123,7 @@ def test_no_batch_fits_into_less_than_the_weights():
 
 
 def test_running_out_of_memory_is_a_row_of_every_quantity_it_concerns(monkeypatch):
-    def refuse(model, optimiser, batch_size, device):
+    def refuse(model, optimiser, batch_size, device, how):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(module, "training_step", refuse)

@@ -1,8 +1,8 @@
 """RandAugment for CUDA: the same launches whatever a batch's images drew, where each group would need its own.
 
-An image takes one operation at a time, so a batch goes through all kinds of operations and each image keeps what is
-its own. What an operation does to every image alike is a table, made once by the operation itself on the CPU: so the
-pixels are those of `effvit.data.loading.randaugment`. Rounding is the same as well, where a table cannot hold it.
+An image takes one operation at a time, so a batch goes through all kinds of operations and each image keeps the result
+of its own. What an operation does to every image alike is a table, made once by the operation itself on the CPU: so
+the pixels are those of `effvit.data.loading.randaugment`. Rounding is the same as well, where a table cannot hold it.
 """
 
 import functools
