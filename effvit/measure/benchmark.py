@@ -86,8 +86,11 @@ def measure_cost(
         place = {"precision": how.precision, "execution": how.mode, "quantity": quantity, "batch_size": size}
         return place | {"unit": unit} | comparison.row() | {"busy": busy, "launch_bound": launch_bound(busy)}
 
-    def busy(make: Callable[[ViT, int], Call], size: int) -> float | None:
-        shares = [busy_share(make(m, size), device) for m in (model, fused)] if device.type == "cuda" else []
+    def ran(timed: Comparison) -> list[ViT]:
+        return [m for m, samples in ((model, timed.samples), (fused, timed.fused)) if samples is not None]
+
+    def busy(make: Callable[[ViT, int], Call], size: int, timed: Comparison) -> float | None:
+        shares = [busy_share(make(m, size), device) for m in ran(timed)] if device.type == "cuda" else []
         return min((share for share in shares if share is not None), default=None)
 
     def throughput(quantity: str, seconds: Comparison, size: int, fused_size: int, share: float | None = None) -> Row:
@@ -95,10 +98,10 @@ def measure_cost(
         return row(quantity, size, "images/s", rate, share)
 
     one = seconds(infer, 1, 1).map(lambda s: s * 1e3)
-    yield [row("latency", 1, "ms", one, busy(infer, 1))]
+    yield [row("latency", 1, "ms", one, busy(infer, 1, one))]
 
     forward = seconds(infer, batch_size, batch_size)
-    per_image, share = forward.map(lambda s: s * 1e3 / batch_size), busy(infer, batch_size)
+    per_image, share = forward.map(lambda s: s * 1e3 / batch_size), busy(infer, batch_size, forward)
     yield [
         row("latency", batch_size, "ms", per_image, share),
         throughput("throughput", forward, batch_size, batch_size, share),
@@ -111,7 +114,8 @@ def measure_cost(
         fused_largest = max(1, fused_largest)
         yield [throughput("throughput", seconds(infer, largest, fused_largest), largest, fused_largest)]
 
-    step, share = seconds(train, batch_size, batch_size), busy(train, batch_size)
+    step = seconds(train, batch_size, batch_size)
+    share = busy(train, batch_size, step)
     yield [
         row("train_step", batch_size, "ms", step.map(lambda s: s * 1e3), share),
         throughput("train_throughput", step, batch_size, batch_size, share),
@@ -126,9 +130,9 @@ def measure_cost(
     if device.type == "cpu":  # on a GPU a process's resident memory is that of the driver
         rss = max_rss_bytes((config, fused.config), batch_size, how.precision)
         rest.append(row("max_rss", batch_size, "bytes", Comparison.single(*rss)))
-    for quantity, make in (("energy", infer), ("train_energy", train)):
-        joules = [energy_of(make(m, batch_size), budget_s, device) for m in (model, fused)]
-        if None not in joules:
+    for quantity, make, timed in (("energy", infer, forward), ("train_energy", train, step)):
+        joules = [energy_of(make(m, batch_size), budget_s, device) for m in ran(timed)]
+        if len(joules) == 2 and None not in joules:
             both = (np.array([each], float) / batch_size for each in joules)
             rest.append(row(quantity, batch_size, "J", Comparison(OK, *both)))
     yield rest

@@ -127,6 +127,7 @@ def test_running_out_of_memory_is_a_row_of_every_quantity_it_concerns(monkeypatc
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(module, "training_step", refuse)
+    monkeypatch.setattr(module, "energy_of", lambda *_: 1.0)
     table = measure().set_index("quantity")
     training = ["train_step", "train_throughput", "train_memory"]
     assert (table.loc[training, "status"] == "out of memory").all()

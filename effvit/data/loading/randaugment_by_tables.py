@@ -66,7 +66,6 @@ def by_tables(images: Tensor, choices: Tensor, magnitude: int) -> Tensor:
 
 def _round(images: Tensor, chosen: Tensor, of_variants: Tables) -> Tensor:
     """One operation each: those whose tables are known beforehand, then those that depend on the image."""
-
     operations = (chosen // 2).view(-1, 1, 1)
 
     def does(name: str) -> Tensor:
