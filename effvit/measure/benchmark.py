@@ -1,6 +1,7 @@
 """The cost of a whole model: size, exact MACs, latency, throughput, training step and memory, relative to ``fused``."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -26,6 +27,7 @@ from effvit.measure.workload import adamw, inference, training_step
 from effvit.model.vit import ViT, ViTConfig
 
 COST_STEPS = 6
+_Make = Callable[[ViT, int], Call]
 _MOST = 2**20  # images at once
 
 
@@ -68,74 +70,93 @@ def measure_cost(
         ``Comparison.row``, and of times on a GPU ``busy`` and ``launch_bound`` as `measure_scaling` has them. There are
         rows of ``energy`` where the driver or the processor counts it, and none of resident memory on a GPU.
     """
-    model = ViT(config).to(device)
-    fused = ViT(config.model_copy(update={"attention": BASELINE, "attention_options": {}})).to(device)
-    for each in (model, fused):
-        how.prepare(each, device)
+    fused_config = config.model_copy(update={"attention": BASELINE, "attention_options": {}})
+    pair = _Pair(ViT(config).to(device), ViT(fused_config).to(device), budget_s, device, how)
+    for model in (pair.model, pair.fused):
+        how.prepare(model, device)
     infer = partial(_infer, device=device, how=how)
-    train = partial(_train, optimisers={m: adamw(m) for m in (model, fused)}, device=device, how=how)
+    train = partial(_train, optimisers={m: adamw(m) for m in (pair.model, pair.fused)}, device=device, how=how)
 
-    def seconds(make: Callable[[ViT, int], Call], size: int, fused_size: int) -> Comparison:
-        calls = partial(make, model, size), partial(make, fused, fused_size)
-        return compare_seconds(*calls, budget_s=budget_s, device=device)
+    one = pair.seconds(infer, 1, 1).map(lambda s: s * 1e3)
+    yield [pair.row("latency", 1, "ms", one, pair.busy(infer, 1, one))]
 
-    def peaks(make: Callable[[ViT, int], Call]) -> Comparison:
-        return compare_peaks(partial(make, model, batch_size), partial(make, fused, batch_size), device=device)
-
-    def row(quantity: str, size: int | None, unit: str, comparison: Comparison, busy: float | None = None) -> Row:
-        place = {"precision": how.precision, "execution": how.mode, "quantity": quantity, "batch_size": size}
-        return place | {"unit": unit} | comparison.row() | {"busy": busy, "launch_bound": launch_bound(busy)}
-
-    def ran(timed: Comparison) -> list[ViT]:
-        return [m for m, samples in ((model, timed.samples), (fused, timed.fused)) if samples is not None]
-
-    def busy(make: Callable[[ViT, int], Call], size: int, timed: Comparison) -> float | None:
-        shares = [busy_share(make(m, size), device) for m in ran(timed)] if device.type == "cuda" else []
-        return min((share for share in shares if share is not None), default=None)
-
-    def throughput(quantity: str, seconds: Comparison, size: int, fused_size: int, share: float | None = None) -> Row:
-        rate = seconds.map(lambda s: size / s, lambda s: fused_size / s)
-        return row(quantity, size, "images/s", rate, share)
-
-    one = seconds(infer, 1, 1).map(lambda s: s * 1e3)
-    yield [row("latency", 1, "ms", one, busy(infer, 1, one))]
-
-    forward = seconds(infer, batch_size, batch_size)
-    per_image, share = forward.map(lambda s: s * 1e3 / batch_size), busy(infer, batch_size, forward)
+    forward = pair.seconds(infer, batch_size, batch_size)
+    per_image, share = forward.map(lambda s: s * 1e3 / batch_size), pair.busy(infer, batch_size, forward)
     yield [
-        row("latency", batch_size, "ms", per_image, share),
-        throughput("throughput", forward, batch_size, batch_size, share),
+        pair.row("latency", batch_size, "ms", per_image, share),
+        pair.throughput("throughput", forward, batch_size, batch_size, share),
     ]
 
-    largest, fused_largest = (largest_batch(m, memory_mib, device, how) for m in (model, fused))
+    largest, fused_largest = (largest_batch(m, memory_mib, device, how) for m in (pair.model, pair.fused))
     if not largest:
-        yield [row("throughput", None, "images/s", Comparison(OUT_OF_MEMORY))]
+        yield [pair.row("throughput", None, "images/s", Comparison(OUT_OF_MEMORY))]
     else:
         fused_largest = max(1, fused_largest)
-        yield [throughput("throughput", seconds(infer, largest, fused_largest), largest, fused_largest)]
+        yield [pair.throughput("throughput", pair.seconds(infer, largest, fused_largest), largest, fused_largest)]
 
-    step = seconds(train, batch_size, batch_size)
-    share = busy(train, batch_size, step)
+    step = pair.seconds(train, batch_size, batch_size)
+    share = pair.busy(train, batch_size, step)
     yield [
-        row("train_step", batch_size, "ms", step.map(lambda s: s * 1e3), share),
-        throughput("train_throughput", step, batch_size, batch_size, share),
+        pair.row("train_step", batch_size, "ms", step.map(lambda s: s * 1e3), share),
+        pair.throughput("train_throughput", step, batch_size, batch_size, share),
     ]
 
     yield [
-        row("inference_memory", batch_size, "bytes", peaks(infer)),
-        row("train_memory", batch_size, "bytes", peaks(train)),
+        pair.row("inference_memory", batch_size, "bytes", pair.peaks(infer, batch_size)),
+        pair.row("train_memory", batch_size, "bytes", pair.peaks(train, batch_size)),
     ]
 
     rest: list[Row] = []
     if device.type == "cpu":  # on a GPU a process's resident memory is that of the driver
-        rss = max_rss_bytes((config, fused.config), batch_size, how.precision)
-        rest.append(row("max_rss", batch_size, "bytes", Comparison.single(*rss)))
+        rss = max_rss_bytes((config, fused_config), batch_size, how.precision)
+        rest.append(pair.row("max_rss", batch_size, "bytes", Comparison.single(*rss)))
     for quantity, make, timed in (("energy", infer, forward), ("train_energy", train, step)):
-        joules = [energy_of(make(m, batch_size), budget_s, device) for m in ran(timed)]
-        if len(joules) == 2 and None not in joules:
-            both = (np.array([each], float) / batch_size for each in joules)
-            rest.append(row(quantity, batch_size, "J", Comparison(OK, *both)))
+        if energy := pair.energy(make, batch_size, timed):
+            rest.append(pair.row(quantity, batch_size, "J", energy))
     yield rest
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A model and the same model with ``fused`` attention."""
+
+    model: ViT
+    fused: ViT
+    budget_s: float
+    device: torch.device
+    how: Execution
+
+    def seconds(self, make: _Make, size: int, fused_size: int) -> Comparison:
+        calls = partial(make, self.model, size), partial(make, self.fused, fused_size)
+        return compare_seconds(*calls, budget_s=self.budget_s, device=self.device)
+
+    def peaks(self, make: _Make, size: int) -> Comparison:
+        return compare_peaks(partial(make, self.model, size), partial(make, self.fused, size), device=self.device)
+
+    def busy(self, make: _Make, size: int, timed: Comparison) -> float | None:
+        """How busy a GPU is at least, with one of both that ran."""
+        if self.device.type != "cuda":
+            return None
+        shares = [busy_share(make(model, size), self.device) for model in self._ran(timed)]
+        return min((share for share in shares if share is not None), default=None)
+
+    def energy(self, make: _Make, size: int, timed: Comparison) -> Comparison | None:
+        """Joules of an image; None where nothing counts them, or one of both did not run."""
+        joules = [energy_of(make(model, size), self.budget_s, self.device) for model in self._ran(timed)]
+        if len(joules) < 2 or None in joules:
+            return None
+        return Comparison(OK, *(np.array([each], float) / size for each in joules))
+
+    def throughput(self, quantity: str, seconds: Comparison, size: int, fused: int, busy: float | None = None) -> Row:
+        return self.row(quantity, size, "images/s", seconds.map(lambda s: size / s, lambda s: fused / s), busy)
+
+    def row(self, quantity: str, size: int | None, unit: str, comparison: Comparison, busy: float | None = None) -> Row:
+        place = {"precision": self.how.precision, "execution": self.how.mode, "quantity": quantity, "batch_size": size}
+        return place | {"unit": unit} | comparison.row() | {"busy": busy, "launch_bound": launch_bound(busy)}
+
+    def _ran(self, timed: Comparison) -> list[ViT]:
+        both = (self.model, timed.samples), (self.fused, timed.fused)
+        return [model for model, samples in both if samples is not None]
 
 
 def largest_batch(model: ViT, memory_mib: float, device: torch.device, how: Execution = EAGER) -> int:
