@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -184,7 +185,8 @@ def _cuda_is_usable() -> bool:
 
 def _too_old_gpu() -> str | None:
     """Why this PyTorch has no kernels for the first GPU; None where it has."""
-    oldest = min((int(arch[3:]) for arch in torch.cuda.get_arch_list() if arch[3:].isdecimal()), default=0)
+    capabilities = [re.fullmatch(r"sm_(\d+)", arch) for arch in torch.cuda.get_arch_list()]
+    oldest = min((int(found[1]) for found in capabilities if found), default=0)
     properties = torch.cuda.get_device_properties(0)
     if properties.major * 10 + properties.minor >= oldest:
         return None
