@@ -12,14 +12,28 @@ BIN := .venv/bin
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1: /p' $(MAKEFILE_LIST) | column -t -s: -l 2
 
-env: .venv/.made ## the environment in .venv, from requirements.lock alone
+env: .venv/.made ## the environment in .venv, from requirements.lock alone; TORCH=cpu or cu126 for another PyTorch
+
+# Another PyTorch than the lock's, whose Linux wheel is for new NVIDIA drivers: make env TORCH=cpu, or TORCH=cu126.
+TORCH ?=
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+OF_TORCH := ^(torch|torchvision)==
+OF_CUDA := ^(triton|nvidia-[a-z0-9-]+|cuda-[a-z0-9-]+)==
+ifneq ($(TORCH),)
+$(shell grep -qsx '$(TORCH)' .venv/.made || rm -f .venv/.made)
+endif
 
 .venv/.made: requirements.lock pyproject.toml
 	$(PYTHON) -m venv .venv
 	@echo "installing into .venv: some minutes the first time"
-	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	touch $@
+ifeq ($(TORCH),)
+	$(PIP) --requirement requirements.lock
+else
+	grep -E '$(OF_TORCH)' requirements.lock | $(PIP) --index-url https://download.pytorch.org/whl/$(TORCH) --requirement /dev/stdin
+	grep -vE '$(OF_TORCH)|$(OF_CUDA)' requirements.lock | $(PIP) --requirement /dev/stdin
+endif
+	$(PIP) --no-deps --no-build-isolation --editable .
+	echo '$(TORCH)' > $@
 
 study: env ## train, measure and plot all mechanisms on the embedded data set; JOBS=n trains n at a time
 	. $(BIN)/activate && python -m stages.restore $(if $(filter-out 1,$(JOBS)),&& python -m stages.jobs $(JOBS)) && dvc repro

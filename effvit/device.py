@@ -2,7 +2,9 @@
 
 import functools
 import os
+import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import attrgetter
@@ -15,7 +17,6 @@ from effvit.errors import UserError
 from effvit.processor import processor_name
 
 _Answer = TypeVar("_Answer")
-_DRIVER_VERSION = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
 _SDPA = {"cuda": ("cudnn", "flash", "mem_efficient", "math"), "cpu": ("flash", "math")}
 _ROUNDING = {
     "cuda": {"products": "cuda.matmul", "convolutions": "cudnn.conv"},
@@ -53,14 +54,24 @@ class Machine:
 
 
 def pick_device(name: str) -> torch.device:
-    """Turn ``auto``, ``cpu``, ``cuda`` or ``mps`` into a device that is there; raises ``UserError`` otherwise."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """Turn ``auto``, ``cpu``, ``cuda`` or ``mps`` into a device that is there; raises ``UserError`` otherwise.
+
+    Of several GPUs it is the one with the lowest memory in use.
+    """
+    there = {"cuda": _cuda_is_usable(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device(next(kind for kind, available in there.items() if available))
+        if not there["cuda"] and (reason := unusable_gpu()):
+            _say_once(reason)
+        name = next(kind for kind, available in there.items() if available)
     if name not in there:
         raise UserError(f"device={name!r}: unknown, expected one of auto, {', '.join(there)}")
     if not there[name]:
-        raise UserError(f"device={name}: not available on this machine; try auto or cpu")
+        reason = unusable_gpu() if name == "cuda" else None
+        raise UserError(
+            f"device={name}: not available on this machine; try auto or cpu" + (f" ({reason})" * bool(reason))
+        )
+    if name == "cuda" and torch.cuda.device_count() > 1:
+        return torch.device(name, _emptiest_gpu())
     return torch.device(name)
 
 
@@ -72,7 +83,9 @@ def measuring_device(name: str) -> torch.device:
     """
     if name == "mps":
         raise UserError("device=mps: peak memory cannot be told exactly there; measure on cpu or cuda")
-    return pick_device("cpu" if name == "auto" and not torch.cuda.is_available() else name)
+    if name == "auto" and pick_device("auto").type != "cuda":
+        return torch.device("cpu")
+    return pick_device(name)
 
 
 def this_machine(device: torch.device) -> Machine:
@@ -135,11 +148,68 @@ def _gpu(device: torch.device) -> dict[str, Any]:
     return dict(zip(fields, values, strict=True))
 
 
+def gpu_uuid(device: torch.device) -> str:
+    """UUID of a GPU, by which all programs know it: PyTorch, the driver's tool and its library number them each."""
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    return uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
+
+
+def _emptiest_gpu() -> int:
+    """Number of the GPU of those that PyTorch sees with the lowest memory in use; the first where nobody knows."""
+    used = dict(line.split(", ") for line in _ask_driver("uuid", "memory.used") if line.count(", ") == 1)
+    known = {uuid: int(mib) for uuid, mib in used.items() if mib.isdecimal()}
+    numbers = range(torch.cuda.device_count())
+    return min(numbers, key=lambda number: known.get(gpu_uuid(torch.device("cuda", number)), 0))
+
+
 @functools.cache
 def _driver() -> str | None:
     """Version of NVIDIA's driver, which PyTorch does not know; None where NVIDIA's own tool does not say."""
-    try:
-        said = subprocess.run(_DRIVER_VERSION, capture_output=True, text=True, check=True, timeout=60).stdout.split()
-    except (OSError, subprocess.SubprocessError):
-        return None
+    said = _ask_driver("driver_version")
     return said[0] if said else None
+
+
+def _ask_driver(*fields: str) -> list[str]:
+    """What NVIDIA's tool says of each GPU, a line each; nothing without the tool."""
+    command = ("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return said.splitlines()
+
+
+def _cuda_is_usable() -> bool:
+    return torch.cuda.is_available() and _ask(_too_old_gpu) is None
+
+
+def _too_old_gpu() -> str | None:
+    """Why this PyTorch has no kernels for the first GPU; None where it has."""
+    capabilities = [re.fullmatch(r"sm_(\d+)", arch) for arch in torch.cuda.get_arch_list()]
+    oldest = min((int(found[1]) for found in capabilities if found), default=0)
+    properties = torch.cuda.get_device_properties(0)
+    if properties.major * 10 + properties.minor >= oldest:
+        return None
+    has, needs = f"{properties.major}.{properties.minor}", f"{oldest // 10}.{oldest % 10}"
+    return f"{properties.name} has compute capability {has}, PyTorch {torch.__version__} needs {needs} or more"
+
+
+def unusable_gpu() -> str | None:
+    """Why a GPU of NVIDIA's that is here is not used, and what helps; None where there is none, or it is hidden."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
+        return None
+    if torch.cuda.is_available():
+        reason = _ask(_too_old_gpu)
+        return reason and f"{reason}: make env TORCH=cu126"
+    said = _ask_driver("name", "driver_version")
+    if not said:
+        return None
+    name, _, driver = said[0].partition(", ")
+    if torch.version.cuda is None:
+        return f"{name} is not used, PyTorch {torch.__version__} is built for the CPU: make env"
+    return f"{name} is not used, CUDA {torch.version.cuda} needs a newer driver than {driver}: make env TORCH=cu126"
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr)

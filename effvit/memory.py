@@ -10,6 +10,9 @@ _WORDS = (
     "can't allocate memory",
     "cannot allocate memory",
     "storage size calculation overflowed",  # more than any memory
+    "cublas_status_alloc_failed",
+    "cudnn_status_alloc_failed",
+    "unable to find an engine",  # of cuDNN's: none whose workspace fits
 )
 
 

@@ -1,14 +1,22 @@
-"""What runs how on this machine: which kernels, by processor.
+"""What runs how on this machine: kernels by processor, and on a GPU precision, attention kernels and determinism.
 
 ``EFFVIT_KERNELS=reference`` in the environment forces the equations. What was decided is in every result's provenance.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from effvit.errors import UserError
 from effvit.processor import is_amds
+
+Precision = Literal["float32", "tf32", "bfloat16"]
+"""Of a measurement: TF32 rounds float32's factors, on CUDA; bfloat16 is by autocast."""
+Execution = Literal["eager", "compiled", "graphs"]
 
 _ASKED = os.environ.get("EFFVIT_KERNELS", "")
 if _ASKED not in ("", "reference"):
@@ -43,3 +51,53 @@ def kernels() -> str:
         "long attention in half precision": "float32" if LONG_ATTENTION_IN_FLOAT32 else "torch",
     }
     return ", ".join(f"{primitive}: {form}" for primitive, form in forms.items())
+
+
+def training_precision(name: str, device: torch.device) -> str:
+    """The precision that ``auto`` stands for: bf16-mixed on GPUs whose tensor cores take bfloat16, else 32-true."""
+    if name != "auto":
+        return name
+    modern = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "bf16-mixed" if modern else "32-true"
+
+
+def apply(device: torch.device, *, deterministic: bool, tf32: bool = True) -> None:
+    """Set PyTorch up, for the whole process, as training and all measurements have it.
+
+    Args:
+        device: the one that computes.
+        deterministic: whether the same input gives the same bytes, by slower kernels where need be.
+        tf32: whether float32 products and convolutions on a GPU may round their factors to TF32 (10 bits).
+    """
+    torch.use_deterministic_algorithms(deterministic)
+    # Every buffer here is written before it is read.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if device.type != "cuda":
+        return
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    # The default of Hopper and later in some modes and not in others, with NaN gradients in masked windows: a baseline
+    # of its own, by `cudnn_attention`.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Undo afterwards whatever `apply` changes meanwhile."""
+    strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(strict, warn_only=warn)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+
+
+@contextmanager
+def cudnn_attention() -> Iterator[None]:
+    """Softmax attention by cuDNN alone; PyTorch raises RuntimeError where cuDNN does not take the tensors."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        yield

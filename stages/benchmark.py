@@ -15,6 +15,7 @@ with one_line_errors():
         patch_size=data.patch_size,
         num_classes=data.num_classes,
         device=params.train.device,
+        deterministic=params.train.deterministic,
         **params.model.model_dump(exclude={"name", "initializer_range", "init_from"}),
         **params.benchmark.model_dump(),
     )

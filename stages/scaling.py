@@ -11,6 +11,7 @@ with one_line_errors():
         option=study.as_options(params.attention[attention]),
         output_dir=study.METRICS / "scaling" / attention,
         device=params.train.device,
+        deterministic=params.train.deterministic,
         **params.model.model_dump(exclude={"name", "initializer_range", "init_from"}),
         **params.scaling.model_dump(),
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from effvit.attention import attention_class
-from effvit.measure.choose import CONTROL
+from effvit.measure.choose import CONTROL, CUDNN
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- made by `make tables` -->\n", "<!-- end -->"
@@ -54,6 +54,8 @@ def _options(rows: pd.DataFrame) -> str:
         return ""
     differ = []
     for attention, given in rows.drop_duplicates("attention").set_index("attention")["options"].items():
+        if attention == CUDNN:
+            continue
         defaults = attention_class(str(attention)).Options().model_dump(mode="json")
         changed = {key: value for key, value in json.loads(given).items() if value != defaults[key]}
         differ += [f"`{attention}` `{key}={value}`" for key, value in changed.items()]

@@ -107,13 +107,15 @@ def _cost_at(tokens, attention):
 
 def _row(median, fused, **key):
     return (
-        key
+        {"precision": "float32", "execution": "eager"}
+        | key
         | {"median": median, "q25": 0.95 * median, "q75": 1.1 * median, "p90": 1.2 * median, "n": 30}
         | {
             "fused_median": fused,
             "ratio_to_fused": median / fused,
             "ratio_low": 0.97 * median / fused,
             "ratio_high": 1.02 * median / fused,
+            "launch_bound": False,
         }
     )
 
@@ -180,7 +182,12 @@ def _scaling(directory, attention, lengths):
     directory.mkdir(parents=True)
     _provenance(directory)
     rows = [
-        _point(attention, {"scope": scope, "batch": batch, "batch_size": size, "tokens": tokens}, mode, depth * factor)
+        _point(
+            attention,
+            {"scope": scope, "hidden_size": 48, "batch": batch, "batch_size": size, "tokens": tokens},
+            mode,
+            depth * factor,
+        )
         for scope, depth in (("block", 1), ("model", 6))
         for tokens in lengths
         for batch, size in (("one", 1), ("tokens", 4096 // tokens))
@@ -190,7 +197,13 @@ def _scaling(directory, attention, lengths):
     table = pd.DataFrame([row for point in rows for row in point])
     table.drop(columns="p90").astype({"n": "Int64"}).to_csv(directory / "scaling.csv", index=False)
     macs = [
-        {"scope": scope, "tokens": n, "macs": depth * mixing, "fused_macs": depth * (96 * n * n + 9216 * n)}
+        {
+            "scope": scope,
+            "hidden_size": 48,
+            "tokens": n,
+            "macs": depth * mixing,
+            "fused_macs": depth * (96 * n * n + 9216 * n),
+        }
         for scope, depth in (("block", 1), ("model", 6))
         for n in lengths
         for mixing in [9216 * n + (96 * n * n if attention in ("standard", "fused") else 48000 * n)]

@@ -106,6 +106,49 @@ def test_what_an_older_pytorch_does_not_tell_is_none(h200, monkeypatch):
     assert (machine.sdpa, machine.tf32) == ("flash", "products")
 
 
+def test_a_gpu_that_the_driver_keeps_from_pytorch_is_told_once_and_the_cpu_taken(h200, monkeypatch, capsys):
+    h200.write_text('#!/bin/sh\necho "NVIDIA L4, 535.183.01"\n')
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    device._say_once.cache_clear()
+    assert [pick_device("auto").type for _ in range(2)] == ["cpu", "cpu"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "NVIDIA L4 is not used, CUDA 13.0 needs a newer driver than 535.183.01: make env TORCH=cu126"
+    with pytest.raises(UserError, match=r"device=cuda: not available .* \(NVIDIA L4 is not used, .* TORCH=cu126\)"):
+        pick_device("cuda")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "is built for the CPU: make env" in device.unusable_gpu()
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert device.unusable_gpu() is None, "whoever hides a GPU knows that it is there"
+
+
+def test_a_gpu_without_kernels_in_this_pytorch_is_not_taken(h200, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_100", "sm_75", "compute_120"])
+    assert pick_device("auto").type == "cuda"
+    old = SimpleNamespace(name="Tesla V100", total_memory=2**34, major=7, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: old)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    device._say_once.cache_clear()
+    assert pick_device("auto").type == "cpu"
+    assert "Tesla V100 has compute capability 7.0" in (said := capsys.readouterr().err)
+    assert "needs 7.5 or more: make env TORCH=cu126" in said
+    with pytest.raises(UserError, match="device=cuda: not available"):
+        pick_device("cuda")
+
+
+def test_of_several_gpus_the_one_with_least_memory_in_use_is_taken(h200, monkeypatch):
+    """By UUID: the driver's tool numbers them otherwise."""
+    uuids = ["11aa", "22bb", "33cc"]
+    of = {n: SimpleNamespace(name="NVIDIA L4", major=8, minor=9, uuid=uuid) for n, uuid in enumerate(uuids)}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: of[getattr(device, "index", device)])
+    h200.write_text("#!/bin/sh\nprintf 'GPU-33cc, 900\\nGPU-11aa, 700\\nGPU-44dd, 0\\nGPU-22bb, 3\\n'\n")
+    assert pick_device("auto") == pick_device("cuda") == measuring_device("auto") == torch.device("cuda", 1)
+    h200.write_text("#!/bin/sh\nexit 9\n")
+    assert pick_device("cuda") == torch.device("cuda", 0)
+
+
 def test_measurements_take_the_gpu_or_the_cpu_and_never_mps(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -113,4 +156,6 @@ def test_measurements_take_the_gpu_or_the_cpu_and_never_mps(monkeypatch):
     with pytest.raises(UserError, match="device=mps: peak memory"):
         measuring_device("mps")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: [])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=9, minor=0))
     assert measuring_device("auto").type == "cuda"

@@ -139,9 +139,9 @@ def test_the_operating_system_sees_about_the_same_peak_in_a_fresh_process():
     step = training_step(model, adamw(model), batch, cpu)
     step()
     peak = peak_bytes(step, cpu)
-    (rss,) = max_rss_bytes([config], batch, cpu)
+    (rss,) = max_rss_bytes([config], batch)
     assert 0.5 * peak < rss < 2 * peak
 
 
 def test_a_worker_that_runs_out_of_memory_is_a_result():
-    assert max_rss_bytes([ViTConfig(hidden_size=48)], 2**40, torch.device("cpu")) == [None]
+    assert max_rss_bytes([ViTConfig(hidden_size=48)], 2**40) == [None]

@@ -22,8 +22,9 @@ def bench_data(
     randaugment: options.RandAugment = 0,
     horizontal_flip: options.HorizontalFlip = True,
     workers: options.Workers = 0,
-    precision: options.Precision = "32-true",
-    compile: options.Compile = False,
+    precision: options.Precision = "auto",
+    compile: options.Compile = "off",
+    deterministic: options.Deterministic = True,
     budget_s: options.Budget = 60.0,
     threads: options.Threads = None,
     device: options.Device = "auto",
@@ -39,6 +40,7 @@ def bench_data(
     import torch
     from pydantic import ValidationError
 
+    from effvit import policy
     from effvit.data.loading.prepared import PreparedDataset
     from effvit.device import pick_device, this_machine
     from effvit.errors import UserError, explain
@@ -69,6 +71,7 @@ def bench_data(
                 "workers": workers,
                 "precision": precision,
                 "compile": compile,
+                "deterministic": deterministic,
                 "device": device,
             }
         )
@@ -96,8 +99,11 @@ def bench_data(
     if threads:
         torch.set_num_threads(threads)
     where = pick_device(device)
+    recipe = recipe.model_copy(update={"precision": policy.training_precision(precision, where)})
     kept = keep_freed_memory()
-    with staged_dir(output_dir, ("throughput.csv", "provenance.json")) as staged, measuring_alone():
+    files = ("throughput.csv", "provenance.json")
+    with staged_dir(output_dir, files) as staged, measuring_alone(where), policy.kept():
+        policy.apply(where, deterministic=deterministic)
         rows = measure_throughput(
             config,
             dataset,

@@ -62,9 +62,9 @@ def bench_peers(
     from effvit.files import staged_dir, write_csv
     from effvit.measure.alone import measuring_alone
     from effvit.measure.compare import require_positive
-    from effvit.measure.peers import compare_with_peer, grid_of_points, parse_width, print_ratios, require_peers
+    from effvit.measure.peers import compare_with_peer, grid_of_points, print_ratios, require_peers
     from effvit.measure.public import PEERS, PLAIN
-    from effvit.measure.subject import square_grid
+    from effvit.measure.subject import parse_width, square_grid
     from effvit.provenance import version_of, write_provenance
 
     require_positive(tokens_per_batch=tokens_per_batch, budget_s=budget_s, threads=threads)

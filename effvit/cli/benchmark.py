@@ -1,6 +1,6 @@
 """``effvit benchmark``: what a model costs, compared with the same model with ``fused`` attention."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,6 +30,9 @@ def benchmark(
     budget_s: Annotated[
         float, typer.Option(rich_help_panel=options.MEASUREMENT, help="Seconds of sampling per quantity.")
     ] = 1.0,
+    precision: options.MeasuredPrecision = None,
+    execution: options.MeasuredExecution = None,
+    deterministic: options.Deterministic = True,
     threads: options.Threads = None,
     device: options.Device = "auto",
 ) -> None:
@@ -41,18 +44,21 @@ def benchmark(
     import torch
     from rich.progress import track
 
+    from effvit import policy
     from effvit.device import measuring_device, this_machine
     from effvit.files import staged_dir, write_csv, write_json
     from effvit.measure.alone import measuring_alone
     from effvit.measure.benchmark import COST_STEPS, measure_cost, model_size
     from effvit.measure.compare import require_positive
-    from effvit.measure.display import print_rows
+    from effvit.measure.display import print_rows, remark_on_launches
+    from effvit.measure.execution import executions
     from effvit.model.presets import preset
     from effvit.model.vit import ViTConfig
     from effvit.provenance import write_provenance
 
     require_positive(batch_size=batch_size, memory_mib=memory_mib, budget_s=budget_s, threads=threads)
     where = measuring_device(device)
+    ways = executions(precision or ["float32"], execution or ["eager"], where)
     sizes = preset(
         model,
         patch_size=patch_size,
@@ -77,17 +83,25 @@ def benchmark(
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
-    with staged_dir(output_dir, ("model.json", "cost.csv", "provenance.json")) as staged, measuring_alone():
+    files = ("model.json", "cost.csv", "provenance.json")
+    with staged_dir(output_dir, files) as staged, measuring_alone(where), policy.kept():
         size = model_size(config)
         write_json(staged / "model.json", size)
-        steps = measure_cost(config, batch_size=batch_size, memory_mib=memory_mib, budget_s=budget_s, device=where)
-        rows = [row for rows in track(steps, f"measuring {attention}", COST_STEPS, transient=True) for row in rows]
+        settings: dict[str, Any] = {"batch_size": batch_size, "memory_mib": memory_mib, "budget_s": budget_s}
+        rows = []
+        for how in ways:
+            how.apply(where, deterministic=deterministic)
+            steps = measure_cost(config, **settings, device=where, how=how)
+            title = f"measuring {attention}, {how.precision}, {how.mode}"
+            rows += [row for rows in track(steps, title, COST_STEPS, transient=True) for row in rows]
         write_csv(staged / "cost.csv", pd.DataFrame(rows).astype({"batch_size": "Int64", "n": "Int64"}))
-        settings: dict[str, object] = {"batch_size": batch_size, "memory_mib": memory_mib, "budget_s": budget_s}
-        settings |= {"dtype": "float32", "model": config.model_dump()}
+        settings |= {"dtype": ways[0].precision, "execution": ways[0].mode, "deterministic": deterministic}
+        settings |= {"model": config.model_dump()}
         write_provenance(staged, settings, this_machine(where))
+    if remark := remark_on_launches(rows):
+        typer.echo(remark, err=True)
     print_rows(
         f"{attention}: {size['parameters']:,} parameters, {size['macs'] / 1e6:,.2f} M multiply-adds per image",
         rows,
-        ("quantity", "batch_size"),
+        (*(("precision", "execution") if len(ways) > 1 else ()), "quantity", "batch_size"),
     )

@@ -55,8 +55,8 @@ def choose(
     ] = None,
     batch_size: Annotated[int, typer.Option(rich_help_panel=options.MEASUREMENT, help="Images per batch.")] = 1,
     precision: Annotated[
-        Literal["float32", "bfloat16"],
-        typer.Option(rich_help_panel=options.DEVICE, help="bfloat16 runs under autocast."),
+        Literal["float32", "tf32", "bfloat16"],
+        typer.Option(rich_help_panel=options.DEVICE, help="bfloat16 runs under autocast; tf32 needs CUDA."),
     ] = "float32",
     budget_s: Annotated[
         float, typer.Option(rich_help_panel=options.MEASUREMENT, help="Seconds of measuring, all image sizes together.")
@@ -80,6 +80,7 @@ def choose(
     import torch
     from rich.progress import Progress
 
+    from effvit import policy
     from effvit.attention import attention_class, available_attention, check_options
     from effvit.cli.options import parse_options
     from effvit.device import measuring_device, this_machine
@@ -117,7 +118,8 @@ def choose(
     file, earlier = open_output(output, machine, precision) if output else (None, None)
     build = _timm_builder(timm, settings) if timm else builder(preset(subject), settings)
     rows = []
-    with measuring_alone(), Progress(transient=True) as bar:
+    with measuring_alone(where), policy.kept(), Progress(transient=True) as bar:
+        policy.apply(where, deterministic=False, tf32=precision != "float32")
         task = bar.add_task(f"measuring {subject}", total=1.0)
 
         def progress(share: float, what: str) -> None:

@@ -21,10 +21,14 @@ def machine(
     """
     from dataclasses import asdict
 
+    from effvit import policy
     from effvit.device import measuring_device, pick_device, this_machine
     from effvit.provenance import record_machine
 
-    found = this_machine(measuring_device(device) if device == "auto" else pick_device(device))
+    where = measuring_device(device) if device == "auto" else pick_device(device)
+    with policy.kept():
+        policy.apply(where, deterministic=True)  # as training and measurements have it
+        found = this_machine(where)
     if output:
         typer.echo(record_machine(output, found))
     else:

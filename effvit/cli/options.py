@@ -130,10 +130,44 @@ ImagesPerPass = Annotated[
     int, typer.Option(min=1, max=2**31 - 1, rich_help_panel=DEVICE, help="Images per forward pass.")
 ]
 Precision = Annotated[
-    Literal["32-true", "bf16-mixed", "16-mixed"],
-    typer.Option(rich_help_panel=DEVICE, help="Number format; 16-mixed needs CUDA."),
+    Literal["auto", "32-true", "bf16-mixed", "16-mixed"],
+    typer.Option(
+        rich_help_panel=DEVICE,
+        help="Number format; auto is bf16-mixed on GPUs that have bfloat16, else 32-true; 16-mixed needs CUDA.",
+    ),
 ]
-Compile = Annotated[bool, typer.Option(rich_help_panel=DEVICE, help="Compile the model with torch.compile.")]
+Compile = Annotated[
+    Literal["off", "on", "graphs"],
+    typer.Option(rich_help_panel=DEVICE, help="torch.compile of each block; graphs also makes CUDA graphs of them."),
+]
+Deterministic = Annotated[
+    bool,
+    typer.Option(rich_help_panel=DEVICE, help="The same bytes in every run on the same machine, or faster kernels."),
+]
+MeasuredPrecision = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--precision",
+        metavar="NAME,...",
+        parser=words,
+        callback=joined,
+        rich_help_panel=DEVICE,
+        help="float32, tf32 (CUDA) or bfloat16 (autocast); the first is that of tables and figures.",
+        show_default="float32",
+    ),
+]
+MeasuredExecution = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--execution",
+        metavar="NAME,...",
+        parser=words,
+        callback=joined,
+        rich_help_panel=DEVICE,
+        help="eager, compiled or graphs (CUDA); the first is that of tables and figures.",
+        show_default="eager",
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(rich_help_panel=DEVICE, help="CPU threads of the measurement.", show_default="PyTorch's choice"),

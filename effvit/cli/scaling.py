@@ -6,6 +6,8 @@ import typer
 
 from effvit.cli import options
 
+_PART = ("precision", "execution", "scope", "hidden_size")  # of which there is a table each
+
 
 def scaling(
     attention: options.Attention,
@@ -21,6 +23,17 @@ def scaling(
     hidden_dropout_prob: options.HiddenDropout = 0.0,
     attention_probs_dropout_prob: options.AttentionDropout = 0.0,
     value_conv: options.ValueConv = 0,
+    width: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="WIDTHxHEADS,...",
+            parser=options.words,
+            callback=options.joined,
+            rich_help_panel=options.MODEL,
+            help="Widths and numbers of heads of the block; the first is that of tables and figures.",
+            show_default="those of the model",
+        ),
+    ] = None,
     tokens_per_batch: Annotated[
         int,
         typer.Option(rich_help_panel=options.MEASUREMENT, help="Also measure batches of about this many tokens."),
@@ -29,6 +42,9 @@ def scaling(
         float, typer.Option(rich_help_panel=options.MEASUREMENT, help="Skip passes that need more MiB.")
     ] = 2048,
     budget_s: options.BudgetOfPoint = 1.0,
+    precision: options.MeasuredPrecision = None,
+    execution: options.MeasuredExecution = None,
+    deterministic: options.Deterministic = True,
     threads: options.Threads = None,
     device: options.Device = "auto",
 ) -> None:
@@ -42,13 +58,15 @@ def scaling(
     import torch
     from rich.progress import track
 
+    from effvit import policy
     from effvit.device import measuring_device, this_machine
     from effvit.files import staged_dir, write_csv
     from effvit.measure.alone import measuring_alone
     from effvit.measure.compare import require_positive
-    from effvit.measure.display import print_rows
+    from effvit.measure.display import print_rows, remark_on_launches
+    from effvit.measure.execution import executions
     from effvit.measure.scaling import measure_scaling
-    from effvit.measure.subject import Block, Model, Subject, square_grid
+    from effvit.measure.subject import Block, Model, Subject, parse_width, square_grid
     from effvit.model.presets import preset
     from effvit.model.vit import ViTConfig
     from effvit.provenance import write_provenance
@@ -56,6 +74,7 @@ def scaling(
     settings: dict[str, Any] = {"tokens_per_batch": tokens_per_batch, "memory_mib": memory_mib, "budget_s": budget_s}
     require_positive(**settings, threads=threads)
     where = measuring_device(device)
+    ways = executions(precision or ["float32"], execution or ["eager"], where)
     counts = sorted(set(tokens))
     sizes = preset(
         model,
@@ -76,35 +95,49 @@ def scaling(
             "attention_options": options.parse_options(option),
         }
     )
-    subjects: list[Subject] = [
-        Block(attention, config.attention_options, config.hidden_size, config.num_attention_heads, value_conv),
-        Model(config),
-    ]
+    widths = [parse_width(text) for text in width or [f"{config.hidden_size}x{config.num_attention_heads}"]]
+    subjects: list[Subject] = [Block(attention, config.attention_options, *each, value_conv) for each in widths]
+    subjects.append(Model(config))
     for subject in subjects:
         for count in counts:
             subject.check(count)
     if threads:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
-    with staged_dir(output_dir, ("macs.csv", "scaling.csv", "provenance.json")) as staged, measuring_alone():
+    files = ("macs.csv", "scaling.csv", "provenance.json")
+    with staged_dir(output_dir, files) as staged, measuring_alone(where), policy.kept():
         macs = [
-            {"scope": s.scope, "tokens": n, "macs": s.macs(n), "fused_macs": s.baseline().macs(n)}
+            {
+                "scope": s.scope,
+                "hidden_size": s.width,
+                "tokens": n,
+                "macs": s.macs(n),
+                "fused_macs": s.baseline().macs(n),
+            }
             for s in subjects
             for n in counts
         ]
         write_csv(staged / "macs.csv", pd.DataFrame(macs))
-        points = (rows for s in subjects for rows in measure_scaling(s, counts, **settings, device=where))
-        steps = track(points, f"measuring {attention}", len(subjects) * len(counts), transient=True)
-        rows = [row for rows in steps for row in rows]
+        rows = []
+        for how in ways:
+            how.apply(where, deterministic=deterministic)
+            points = (rows for s in subjects for rows in measure_scaling(s, counts, **settings, device=where, how=how))
+            title = f"measuring {attention}, {how.precision}, {how.mode}"
+            steps = track(points, title, len(subjects) * len(counts), transient=True)
+            rows += [row for rows in steps for row in rows]
         write_csv(staged / "scaling.csv", pd.DataFrame(rows).drop(columns="p90").astype({"n": "Int64"}))
-        record = settings | {"tokens": counts, "dtype": "float32", "model": config.model_dump()}
+        record = settings | {"tokens": counts, "widths": widths, "model": config.model_dump()}
+        record |= {"dtype": ways[0].precision, "execution": ways[0].mode, "deterministic": deterministic}
         write_provenance(staged, record, this_machine(where))
-    for scope in dict.fromkeys(row["scope"] for row in rows):
+    if remark := remark_on_launches(rows):
+        typer.echo(remark, err=True)
+    of_parts = dict.fromkeys(tuple(row[key] for key in _PART) for row in rows)
+    for part in of_parts:
         for batch, which in (
             ("one", "one sample at a time"),
             ("tokens", f"batches of up to {tokens_per_batch:,} tokens"),
         ):
-            chosen = [row for row in rows if (row["scope"], row["batch"]) == (scope, batch)]
+            chosen = [row for row in rows if (*(row[key] for key in _PART), row["batch"]) == (*part, batch)]
             if chosen:
-                title = f"{scope} with {attention}, width {config.hidden_size}, {which}"
+                title = "{2} with {4}, width {3}, {0}, {1}, {5}".format(*part, attention, which)
                 print_rows(title, chosen, ("tokens", "mode", "quantity"))

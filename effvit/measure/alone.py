@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+import torch
+
+from effvit.device import gpu_uuid
 
 try:
     import fcntl
@@ -20,8 +23,10 @@ _CLOCK_S = 0.02  # two ticks: what the kernel's count of processor time may be o
 
 
 @contextmanager
-def measuring_alone() -> Iterator[None]:
+def measuring_alone(device: torch.device | None = None) -> Iterator[None]:
     """Wait until no other process on this machine measures, whoever's it is, and keep others waiting meanwhile.
+
+    On a GPU, others on the same GPU.
 
     The lock is the kernel's, on a file that all users can read, so it ends with its holder, however that ends. Where
     two containers share processors but not ``/tmp``, ``EFFVIT_LOCK`` names a file that they do share.
@@ -31,6 +36,8 @@ def measuring_alone() -> Iterator[None]:
     """
     shared = tempfile.gettempdir() if fcntl is None else "/tmp"  # not TMPDIR, which differs between processes
     path = Path(os.environ.get("EFFVIT_LOCK") or Path(shared, "effvit-measure.lock"))
+    if device is not None and device.type == "cuda":
+        path = path.with_name(f"{path.name}-{gpu_uuid(device)}")
     if fcntl is None:
         from filelock import FileLock
 

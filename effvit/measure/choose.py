@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from effvit import policy
 from effvit.attention import BASELINE
 from effvit.errors import UserError
 from effvit.measure.alone import Load
 from effvit.measure.compare import OK, MakeCall, Row, peak_or_none, try_out
+from effvit.measure.execution import Execution, executions
 from effvit.measure.latency import (
     Call,
     Stopwatch,
@@ -26,7 +29,7 @@ from effvit.memory import is_out_of_memory
 from effvit.model.vit import ViT, ViTConfig
 
 CONTROL = "uniform"  # measured to see what is left, and no choice
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CUDNN = "fused_cudnn"  # exact attention by cuDNN's kernel: a second baseline on GPUs, and no mechanism
 _SHARES = {"model": 0.75, "block": 0.25}  # of the seconds for one image size
 _SLOWEST = 0.25  # of those seconds: a single call may take no longer, or the others would have too few
 _TRYING = 0.1  # share of the progress while all are called for the first time
@@ -84,10 +87,10 @@ def measure_choice(
 
     Args:
         build: gives the models.
-        attentions: mechanisms to compare; ``fused`` is added where it is missing.
+        attentions: mechanisms to compare; ``fused`` is added where it is missing, and in bfloat16 on a GPU `CUDNN`.
         image_sizes: heights and widths in pixels, which the patch size divides.
         batch_size: images at a time.
-        precision: ``float32``, or ``bfloat16`` by autocast.
+        precision: ``float32``, on a GPU ``tf32``, or ``bfloat16`` by autocast.
         budget_s: seconds of sampling for all image sizes together.
         device: cpu or cuda.
         progress: called as the work proceeds.
@@ -102,21 +105,20 @@ def measure_choice(
     Raises:
         UserError: a model or mechanism does not fit an image size; before anything is measured.
     """
-    if precision not in PRECISIONS:
-        raise UserError(f"precision={precision!r}: unknown, expected {' or '.join(PRECISIONS)}")
-    names = list(dict.fromkeys((BASELINE, *attentions)))
+    (how,) = executions([precision], ["eager"], device)
+    names = compared(attentions, how, device)
     with torch.device("meta"):  # no memory, as these are only looked at
-        planned = {size: {name: _built(build, name, size) for name in names} for size in image_sizes}
+        planned = {size: {name: _built(build, mechanism(name), size) for name in names} for size in image_sizes}
     for number, size in enumerate(image_sizes):
         candidates = {}
         for name in names:
             progress(number / len(image_sizes), f"building {name}, {size} px")
-            candidates[name] = _built_if_memory_suffices(build, name, size)
+            candidates[name] = _built_if_memory_suffices(build, mechanism(name), size)
         rows: list[Row] = []
         done = 0.0  # of this image size
         for scope, share in _SHARES.items():
             makes: dict[str, MakeCall] = {
-                name: partial(_call, candidate, scope, batch_size, PRECISIONS[precision], device)
+                name: partial(_call, candidate, scope, batch_size, how, device, cudnn=name == CUDNN)
                 for name, candidate in candidates.items()
             }
             within = partial(_progress_within, progress, number + done, share, len(image_sizes), f"{scope}, {size} px")
@@ -132,6 +134,17 @@ def measure_choice(
                 }
                 rows.append(place | {"options": candidate.options(), "batch_size": batch_size} | timed[name] | cost)
         yield rows
+
+
+def compared(attentions: Sequence[str], how: Execution, device: torch.device) -> list[str]:
+    """The baselines and the mechanisms; cuDNN's kernel takes half precision alone."""
+    baselines = [BASELINE, CUDNN] if device.type == "cuda" and how.precision == "bfloat16" else [BASELINE]
+    return list(dict.fromkeys((*baselines, *attentions)))
+
+
+def mechanism(name: str) -> str:
+    """The mechanism that a row is of."""
+    return BASELINE if name == CUDNN else name
 
 
 def _progress_within(
@@ -156,7 +169,14 @@ def _built(build: Build, attention: str, image_size: int) -> Candidate:
         raise UserError(f"image_size={image_size}, attention={attention}: {error}") from error
 
 
-def _call(candidate: Candidate | None, scope: str, batch_size: int, dtype: torch.dtype, device: torch.device) -> Call:
+def _call(
+    candidate: Candidate | None,
+    scope: str,
+    batch_size: int,
+    how: Execution,
+    device: torch.device,
+    cudnn: bool = False,
+) -> Call:
     """A forward pass; raises ``MemoryError`` where memory did not suffice to build the candidate."""
     if candidate is None:
         raise MemoryError
@@ -164,15 +184,14 @@ def _call(candidate: Candidate | None, scope: str, batch_size: int, dtype: torch
     shape = candidate.image_shape if scope == "model" else candidate.token_shape
     module, x = model if scope == "model" else candidate.block, torch.randn(batch_size, *shape, device=device)
 
+    kernel = policy.cudnn_attention if cudnn else nullcontext
+
     @torch.inference_mode()
     def call() -> object:
-        return module(x)
+        with how.autocast(device), kernel():
+            return module(x)
 
-    def under_autocast() -> object:
-        with torch.autocast(device.type, dtype=dtype):
-            return call()
-
-    return call if dtype == torch.float32 else under_autocast
+    return call
 
 
 def _timed(

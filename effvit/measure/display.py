@@ -45,6 +45,17 @@ def _number(value: object, in_bytes: bool) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
+def remark_on_launches(rows: Sequence[Row]) -> str | None:
+    """One line where a GPU waited for the host at some points; None where at none."""
+    bound = sum(bool(row["launch_bound"]) for row in rows)
+    if not bound:
+        return None
+    return (
+        f"{bound} of {len(rows)} points are launch-bound: their time is that of launching, not of computing; "
+        "take larger batches or --execution graphs, in the study -S measure=gpu"
+    )
+
+
 def print_choice(title: str, rows: Sequence[dict[str, Any]]) -> None:
     """Print the rows of `effvit.measure.choose.measure_choice`: time, ratio with interval, memory and cost of each."""
     busy = "; * other processes were running" if any(row["contended"] for row in rows) else ""

@@ -107,14 +107,6 @@ def compare_with_peer(point: Point, *, tokens_per_batch: int, budget_s: float, d
     }
 
 
-def parse_width(text: str) -> tuple[int, int]:
-    """``"192x3"`` to width 192 and 3 heads; raises ``UserError`` where it is not of that form."""
-    width, _, heads = text.partition("x")
-    if not (width.isdecimal() and heads.isdecimal() and int(heads) and int(width) and int(width) % int(heads) == 0):
-        raise UserError(f"width={text!r}: expected WIDTHxHEADS with heads that divide the width, for example 192x3")
-    return int(width), int(heads)
-
-
 def print_ratios(rows: Sequence[dict[str, Any]]) -> None:
     """Print each comparison, then the geometric mean and the smallest ratio of each mechanism."""
     table = Table(title="time of the public module / time of ours: above 1, ours is faster")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from effvit.measure.execution import Execution
 from effvit.measure.workload import adamw, training_step
 from effvit.memory import is_out_of_memory, peak_resident_bytes, status_bytes
 from effvit.model.vit import ViT, ViTConfig
@@ -19,14 +20,14 @@ from effvit.model.vit import ViT, ViTConfig
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def max_rss_bytes(configs: Sequence[ViTConfig], batch_size: int, device: torch.device) -> list[int | None]:
+def max_rss_bytes(configs: Sequence[ViTConfig], batch_size: int, precision: str = "float32") -> list[int | None]:
     """Most resident bytes of one training step of each model, above a process in which all is built and warm.
 
     The processes run at the same time. None for a process that ran out of memory.
     """
     workers = []
     for config in configs:
-        job = {"config": config.model_dump(), "batch_size": batch_size, "device": str(device)}
+        job = {"config": config.model_dump(), "batch_size": batch_size, "precision": precision}
         job["threads"] = torch.get_num_threads()
         command = [sys.executable, "-m", "effvit.measure.rss", json.dumps(job)]
         workers.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
@@ -45,12 +46,12 @@ def _result(worker: "subprocess.Popen[str]", out: str, err: str) -> int | None:
 def _measure(job: str) -> int:
     settings = json.loads(job)
     torch.set_num_threads(settings["threads"])
-    device = torch.device(settings["device"])
+    device, how = torch.device("cpu"), Execution(settings["precision"])
     model = ViT(ViTConfig(**settings["config"])).to(device)
     optimiser = adamw(model)
     # Creates the optimiser's state, and loads the code that a step needs: resident memory too.
-    training_step(model, optimiser, 1, device)()
-    step = training_step(model, optimiser, settings["batch_size"], device)
+    training_step(model, optimiser, 1, device, how)()
+    step = training_step(model, optimiser, settings["batch_size"], device, how)
     before = _rss_reset_peak()
     step()
     return max(0, peak_resident_bytes() - before)

@@ -8,7 +8,17 @@ from math import isqrt
 import torch
 
 from effvit.measure.alone import Load
-from effvit.measure.compare import OK, OUT_OF_MEMORY, OVER_BUDGET, Comparison, Row, compare_peaks, compare_seconds
+from effvit.measure.compare import (
+    OK,
+    OUT_OF_MEMORY,
+    OVER_BUDGET,
+    Comparison,
+    MakeCall,
+    Row,
+    compare_peaks,
+    compare_seconds,
+)
+from effvit.measure.execution import EAGER, Execution, busy_share, launch_bound
 from effvit.measure.growth import Budget
 from effvit.measure.latency import Call
 from effvit.measure.subject import MODES, Subject, fits
@@ -31,6 +41,7 @@ def measure_scaling(
     memory_mib: float,
     budget_s: float,
     device: torch.device,
+    how: Execution = EAGER,
 ) -> Iterator[list[Row]]:
     """Measure time and peak memory of a forward and a training pass, from few tokens to many, one batch and another.
 
@@ -45,16 +56,18 @@ def measure_scaling(
         memory_mib: MiB that a pass may take.
         budget_s: seconds spent on sampling each point.
         device: cpu or cuda.
+        how: precision, and whether it is compiled.
 
     Yields:
-        For each token count, two rows (time and memory) of each mode and kind of batch: ``scope, batch, batch_size,
-        tokens, mode, quantity, unit``, the columns of ``Comparison.row``, and of times ``other_load``, the share of the
-        machine that other processes took meanwhile, and whether that makes the point ``contended``. Times and bytes
-        are those of one sample.
+        For each token count, two rows (time and memory) of each mode and kind of batch: ``precision, execution, scope,
+        hidden_size, batch, batch_size, tokens, mode, quantity, unit``, the columns of ``Comparison.row``, and of times
+        ``other_load``, the share of the machine that other processes took meanwhile, and whether that makes the point
+        ``contended``; and ``busy``, the share of the time in which a GPU computes, and whether so little of it that the
+        point is ``launch_bound``. Times and bytes are those of one sample.
     """
     sides: dict[tuple[str, str], tuple[_Side, _Side]] = {}
     for mode in MODES:
-        one = [_Side(s, mode, device, Budget(memory_mib, budget_s)) for s in (subject, subject.baseline())]
+        one = [_Side(s, mode, device, Budget(memory_mib, budget_s), how) for s in (subject, subject.baseline())]
         several = [replace(s, budget=Budget(memory_mib, budget_s, one_sample=s.budget)) for s in one]
         sides[ONE, mode], sides[TOKENS, mode] = (one[0], one[1]), (several[0], several[1])
     for count in with_probes(subject, tokens):
@@ -62,7 +75,8 @@ def measure_scaling(
         for batch, size in batch_sizes(count, tokens_per_batch).items():
             for mode in MODES:
                 points = _point(count, size, *sides[batch, mode])
-                rows += [{"scope": subject.scope, "batch": batch} | row for row in points]
+                place = {"precision": how.precision, "execution": how.mode, "scope": subject.scope}
+                rows += [place | {"hidden_size": subject.width, "batch": batch} | row for row in points]
         if count in tokens:
             yield rows
 
@@ -89,14 +103,16 @@ class _Side:
     mode: str
     device: torch.device
     budget: Budget
+    how: Execution
 
     def make(self, tokens: int, batch_size: int) -> Call:
-        return self.subject.call(self.mode, tokens, batch_size, self.device)
+        return self.subject.call(self.mode, tokens, batch_size, self.device, self.how)
 
 
 def _point(tokens: int, size: int, this: _Side, fused: _Side) -> list[Row]:
     time = memory = Comparison(this.budget.foresee(tokens, size))
-    load: Row = {"other_load": None, "contended": False}
+    nothing: Row = {"other_load": None, "contended": False, "busy": None, "launch_bound": False}
+    load = nothing
     if time.status == OK:
         make = partial(this.make, tokens, size)
         make_fused = partial(fused.make, tokens, size) if fused.budget.foresee(tokens, size) == OK else None
@@ -105,6 +121,8 @@ def _point(tokens: int, size: int, this: _Side, fused: _Side) -> list[Row]:
         budget = this.budget.sampling_s
         time = compare_seconds(make, make_fused, budget_s=budget, device=this.device, min_rounds=_MIN_ROUNDS)
         load = {"other_load": meanwhile.other_load(), "contended": meanwhile.contended()}
+        busy = _busy(make if time.status == OK else None, make_fused, this.device)
+        load |= {"busy": busy, "launch_bound": launch_bound(busy)}
         if time.status != OUT_OF_MEMORY:
             memory = compare_peaks(make, make_fused, device=this.device)
         this.budget.learn(tokens, size, memory.samples, time.samples)
@@ -122,5 +140,13 @@ def _point(tokens: int, size: int, this: _Side, fused: _Side) -> list[Row]:
     in_bytes = memory.map(lambda b: b / size).row()
     return [
         place | {"quantity": "time", "unit": "ms"} | in_ms | load,
-        place | {"quantity": "memory", "unit": "bytes"} | in_bytes | {"other_load": None, "contended": False},
+        place | {"quantity": "memory", "unit": "bytes"} | in_bytes | nothing,
     ]
+
+
+def _busy(make: MakeCall | None, make_fused: MakeCall | None, device: torch.device) -> float | None:
+    """How busy a GPU is at least, with one of both that ran."""
+    if device.type != "cuda" or make is None:
+        return None
+    shares = [busy_share(each(), device) for each in (make, make_fused) if each is not None]
+    return min(share for share in shares if share is not None)

@@ -27,7 +27,7 @@ def measure_models(
 ) -> pd.DataFrame:
     """See `effvit.measure.models.compare`, which has checked the arguments."""
     rows: dict[str, Row] = {name: _size(model, images) for name, model in models.items()}
-    with _kept(models, images.device), measuring_alone():
+    with _kept(models, images.device), measuring_alone(images.device):
         meanwhile = Load()
         _require_alike(models, images, baseline)
         makes: dict[str, Make] = {"latency": _forward}

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from effvit.attention import BASELINE, Attention, build_attention, check_options
 from effvit.errors import UserError, explain
+from effvit.measure.execution import EAGER, Execution
 from effvit.measure.latency import Call
 from effvit.measure.workload import adamw, block_forward, block_training, inference, training_step
 from effvit.model.vit import ViT, ViTConfig
@@ -27,6 +28,10 @@ class Subject(Protocol):
     def attention(self) -> str:
         """Name of its mechanism."""
 
+    @property
+    def width(self) -> int:
+        """Its number of channels C."""
+
     def baseline(self) -> "Subject":
         """Return the same with ``fused`` attention."""
 
@@ -36,7 +41,7 @@ class Subject(Protocol):
     def macs(self, tokens: int) -> int:
         """Multiply-adds of one forward pass for one sample, in closed form."""
 
-    def call(self, mode: str, tokens: int, batch_size: int, device: torch.device) -> Call:
+    def call(self, mode: str, tokens: int, batch_size: int, device: torch.device, how: Execution = EAGER) -> Call:
         """Build it, with random input, for a pass of the mode ``forward`` or ``train``."""
 
 
@@ -50,6 +55,10 @@ class Block:
     num_heads: int
     value_conv: int = 0
     scope = "block"
+
+    @property
+    def width(self) -> int:
+        return self.dim
 
     def baseline(self) -> "Block":
         return Block(BASELINE, {}, self.dim, self.num_heads, self.value_conv)
@@ -67,9 +76,11 @@ class Block:
     def macs(self, tokens: int) -> int:
         return self.build(tokens).macs()
 
-    def call(self, mode: str, tokens: int, batch_size: int, device: torch.device) -> Call:
+    def call(self, mode: str, tokens: int, batch_size: int, device: torch.device, how: Execution = EAGER) -> Call:
         passes = {FORWARD: block_forward, TRAIN: block_training}
-        return passes[mode](self.build(tokens).to(device), torch.randn(batch_size, tokens, self.dim, device=device))
+        block = self.build(tokens).to(device)
+        how.prepare(block, device)
+        return passes[mode](block, torch.randn(batch_size, tokens, self.dim, device=device), how)
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,10 @@ class Model:
     @property
     def attention(self) -> str:
         return self.config.attention
+
+    @property
+    def width(self) -> int:
+        return self.config.hidden_size
 
     def baseline(self) -> "Model":
         return Model(self.config.model_copy(update={"attention": BASELINE, "attention_options": {}}))
@@ -101,11 +116,12 @@ class Model:
     def macs(self, tokens: int) -> int:
         return ViT(self.at(tokens)).macs()
 
-    def call(self, mode: str, tokens: int, batch_size: int, device: torch.device) -> Call:
+    def call(self, mode: str, tokens: int, batch_size: int, device: torch.device, how: Execution = EAGER) -> Call:
         model = ViT(self.at(tokens)).to(device)
+        how.prepare(model, device)
         if mode == FORWARD:
-            return inference(model, batch_size, device)
-        return training_step(model, adamw(model), batch_size, device)
+            return inference(model, batch_size, device, how)
+        return training_step(model, adamw(model), batch_size, device, how)
 
 
 def square_grid(tokens: int) -> tuple[int, int]:
@@ -122,6 +138,14 @@ def square_grid(tokens: int) -> tuple[int, int]:
             f"for example {1 + side**2} or {1 + (side + 1) ** 2}"
         )
     return side, side
+
+
+def parse_width(text: str) -> tuple[int, int]:
+    """``"192x3"`` to width 192 and 3 heads; raises ``UserError`` where it is not of that form."""
+    width, _, heads = text.partition("x")
+    if not (width.isdecimal() and heads.isdecimal() and int(heads) and int(width) and int(width) % int(heads) == 0):
+        raise UserError(f"width={text!r}: expected WIDTHxHEADS with heads that divide the width, for example 192x3")
+    return int(width), int(heads)
 
 
 def fits(subject: Subject, tokens: int) -> bool:

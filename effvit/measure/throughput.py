@@ -20,8 +20,9 @@ from effvit.data.loading.prepared import PreparedDataset
 from effvit.errors import UserError
 from effvit.measure.latency import interleaved
 from effvit.model.vit import ViT, ViTConfig
+from effvit.training.compiling import compile_blocks
 from effvit.training.loop import Epoch, Training
-from effvit.training.optimizer import build_optimizer
+from effvit.training.optimizer import build_optimizer, clip_gradients
 from effvit.training.parallel import make_fabric
 from effvit.training.recipe import TrainConfig
 
@@ -144,16 +145,17 @@ def _endless_batches(
 
 def _step(model: nn.Module, images: Tensor, targets: Tensor, recipe: TrainConfig) -> SelfTimed:
     fabric = make_fabric(recipe.device, precision=recipe.precision)
-    module: nn.Module = torch.compile(model, dynamic=False) if recipe.compile else model  # type: ignore[assignment]
-    forward, optimizer = fabric.setup(module.train(), build_optimizer(model, recipe))
+    optimizer = build_optimizer(model, recipe)
+    forward, update = fabric.setup(model.train(), optimizer)
+    compile_blocks(model, recipe.compile, fabric.device)
 
     def step() -> None:
         logits = forward(images).float()
         fabric.backward(F.cross_entropy(logits, targets, label_smoothing=recipe.label_smoothing))
         if recipe.clip_norm:
-            fabric.clip_gradients(forward, optimizer, max_norm=recipe.clip_norm, error_if_nonfinite=False)
-        optimizer.step()
-        optimizer.zero_grad()
+            clip_gradients(fabric, optimizer, recipe.clip_norm)
+        update.step()
+        update.zero_grad()
 
     return _timed(step, images.device)
 

@@ -1,5 +1,8 @@
 """The calls whose cost is measured: inference and a training step of a model, passes of one attention block."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,17 +12,20 @@ from torch.nn import functional as F
 from effvit.model.vit import ViT
 
 if TYPE_CHECKING:
+    from effvit.measure.execution import Execution
     from effvit.measure.latency import Call  # imports SciPy, which a process that only runs calls can do without
 
 
-def inference(model: ViT, batch_size: int, device: torch.device) -> "Call":
+def inference(model: ViT, batch_size: int, device: torch.device, how: "Execution | None" = None) -> "Call":
     """Forward pass of ``batch_size`` random images; puts the model into eval mode."""
     model.eval()
     images = _images(model, batch_size, device)
+    autocast = _autocast(how, device)
 
     @torch.inference_mode()
     def call() -> object:
-        return model(images)
+        with autocast():
+            return model(images)
 
     return call
 
@@ -29,7 +35,7 @@ def adamw(model: ViT) -> torch.optim.AdamW:
 
     Its moments are there already, so that the first step is like any other.
     """
-    optimiser = torch.optim.AdamW(model.parameters(), lr=0.0)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)  # as training has it
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimiser.step()
@@ -37,43 +43,63 @@ def adamw(model: ViT) -> torch.optim.AdamW:
     return optimiser
 
 
-def training_step(model: ViT, optimiser: torch.optim.Optimizer, batch_size: int, device: torch.device) -> "Call":
+def training_step(
+    model: ViT,
+    optimiser: torch.optim.Optimizer,
+    batch_size: int,
+    device: torch.device,
+    how: "Execution | None" = None,
+) -> "Call":
     """Forward, backward and optimiser step on ``batch_size`` random images; puts the model into training mode."""
     model.train()
     images = _images(model, batch_size, device)
     labels = torch.randint(model.config.num_classes, (batch_size,), device=device)
 
+    autocast = _autocast(how, device)
+
     def call() -> None:
-        F.cross_entropy(model(images), labels).backward()
+        with autocast():
+            logits = model(images)
+        F.cross_entropy(logits.float(), labels).backward()
         optimiser.step()
         optimiser.zero_grad()
 
     return call
 
 
-def block_forward(block: nn.Module, tokens: torch.Tensor) -> "Call":
+def block_forward(block: nn.Module, tokens: torch.Tensor, how: "Execution | None" = None) -> "Call":
     """Forward pass of a block on tokens ``(B, N, C)``; puts the block into eval mode."""
     block.eval()
 
+    autocast = _autocast(how, tokens.device)
+
     @torch.inference_mode()
     def call() -> object:
-        return block(tokens)
+        with autocast():
+            return block(tokens)
 
     return call
 
 
-def block_training(block: nn.Module, tokens: torch.Tensor) -> "Call":
+def block_training(block: nn.Module, tokens: torch.Tensor, how: "Execution | None" = None) -> "Call":
     """Forward and backward pass, down to the tokens as inside a model; puts the block into training mode."""
     block.train()
     tokens = tokens.detach().requires_grad_()
     gradient = torch.ones_like(tokens)
+    autocast = _autocast(how, tokens.device)
 
     def call() -> None:
-        block(tokens).backward(gradient)
+        with autocast():
+            y = block(tokens)
+        y.backward(gradient.to(y.dtype))
         block.zero_grad()
         tokens.grad = None
 
     return call
+
+
+def _autocast(how: "Execution | None", device: torch.device) -> Callable[[], AbstractContextManager[object]]:
+    return nullcontext if how is None else partial(how.autocast, device)
 
 
 def _images(model: ViT, batch_size: int, device: torch.device) -> torch.Tensor:

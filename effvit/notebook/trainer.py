@@ -1,7 +1,5 @@
 """Training by Python, by the recipe and the loop that `effvit train` has."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +8,7 @@ from pydantic import ValidationError
 from torch import nn
 from torch.utils.data import DataLoader
 
+from effvit import policy
 from effvit.data.loading.loaders import Loaders, length_of
 from effvit.data.loading.prepared import PreparedDataset
 from effvit.errors import UserError, did_you_mean, explain
@@ -134,7 +133,7 @@ class Trainer:
 
         console = Console(stderr=True, quiet=not self.progress)
         self._epochs = []
-        with _settings_kept():
+        with policy.kept():
             training: Training[nn.Module, Any] = Training(
                 self.model,
                 self._data,
@@ -146,7 +145,7 @@ class Trainer:
             if training.place.world > 1:
                 raise UserError("Trainer: works in one process; `effvit train` takes several devices")
             # Not every operation of any model has a deterministic form: where there is none, PyTorch warns.
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.use_deterministic_algorithms(self.recipe.deterministic, warn_only=True)
             best = Best()
             try:
                 self._follow(training, best, console)
@@ -216,15 +215,3 @@ def _checked_loaders(
                 f"validation: images of shape {tuple(shown.shape[1:])}, those of train have {tuple(images.shape[1:])}"
             )
     return loaders, len(images)
-
-
-@contextmanager
-def _settings_kept() -> Iterator[None]:
-    """Undo what training changes of PyTorch for the whole process."""
-    strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(strict, warn_only=warn)
-        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]

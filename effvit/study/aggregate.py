@@ -119,7 +119,9 @@ def collect(metrics_dir: Path, datasets: Sequence[str], attentions: Sequence[str
             + [{"dataset": d} | cells.provenance(place / s, s) for d, place in analyses for s in _ANALYSES]
             + [key | cells.provenance(directory, "scaling") for key, directory in scalings]
         ).astype({"seed": "Int64"}),
-        efficiency=efficiency(scaling),  # takes longest, so after all files are known to be whole
+        efficiency=efficiency(
+            scaling[~scaling["launch_bound"]]
+        ),  # takes longest, so after all files are known to be whole
     )
 
 
@@ -179,7 +181,8 @@ def _tradeoff(accuracy: pd.DataFrame, cost: pd.DataFrame) -> pd.DataFrame:
     fused = accuracy["attention"] == "fused"
     latency, memory = (at_largest_batch(q).reindex(keys) for q in ("latency", "train_memory"))
     # the ratio of a model to itself is 1; what was measured there is how far ratios can be trusted, see `cost`
-    ratio = latency[["ratio_to_fused", "ratio_low", "ratio_high"]].set_axis(accuracy.index)
+    ratio = latency[["ratio_to_fused", "ratio_low", "ratio_high"]].mask(latency["launch_bound"].eq(True))
+    ratio = ratio.set_axis(accuracy.index)
     ratio = ratio.mask(fused & ratio["ratio_to_fused"].notna(), 1.0)
     return accuracy[["dataset", "attention", "top1", "top1_low", "top1_high", "gmacs"]].assign(
         top1_images_low=[low for low, _ in wilson],

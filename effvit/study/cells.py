@@ -2,7 +2,7 @@
 
 import json
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from effvit.errors import UserError
 
 _RATIO = ["ratio_to_fused", "ratio_low", "ratio_high"]
 _MEASURED = {"quantity": str, "unit": str} | dict.fromkeys(["median", "q25", "q75", *_RATIO], float)
+_WAY = {"precision": str, "execution": str}  # of which the first is shown; `measured_on` has its names
 _HISTORY = ["epoch", "train_loss", "val_loss", "train_accuracy", "val_accuracy"]
 _ENVIRONMENT = ["time", "git_revision", "python", "platform"]
 _MACHINE = ["device", "processor", "threads", "gpu"]
@@ -89,7 +90,8 @@ def model(directory: Path) -> dict[str, float]:
 def cost(directory: Path) -> pd.DataFrame:
     """Measured costs, one row per quantity and batch size; latency and training memory are always among them."""
     path = directory / "cost.csv"
-    table = read_csv(path, "benchmark", {"quantity": str, "batch_size": "Int64"} | _MEASURED)
+    columns = {"quantity": str, "batch_size": "Int64"} | _MEASURED | {"launch_bound": bool}
+    table = _of_first(read_csv(path, "benchmark", _WAY | columns), _WAY).drop(columns=list(_WAY))
     if missing := {"latency", "train_memory"} - set(table["quantity"]):
         raise UserError(f"{path}: no row for {', '.join(sorted(missing))}; `dvc repro -f benchmark` makes it anew")
     return table
@@ -107,13 +109,20 @@ def hardware(directory: Path) -> dict[str, Any]:
 
 def scaling(directory: Path) -> pd.DataFrame:
     """Costs of a block and of a model, one row per scope, batch, token count, mode and quantity, with exact MACs."""
-    place = {"scope": str, "batch": str, "batch_size": int, "tokens": int, "mode": str}
-    columns = place | _MEASURED | {"status": str, "other_load": float, "contended": bool}
-    table = read_csv(directory / "scaling.csv", "scaling", columns)
-    macs = read_csv(
-        directory / "macs.csv", "scaling", {"scope": str} | dict.fromkeys(("tokens", "macs", "fused_macs"), int)
-    )
-    return table.merge(macs.astype({"macs": "Int64", "fused_macs": "Int64"}), on=["scope", "tokens"], how="left")
+    place = {"scope": str, "hidden_size": int, "batch": str, "batch_size": int, "tokens": int, "mode": str}
+    columns = place | _MEASURED | {"status": str, "other_load": float, "contended": bool, "launch_bound": bool}
+    table = _of_first(read_csv(directory / "scaling.csv", "scaling", _WAY | columns), _WAY).drop(columns=list(_WAY))
+    table = pd.concat([_of_first(part, ["hidden_size"]) for _, part in table.groupby("scope", sort=False)])
+    numbers = dict.fromkeys(("hidden_size", "tokens", "macs", "fused_macs"), int)
+    macs = read_csv(directory / "macs.csv", "scaling", {"scope": str} | numbers)
+    macs = macs.astype({"macs": "Int64", "fused_macs": "Int64"})
+    return table.merge(macs, on=["scope", "hidden_size", "tokens"], how="left").drop(columns="hidden_size")
+
+
+def _of_first(table: pd.DataFrame, columns: Iterable[str]) -> pd.DataFrame:
+    """Rows with the first values in these columns: what tables and figures show."""
+    values = table[list(columns)]
+    return table[values.eq(values.iloc[0]).all(axis=1)]
 
 
 def fidelity(directory: Path) -> pd.DataFrame:
@@ -154,14 +163,16 @@ def provenance(directory: Path, stage: str) -> dict[str, Any]:
 
 
 def measured_on(directory: Path, stage: str) -> dict[str, Any]:
-    """What a measured result belongs to: ``machine``, the GPU or else the processor; its ``threads``; ``dtype``.
+    """What a measured result belongs to: ``machine``, the GPU or else the processor; ``threads``; ``dtype``.
 
-    Threads are None on a GPU.
+    Threads are None on a GPU. The dtype is followed by how it was executed, where that was not eagerly.
     """
     record = _load_json(directory / "provenance.json", stage)
     try:
         gpu, processor, threads = (record["machine"][name] for name in ("gpu", "processor", "threads"))
-        return {"machine": gpu or processor, "threads": None if gpu else threads, "dtype": record["config"]["dtype"]}
+        way = (record["config"]["dtype"], record["config"].get("execution", "eager"))
+        dtype = ", ".join(each for each in way if each != "eager")
+        return {"machine": gpu or processor, "threads": None if gpu else threads, "dtype": dtype}
     except (KeyError, TypeError) as error:
         raise _no_provenance(directory, stage, [*_MACHINE, "dtype"]) from error
 

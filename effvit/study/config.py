@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from effvit import policy
 from effvit.data.sources import available_datasets
 from effvit.errors import UserError, did_you_mean, explain
 from effvit.model.presets import of_timm
@@ -78,21 +79,33 @@ class ModelConfig(Strict):
 
 
 class BenchmarkConfig(Strict):
-    """How one mechanism's cost is measured: batch, memory for the largest batch, seconds spent on each quantity."""
+    """How one mechanism's cost is measured: batch, memory for the largest batch, seconds spent on each quantity.
+
+    The first precision and execution are those of tables and figures.
+    """
 
     batch_size: Count
     memory_mib: Count
     budget_s: float = Field(gt=0)
+    precision: list[policy.Precision] = Field(["float32"], min_length=1)
+    execution: list[policy.Execution] = Field(["eager"], min_length=1)
 
 
 class ScalingConfig(Strict):
-    """How cost against tokens is measured: token counts, batches, patches, memory and seconds at which it stops."""
+    """How cost against tokens is measured: token counts, batches, patches, memory and seconds at which it stops.
+
+    ``width`` has the block's widths and heads as ``192x3``, by default the model's. The first width, precision and
+    execution are those of tables and figures.
+    """
 
     tokens: list[Count] = Field(min_length=1)
     tokens_per_batch: Count
     patch_size: Size
     memory_mib: Count
     budget_s: float = Field(gt=0)
+    width: list[Annotated[str, Field(pattern=r"^[1-9]\d*x[1-9]\d*$")]] = Field([])
+    precision: list[policy.Precision] = Field(["float32"], min_length=1)
+    execution: list[policy.Execution] = Field(["eager"], min_length=1)
 
 
 class Study(Strict):

@@ -15,8 +15,8 @@ import torch
 from lightning_fabric import Fabric, seed_everything
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from effvit import policy
 from effvit.attention import Attention
 from effvit.data.loading.batches import Batch, steps_of, training_batches, validation_batches
 from effvit.data.loading.loaders import Loaders
@@ -27,8 +27,10 @@ from effvit.model.logits import logits_of
 from effvit.model.vit import ViT, ViTConfig
 from effvit.seeding import Purpose, derive, torch_generator
 from effvit.training.allocator import keep_freed_memory
-from effvit.training.optimizer import build_optimizer, schedule
-from effvit.training.parallel import make_fabric, process_place, sum_gradients
+from effvit.training.average import Average
+from effvit.training.compiling import compile_blocks
+from effvit.training.optimizer import build_optimizer, clip_gradients, schedule
+from effvit.training.parallel import Exchange, make_fabric, process_place
 from effvit.training.recipe import TrainConfig
 
 M = TypeVar("M", bound=nn.Module)
@@ -71,6 +73,8 @@ class Epoch:
 class Training(Generic[M, D]):
     """A run as far as it has come. Same arguments, same numbers on the same machine, whether it is continued or not.
 
+    It sets PyTorch up by `effvit.policy.apply`, for which a caller who wants its own settings back has `policy.kept`.
+
     Args:
         model: configuration of a ViT to build, or an image classifier, which is trained in place.
         dataset: prepared images, of which the test split is not read; or loaders.
@@ -98,11 +102,13 @@ class Training(Generic[M, D]):
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         given, recipe = recipe, recipe.with_warmup_that_fits()
-        self.dataset, self.recipe, self.seed = dataset, recipe, seed
+        self.dataset, self.seed = dataset, seed
         self.augmentation = recipe.augmentation(horizontal_flip)
         self._report, self._should_stop = report, should_stop
         keep_freed_memory()
         self.fabric: Fabric = make_fabric(recipe.device, recipe.devices, recipe.precision)
+        precision = policy.training_precision(recipe.precision, self.fabric.device)
+        self.recipe = recipe = recipe.model_copy(update={"precision": precision})
         self.place = process_place(self.fabric)
         if recipe.warmup_epochs != given.warmup_epochs and self.fabric.is_global_zero:
             report(
@@ -110,18 +116,15 @@ class Training(Generic[M, D]):
                 f"warm-up shortened to {recipe.warmup_epochs:g} epochs"
             )
         seed_everything(seed, verbose=False)
-        torch.use_deterministic_algorithms(True)
-        # Every buffer here is written before it is read.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        policy.apply(self.place.device, deterministic=recipe.deterministic)
         self.model = cast(M, ViT(model)) if isinstance(model, ViTConfig) else model
         init(self.model)
         self.optimizer = build_optimizer(self.model, recipe)
-        # For each shape by itself: with shapes left open, the code would depend on the order in which they come.
-        module: nn.Module = torch.compile(self.model, dynamic=False) if recipe.compile else self.model  # type: ignore[assignment]
-        self._forward, self._update = self.fabric.setup(module, self.optimizer)
-        self._averaged = None
-        if recipe.ema_decay:
-            self._averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
+        self._forward, self._update = self.fabric.setup(self.model, self.optimizer)
+        self._exchange = Exchange(self.fabric, self.model.parameters())
+        self._averaged = Average(self.model, recipe.ema_decay) if recipe.ema_decay else None
+        for module in dict.fromkeys((self.model, self.weights)):
+            compile_blocks(module, recipe.compile, self.place.device)
         self._attentions = [module for module in self.model.modules() if isinstance(module, Attention)]
         self._pending: deque[tuple[_Figures, int, int]] = deque()  # figures, images and number of steps done
         self._settled: list[tuple[Step, int]] = []  # of those that have been read
@@ -135,7 +138,7 @@ class Training(Generic[M, D]):
     @property
     def weights(self) -> M:
         """The weights that count: the averaged ones where the recipe averages. Not to be changed."""
-        return self.model if self._averaged is None else cast(M, self._averaged.module)
+        return self.model if self._averaged is None else self._averaged.module
 
     @property
     def validates(self) -> bool:
@@ -203,20 +206,17 @@ class Training(Generic[M, D]):
     def _take_step(self, batch: Batch, lr: float) -> "_Figures":
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        figures = sum_gradients(self.fabric, self.model.parameters(), self._gradient(batch))
+        figures = self._exchange.sum(self._gradient(batch))
         if self.recipe.clip_norm:
-            # Not finite is no error: float16's scaler skips such a step, and otherwise the next loss shows it.
-            self.fabric.clip_gradients(
-                self._forward, self._update, max_norm=self.recipe.clip_norm, error_if_nonfinite=False
-            )
+            clip_gradients(self.fabric, self.optimizer, self.recipe.clip_norm)
         self._update.step()
-        self._update.zero_grad()
+        self._exchange.clear(self.optimizer)
         done = self.epoch * self.steps_per_epoch + self.step + 1
         generator = torch_generator(self.seed, Purpose.REDRAW, done)
         for attention in self._attentions:
             attention.after_step(done, generator, self.recipe.epochs * self.steps_per_epoch)
         if self._averaged is not None:
-            self._averaged.update_parameters(self.model)
+            self._averaged.update(self.model, done)
         return _Figures(figures)
 
     def _gradient(self, batch: Batch) -> Tensor:
@@ -230,7 +230,7 @@ class Training(Generic[M, D]):
                     raise
                 if size == 1:
                     raise UserError("out of memory with one image at a time: take a smaller model") from error
-            self._update.zero_grad()
+            self._exchange.clear(self.optimizer)
             if self.place.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.micro_batch_size = -(-size // 2)
@@ -251,12 +251,11 @@ class Training(Generic[M, D]):
         for images, targets in zip(batch.images.split(size), batch.targets.split(size), strict=True):
             if not len(images):
                 continue  # a share of nothing
-            with self.fabric.no_backward_sync(self._forward, enabled=self.place.world > 1):
-                logits = logits_of(self._forward(images)).float()
-                loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=self.recipe.label_smoothing)
-                self.fabric.backward(loss / batch.total)
+            logits = logits_of(self._forward(images)).float()
+            loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=self.recipe.label_smoothing)
+            self.fabric.backward(loss / batch.total)
             figures[:2] += torch.stack([loss.detach(), _right(logits, targets)])
-        figures[2] = self._should_stop()
+        figures[2].fill_(self._should_stop())
         return figures
 
     def _settle(self, keep: int = 0) -> None:
@@ -292,7 +291,7 @@ class Training(Generic[M, D]):
     def validate(self) -> tuple[float, float]:
         """Loss and accuracy of the validation part, each image counted once whatever the number of processes."""
         self.weights.eval()
-        sums = torch.zeros(2, dtype=torch.float64)
+        rows = []
         with self.fabric.autocast():
             for batch in self._validation_batches():
                 size = self.micro_batch_size or batch.total
@@ -300,7 +299,10 @@ class Training(Generic[M, D]):
                     if len(images):
                         logits = logits_of(self.weights(images)).float()
                         loss = F.cross_entropy(logits, labels, reduction="sum")
-                        sums += torch.stack([loss, _right(logits, labels)]).cpu()
+                        rows.append(torch.stack([loss, _right(logits, labels)]))
+        sums = torch.zeros(2, dtype=torch.float64)
+        for row in torch.stack(rows).cpu() if rows else ():  # one by one: MPS has no float64
+            sums += row
         if self.place.world > 1:
             sums = self.fabric.all_reduce(sums.to(self.place.device), reduce_op="sum").cpu()  # type: ignore[union-attr]
         loss_sum, right = sums.tolist()
@@ -324,7 +326,7 @@ class Training(Generic[M, D]):
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in moments.items()}
         if self._averaged is not None:
-            tensors |= {f"averaged.{name}": tensor for name, tensor in self._averaged.state_dict().items()}
+            tensors |= {f"averaged.{name}": tensor for name, tensor in self._averaged.module.state_dict().items()}
         numbers = {name: getattr(self, name) for name in _NUMBERS}
         numbers["precision"] = self.fabric.strategy.precision.state_dict()  # float16's loss scale
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}, numbers
@@ -339,7 +341,7 @@ class Training(Generic[M, D]):
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         if self._averaged is not None:
-            self._averaged.load_state_dict(_part(tensors, "averaged."))
+            self._averaged.module.load_state_dict(_part(tensors, "averaged."))
         for name in _NUMBERS:
             setattr(self, name, numbers[name])
         self.fabric.strategy.precision.load_state_dict(numbers["precision"])

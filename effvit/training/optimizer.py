@@ -3,9 +3,10 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -24,6 +25,18 @@ def schedule(step: int, steps_per_epoch: int, recipe: "TrainConfig") -> float:
         return (step + 1) / warmup
     total = recipe.epochs * steps_per_epoch
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+def clip_gradients(fabric: Fabric, optimizer: Optimizer, max_norm: float) -> None:
+    """Scale the gradient of all parameters down to ``max_norm`` at most.
+
+    One that is not finite is no error: float16's scaler skips such a step, and otherwise the next loss shows it. Not by
+    Fabric's own, which has no clipping for optimisers that can undo float16's scale themselves, as a fused AdamW.
+    """
+    scaler = getattr(fabric.strategy.precision, "scaler", None)
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
 
 
 # Learned vectors of positions and prefix tokens, under the names of this package, timm, transformers and torchvision.
@@ -60,9 +73,9 @@ def build_optimizer(model: nn.Module, recipe: "TrainConfig") -> Optimizer:
     groups = parameter_groups(model, recipe.weight_decay)
     if recipe.optimizer == "adamw":
         return AdamW(groups, lr=recipe.lr, fused=True)
-    attentions = {module: maps for module in model.modules() if (maps := _maps(module)) is not None}
+    attentions = attention_maps(model)
     merged = {weight: count for maps in attentions.values() for weight, count in maps.items()}
-    of_blocks = {parameter for block in _blocks(model, attentions) for parameter in block.parameters()}
+    of_blocks = {parameter for block in blocks_of(model, attentions) for parameter in block.parameters()}
     exempt = set(groups[1]["params"])
     matrices: dict[int, list[Tensor]] = defaultdict(list)  # by the number of maps in each
     for parameter in model.parameters():
@@ -79,6 +92,11 @@ def build_optimizer(model: nn.Module, recipe: "TrainConfig") -> Optimizer:
     )
     rest = [{**group, "params": [p for p in group["params"] if p not in taken]} for group in groups]
     return Joint(muon, AdamW(rest, lr=recipe.lr, fused=True))
+
+
+def attention_maps(model: nn.Module) -> dict[nn.Module, dict[Tensor, int]]:
+    """By attention module: its weights that hold several maps, and how many."""
+    return {module: maps for module in model.modules() if (maps := _maps(module)) is not None}
 
 
 def _maps(module: Any) -> dict[Tensor, int] | None:
@@ -103,7 +121,7 @@ def _weights(layers: list[Any], maps: int) -> dict[Tensor, int]:
     return {layer.weight: maps for layer in layers if isinstance(getattr(layer, "weight", None), nn.Parameter)}
 
 
-def _blocks(model: nn.Module, attentions: dict[nn.Module, dict[Tensor, int]]) -> Iterator[nn.Module]:
+def blocks_of(model: nn.Module, attentions: Iterable[nn.Module]) -> Iterator[nn.Module]:
     """The nearest element of a sequence of modules around each attention."""
     names = {module: name for name, module in model.named_modules()}
     for attention in attentions:

@@ -4,18 +4,31 @@ import atexit
 import os
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies.ddp import DDPStrategy
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from effvit import policy
 from effvit.data.loading.batches import Place
+from effvit.device import pick_device
 from effvit.errors import UserError
 
 _LEADER = "EFFVIT_LEADER"  # number of the process that starts the others
 _LOOK_S = 1.0
+_BUCKET_BYTES = 25 * 2**20  # as DDP has them
+
+
+class _Unwrapped(DDPStrategy):
+    """Processes as DDP has them, and the model as it is: `Exchange` sums gradients."""
+
+    def setup_module(self, module: nn.Module) -> Any:
+        return module
 
 
 def make_fabric(device: str, devices: int = 1, precision: str = "32-true") -> Fabric:
@@ -37,13 +50,15 @@ def make_fabric(device: str, devices: int = 1, precision: str = "32-true") -> Fa
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = int(os.environ["WORLD_SIZE"]) // devices
     several = devices * nodes > 1
-    # Buffers change by seeded draws, alike in all processes: nothing to broadcast before each forward pass.
-    strategy = DDPStrategy(broadcast_buffers=False) if several else "auto"
+    strategy = _Unwrapped() if several else "auto"
+    where = pick_device(device)
+    precision = policy.training_precision(precision, where)
+    which: Any = devices if several or where.index is None else [where.index]
     try:
-        fabric = Fabric(accelerator=device, devices=devices, num_nodes=nodes, strategy=strategy, precision=precision)  # type: ignore[arg-type]
+        fabric = Fabric(accelerator=where.type, devices=which, num_nodes=nodes, strategy=strategy, precision=precision)  # type: ignore[arg-type]
     except (RuntimeError, ValueError) as error:
-        where = f"device={device}" + (f", devices={devices}" if devices > 1 else "")
-        raise UserError(f"{where}: not usable here, try auto or cpu ({error})") from error
+        asked = f"device={device}" + (f", devices={devices}" if devices > 1 else "")
+        raise UserError(f"{asked}: not usable here, try auto or cpu ({error})") from error
     _watch_leader()
     try:
         fabric.launch()
@@ -84,20 +99,46 @@ def process_place(fabric: Fabric) -> Place:
     return Place(fabric.device, fabric.global_rank, fabric.world_size)
 
 
-def sum_gradients(fabric: Fabric, parameters: Iterable[nn.Parameter], figures: Tensor) -> Tensor:
-    """Replace gradients by their sums over processes, and return those of ``figures`` ``(n,)``, in one exchange.
+class Exchange:
+    """Sums of gradients over processes.
 
     Not by DDP's own hooks, which work inside the backward pass: there, a process without images in a last, small batch
-    could not take part, and one that ran out of memory could not begin again.
+    could not take part, and one that ran out of memory could not begin again. With several processes gradients are
+    views of one buffer for each dtype, so that nothing is copied to send it.
     """
-    if fabric.world_size == 1:
+
+    def __init__(self, fabric: Fabric, parameters: Iterable[nn.Parameter]) -> None:
+        self._buffers: list[Tensor] = []
+        if fabric.world_size == 1:
+            return
+        of_dtypes: dict[torch.dtype, list[nn.Parameter]] = defaultdict(list)
+        for parameter in parameters:
+            if parameter.requires_grad:
+                of_dtypes[parameter.dtype].append(parameter)
+        for dtype, alike in of_dtypes.items():
+            sizes = [parameter.numel() for parameter in alike]
+            buffer = torch.zeros(sum(sizes), dtype=dtype, device=fabric.device)
+            for parameter, part in zip(alike, buffer.split(sizes), strict=True):
+                parameter.grad = part.view_as(parameter)
+            self._buffers.append(buffer)
+
+    def clear(self, optimizer: Optimizer) -> None:
+        """Forget all gradients."""
+        for buffer in self._buffers:
+            buffer.zero_()
+        if not self._buffers:
+            optimizer.zero_grad()
+
+    def sum(self, figures: Tensor) -> Tensor:
+        """Make gradients their sums over processes, and return those of ``figures``.
+
+        Buckets are sent one after another and waited for together, with no barrier before.
+        """
+        if not self._buffers:
+            return figures
+        buckets = [part for buffer in self._buffers for part in buffer.split(_BUCKET_BYTES // buffer.element_size())]
+        sent = [torch.distributed.all_reduce(part, async_op=True) for part in (*buckets, figures)]
+        for each in sent:
+            assert each is not None
+            each.wait()
         return figures
-    trained = [p for p in parameters if p.requires_grad]
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-    flat = torch.cat([*(g.flatten() for g in gradients), figures.to(gradients[0].dtype)])
-    total = fabric.all_reduce(flat, reduce_op="sum")
-    assert isinstance(total, Tensor)
-    *sums, figures = total.split([*(g.numel() for g in gradients), len(figures)])
-    for parameter, gradient in zip(trained, sums, strict=True):
-        parameter.grad = gradient.view_as(parameter)
-    return figures

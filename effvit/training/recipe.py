@@ -1,8 +1,8 @@
 """The recipe of a training: its settings and the rules that make them valid."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from effvit.data.loading.augmentation import Augmentation
 from effvit.errors import UserError
@@ -11,6 +11,15 @@ Count = Annotated[int, Field(ge=1, lt=2**31)]
 CountOrNone = Annotated[int, Field(ge=0, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 _SHORTENED_WARMUP = 0.1  # of the epochs
+
+
+def _on_or_off(value: Any) -> Any:
+    """YAML reads off and on as false and true."""
+    return {False: "off", True: "on"}.get(value, value) if isinstance(value, bool) else value
+
+
+Precision = Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
+Compile = Annotated[Literal["off", "on", "graphs"], BeforeValidator(_on_or_off)]
 
 
 class Strict(BaseModel):
@@ -38,8 +47,9 @@ class TrainConfig(Strict):
     cutmix: float = Field(0.0, ge=0)  # alpha
     ema_decay: Fraction = 0.0
     save_every: CountOrNone = 0  # also keeps the weights of every n-th epoch
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    compile: bool = False
+    precision: Precision = "auto"
+    compile: Compile = "off"
+    deterministic: bool = True  # same machine, same bytes
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     devices: int = Field(1, ge=1, le=1024)
     micro_batch_size: CountOrNone = 0  # images at once on a device

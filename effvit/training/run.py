@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
+from effvit import policy
 from effvit.data.loading.prepared import PreparedDataset
 from effvit.device import this_machine
 from effvit.files import check_replaceable, staged_dir, write_csv, write_json
@@ -196,6 +197,7 @@ def train_to(
         start = start_from(init_from, model) if init_from else None
 
     with ExitStack() as stack:
+        stack.enter_context(policy.kept())
         request = stack.enter_context(noted_interrupts())
         training = Training(
             config,

@@ -5,6 +5,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from effvit.measure import alone
 from effvit.measure.alone import Load, measuring_alone
@@ -65,6 +66,13 @@ def test_the_lock_is_the_machines_and_readable_by_all_users_whatever_the_mask(tm
         os.umask(mask)
     assert len(set(opened)) == 1
     assert (tmp_path / "lock").stat().st_mode & 0o777 == 0o644
+
+
+def test_each_gpu_has_a_lock_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("EFFVIT_LOCK", str(tmp_path / "lock"))
+    monkeypatch.setattr(alone, "gpu_uuid", lambda device: f"GPU-{device.index}")
+    with measuring_alone(), measuring_alone(torch.device("cuda", 0)), measuring_alone(torch.device("cuda", 1)):
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["lock", "lock-GPU-0", "lock-GPU-1"]
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def clock(monkeypatch):
 @pytest.fixture(autouse=True)
 def no_processes(monkeypatch):
     """The operating system's view has its own test, with real processes."""
-    monkeypatch.setattr(module, "max_rss_bytes", lambda configs, batch_size, device: [300, 200])
+    monkeypatch.setattr(module, "max_rss_bytes", lambda configs, batch_size, precision: [300, 200])
 
 
 def measure(config=SMALL, batch_size=4, memory_mib=4.0, budget_s=0.02):
@@ -123,10 +123,11 @@ def test_no_batch_fits_into_less_than_the_weights():
 
 
 def test_running_out_of_memory_is_a_row_of_every_quantity_it_concerns(monkeypatch):
-    def refuse(model, optimiser, batch_size, device):
+    def refuse(model, optimiser, batch_size, device, how):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(module, "training_step", refuse)
+    monkeypatch.setattr(module, "energy_of", lambda *_: 1.0)
     table = measure().set_index("quantity")
     training = ["train_step", "train_throughput", "train_memory"]
     assert (table.loc[training, "status"] == "out of memory").all()
@@ -169,7 +170,8 @@ def test_the_command_writes_the_same_model_json_each_time_apart_from_what_is_mea
     first, second = tmp_path / "first", tmp_path / "second"
     assert {path.name for path in first.iterdir()} == {"model.json", "cost.csv", "provenance.json"}
     assert (first / "model.json").read_bytes() == (second / "model.json").read_bytes()
-    columns = ["quantity", "batch_size", "unit", *NUMBERS, "ratio_low", "ratio_high", "status"]
+    columns = ["precision", "execution", "quantity", "batch_size", "unit", *NUMBERS, "ratio_low", "ratio_high"]
+    columns += ["status", "busy", "launch_bound"]
     assert list(pd.read_csv(first / "cost.csv").columns) == columns
     provenance = json.loads((first / "provenance.json").read_text())
     assert provenance["config"]["model"]["attention_options"] == {"num_features": 4}

@@ -5,11 +5,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch import nn
 
 from effvit import ViT, ViTConfig, available_attention
 from effvit.errors import UserError
 from effvit.measure import choose
-from effvit.measure.choose import builder, measure_choice, verdict
+from effvit.measure.choose import Candidate, _call, builder, compared, measure_choice, mechanism, verdict
+from effvit.measure.execution import Execution
 from effvit.model.presets import preset
 
 pytestmark = pytest.mark.slow
@@ -122,7 +124,12 @@ def test_a_row_says_which_options_its_mechanism_had():
     [
         (["linformer"], [16, 18], {}, "image_size=18, attention=fused: .*patch_size=4"),
         (["flash"], [16], {}, "attention=flash.*unknown mechanism"),
-        (["fused"], [16], {"precision": "float16"}, "precision='float16': unknown, expected float32 or bfloat16"),
+        (
+            ["fused"],
+            [16],
+            {"precision": "float16"},
+            "precision='float16': unknown, expected one of float32, tf32, bfloat16",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_measured(attentions, sizes, changes, says, monkeypatch):
@@ -252,3 +259,21 @@ def test_timms_own_model_is_compared_with_its_attention_swapped(effvit, tmp_path
     assert table.loc[("block", "performer"), "tokens"] == 17
     outcome = effvit("choose", "--timm", "vit_none", "--image-sizes", "64")
     assert outcome.code == 1 and "--timm vit_none: timm cannot build it" in outcome.err
+
+
+def test_on_a_gpu_cudnns_kernel_is_a_second_baseline_in_half_precision():
+    cuda = torch.device("cuda", 0)
+    assert compared(["linear", "fused"], Execution("bfloat16"), cuda) == ["fused", "fused_cudnn", "linear"]
+    assert compared(["linear"], Execution("tf32"), cuda) == compared(["linear"], Execution("bfloat16"), CPU)
+    assert [mechanism(name) for name in ("fused_cudnn", "linear")] == ["fused", "linear"]
+
+
+def test_the_second_baseline_takes_no_other_kernel():
+    class Watched(nn.Module):
+        def forward(self, x):
+            cuda = torch.backends.cuda
+            return cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.math_sdp_enabled()
+
+    candidate = Candidate(Watched(), nn.Identity(), (3, 8, 8), (5, 8), {})
+    kernels = [_call(candidate, "model", 1, Execution(), CPU, cudnn=cudnn)() for cudnn in (True, False)]
+    assert kernels == [(True, False, False), (True, True, True)]

@@ -122,7 +122,7 @@ def test_a_large_point_alone_is_foreseen_from_smaller_ones_which_are_no_rows(bui
 
 
 def test_points_beyond_the_time_are_rows_and_are_not_tried(monkeypatch, built, clock):
-    def forward(block, tokens):
+    def forward(block, tokens, how):
         call = block_forward(block, tokens)
         clock[call] = 100.0 if tokens.shape[1] >= 65 else 0.01
         return call
@@ -138,7 +138,7 @@ def test_points_beyond_the_time_are_rows_and_are_not_tried(monkeypatch, built, c
 
 
 def test_one_slow_small_point_refuses_no_larger_one_that_was_never_tried(monkeypatch, clock):
-    def forward(block, tokens):
+    def forward(block, tokens, how):
         call = block_forward(block, tokens)
         clock[call] = 3.0 if tokens.shape[1] == 17 else 0.01  # within the limit of 4 s, and not what tokens cost
         return call
@@ -148,7 +148,7 @@ def test_one_slow_small_point_refuses_no_larger_one_that_was_never_tried(monkeyp
 
 
 def test_two_points_on_their_way_over_the_budget_do_refuse_a_larger_one(monkeypatch, clock, built):
-    def forward(block, tokens):
+    def forward(block, tokens, how):
         call = block_forward(block, tokens)
         clock[call] = 1e-5 * tokens.shape[1] ** 2  # 4.2 s at 650 tokens
         return call
@@ -162,7 +162,7 @@ def test_two_points_on_their_way_over_the_budget_do_refuse_a_larger_one(monkeypa
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
 def test_running_out_of_memory_is_a_row_and_stops_larger_points_of_that_pass_alone(monkeypatch, error):
-    def forward(block, tokens):
+    def forward(block, tokens, how):
         if tokens.shape[1] >= 65:
             raise error
         return block_forward(block, tokens)
@@ -190,7 +190,7 @@ def test_a_mechanism_is_measured_alone_where_fused_runs_out_of_memory(monkeypatc
 
 
 def test_any_other_error_is_not_taken_for_a_result(monkeypatch):
-    def forward(block, tokens):
+    def forward(block, tokens, how):
         raise RuntimeError("shapes cannot be multiplied")
 
     monkeypatch.setattr(subjects, "block_forward", forward)
@@ -343,11 +343,14 @@ def test_the_command_writes_exact_macs_apart_from_what_is_measured(tmp_path):
     scaling(attention="linformer", output_dir=out, tokens=[17, 5], **arguments)
     macs = pd.read_csv(out / "macs.csv")
     expected = [build_attention("linformer", 8, 2, (side, side), k=5).macs() for side in (2, 4)]
-    block = macs[macs["scope"] == "block"].drop(columns="scope").to_dict("list")
+    block = macs[macs["scope"] == "block"].drop(columns=["scope", "hidden_size"]).to_dict("list")
     fused = [build_attention("fused", 8, 2, (side, side)).macs() for side in (2, 4)]
     assert block == {"tokens": [5, 17], "macs": expected, "fused_macs": fused}
     columns = [
+        "precision",
+        "execution",
         "scope",
+        "hidden_size",
         "batch",
         "batch_size",
         "tokens",
@@ -359,7 +362,7 @@ def test_the_command_writes_exact_macs_apart_from_what_is_measured(tmp_path):
         "ratio_high",
     ]
     table = pd.read_csv(out / "scaling.csv")
-    assert list(table.columns) == [*columns, "status", "other_load", "contended"]
+    assert list(table.columns) == [*columns, "status", "other_load", "contended", "busy", "launch_bound"]
     assert set(zip(table["scope"], table["batch"], strict=True)) == set(product(("block", "model"), ("one", "tokens")))
     assert json.loads((out / "provenance.json").read_text())["config"]["model"]["attention_options"] == {"k": 5}
     first = (out / "macs.csv").read_bytes()

@@ -390,3 +390,28 @@ def test_command_gathers_the_named_cells(small, tmp_path):
     assert result.exit_code == 0, result.output
     assert {file.name for file in (tmp_path / "data").iterdir()} == TABLES
     assert list(json.loads((small / "summary.json").read_text())["digits"]) == ["linformer"]
+
+
+def test_tables_are_of_the_first_precision_execution_and_width(small):
+    before = collect(small, ["digits"], FEW, [0])
+    for file in ("cells/digits/linformer/benchmark/cost.csv", "scaling/linformer/scaling.csv"):
+        table = pd.read_csv(small / file)
+        others = [table.assign(execution="compiled"), table.assign(precision="bfloat16")]
+        if "hidden_size" in table:
+            others.append(table[table["scope"] == "block"].assign(hidden_size=384))
+        pd.concat([table, *others]).assign(median=1.0).to_csv(small / file, index=False)
+    after = collect(small, ["digits"], FEW, [0])
+    for name in ("cost", "scaling"):
+        assert len(getattr(after, name)) == len(getattr(before, name))
+
+
+def test_points_at_which_a_gpu_waits_are_no_finding(small):
+    for attention in FEW:
+        for file in (f"cells/digits/{attention}/benchmark/cost.csv", f"scaling/{attention}/scaling.csv"):
+            table = pd.read_csv(small / file)
+            in_time = table["unit"] != "bytes"
+            table.assign(launch_bound=in_time).to_csv(small / file, index=False)
+    tables = collect(small, ["digits"], FEW, [0])
+    assert set(tables.efficiency["quantity"]) == {"memory"}
+    others = tables.tradeoff[tables.tradeoff["attention"] != "fused"]
+    assert others["latency_ratio"].isna().all() and others["train_memory_mib"].notna().all()

@@ -370,7 +370,7 @@ def test_compiled_model_has_the_losses_of_the_eager_one(digits, tiny_config, tmp
     config = tiny_config(num_hidden_layers=1)
     one_shape = {"epochs": 3, "batch_size": 5000}
     eager, _ = epochs_of(config, digits, **one_shape)
-    compiled, training = epochs_of(config, digits, **one_shape, compile=True)
+    compiled, training = epochs_of(config, digits, **one_shape, compile="on")
     for ours, expected in zip(compiled, eager, strict=True):
         assert ours.train_loss == pytest.approx(expected.train_loss, rel=1e-4)
         assert ours.val_loss == pytest.approx(expected.val_loss, rel=1e-4)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -19,7 +20,7 @@ from processes import finished, read_until
 from effvit.data.loading.batches import Place
 from effvit.errors import UserError
 from effvit.model.vit import ViTConfig
-from effvit.training.parallel import make_fabric
+from effvit.training.parallel import Exchange, make_fabric
 from effvit.training.recipe import TrainConfig
 from effvit.training.run import train_to
 
@@ -204,3 +205,23 @@ def test_float16_without_cuda_is_a_user_error_and_nothing_else(monkeypatch, capf
         warnings.simplefilter("always")
         make_fabric(device, precision="16-mixed")
     assert warned == [] and capfd.readouterr() == ("", "")
+
+
+def test_gradients_are_views_of_what_is_sent():
+    parameters = [torch.nn.Parameter(torch.randn(3, 2)), torch.nn.Parameter(torch.randn(4).double())]
+    frozen = torch.nn.Parameter(torch.randn(2), requires_grad=False)
+    optimizer, figures = torch.optim.SGD(parameters, lr=0.1), torch.tensor([1.0, 2.0])
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        exchange = Exchange(SimpleNamespace(world_size=2, device=torch.device("cpu")), [*parameters, frozen])
+        sent = [buffer.data_ptr() for buffer in exchange._buffers]
+        for _ in range(2):
+            sum(p.square().sum() for p in parameters).backward()
+            assert torch.equal(exchange.sum(figures), figures), "of one process the sum is its own"
+            assert [p.grad.data_ptr() for p in parameters] == sent and frozen.grad is None
+            for parameter in parameters:
+                torch.testing.assert_close(parameter.grad, 2 * parameter.detach())
+            exchange.clear(optimizer)
+            assert not any(p.grad.any() for p in parameters)
+    finally:
+        torch.distributed.destroy_process_group()

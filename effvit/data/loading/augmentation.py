@@ -1,5 +1,6 @@
 """What is done to training images: chance is drawn for the whole batch, then applied to any share of it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,11 @@ class Draws:
             value = getattr(self, field.name)
             parts[field.name] = value[..., part] if isinstance(value, Tensor) else value
         return Draws(**parts)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What there is of tensors, by field."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 def draw(rng: np.random.Generator, count: int, size: int, augmentation: Augmentation) -> Draws:
@@ -119,9 +125,8 @@ def augment(
     if draws.flipped is not None:
         images = flip(images, draws.flipped)
     if draws.choices is not None:
-        from effvit.data.loading.randaugment import randaugment
-
-        images = randaugment(images.permute(0, 3, 1, 2), draws.choices, augmentation.randaugment).permute(0, 2, 3, 1)
+        form = _randaugment_for(images.device)
+        images = form(images.permute(0, 3, 1, 2), draws.choices, augmentation.randaugment).permute(0, 2, 3, 1)
     inputs = to_float(images, meta.mean, meta.std)
     if draws.boxes is not None:
         inputs = erase(inputs, draws.boxes)
@@ -131,3 +136,14 @@ def augment(
     if isinstance(draws.mixing, float):
         return mixup(inputs, targets, draws.mixing)
     return cutmix(inputs, targets, draws.mixing)
+
+
+def _randaugment_for(device: torch.device) -> Callable[[Tensor, Tensor, int], Tensor]:
+    """The form of RandAugment that suits a device. Not imported above: torchvision takes seconds."""
+    if device.type == "cuda":
+        from effvit.data.loading.randaugment_by_tables import by_tables
+
+        return by_tables
+    from effvit.data.loading.randaugment import randaugment
+
+    return randaugment

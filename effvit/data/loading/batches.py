@@ -5,8 +5,9 @@ entered nor the number of processes changes what the model sees.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from torch import Tensor
 from effvit.data.loading.augmentation import Augmentation, Draws, augment, draw
 from effvit.data.loading.prepared import PreparedDataset
 from effvit.seeding import Purpose, derive, numpy_generator
+
+_ALIGNED = 16  # bytes: where a tensor of any dtype may begin
 
 
 @dataclass(frozen=True)
@@ -61,14 +64,18 @@ def training_batches(
     """Shares of the batches of an epoch's steps from ``start``: every training image once an epoch, in random order."""
     count = dataset.counts["train"]
     order = numpy_generator(seed, Purpose.ORDER, epoch).permutation(count)
-    chance = {"seed": derive(seed, Purpose.DECODING, epoch), "min_crop_area": augmentation.min_crop_area}
+    decoding = {"seed": derive(seed, Purpose.DECODING, epoch), "min_crop_area": augmentation.min_crop_area}
     shares = _shares(
-        dataset, "train", np.split(order, range(batch_size, count, batch_size))[start:], place, workers, **chance
+        dataset, "train", np.split(order, range(batch_size, count, batch_size))[start:], place, workers, **decoding
     )
     for step, (images, labels, part, total) in enumerate(shares, start):
         rng = numpy_generator(seed, Purpose.AUGMENTATION, epoch, step)
-        draws = draw(rng, total, dataset.image_size, augmentation)
-        yield Batch(*augment(images, labels, draws.share(part), augmentation, dataset), total)
+        draws = draw(rng, total, dataset.image_size, augmentation).share(part)
+        chance = draws.tensors()
+        images, labels, *there = upload([images, labels, *chance.values()], place.device)
+        arrived: dict[str, Any] = dict(zip(chance, there, strict=True))
+        draws = replace(draws, **arrived)
+        yield Batch(*augment(images, labels, draws, augmentation, dataset), total)
 
 
 def validation_batches(dataset: PreparedDataset, place: Place, *, batch_size: int, workers: int = 0) -> Iterator[Batch]:
@@ -76,6 +83,7 @@ def validation_batches(dataset: PreparedDataset, place: Place, *, batch_size: in
     count = dataset.counts["validation"]
     batches = np.split(np.arange(count), range(batch_size, count, batch_size))
     for images, labels, _, total in _shares(dataset, "validation", batches, place, workers, seed=0):
+        images, labels = upload([images, labels], place.device)
         yield Batch(*augment(images, labels, Draws(), Augmentation(), dataset), total)
 
 
@@ -87,15 +95,37 @@ def _shares(
     workers: int,
     **chance: Any,
 ) -> Iterator[tuple[Tensor, Tensor, slice, int]]:
-    """Images and labels on the device, the part of the batch that they are, and the size of the batch."""
+    """Images and labels, the part of the batch that they are, and the size of the batch."""
     images, labels = dataset.split(split)
     parts = [place.share(len(batch)) for batch in batches]
     rows = [batch[part] for batch, part in zip(batches, parts, strict=True)]
     loaded = images.batches(rows, workers=workers, **chance)
     for batch, part, index, array in zip(batches, parts, rows, loaded, strict=True):
-        yield _to(array, place.device), _to(labels[index], place.device), part, len(batch)
+        yield torch.from_numpy(array), torch.from_numpy(labels[index]), part, len(batch)
 
 
-def _to(array: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+def upload(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Move tensors of the CPU to a device; to CUDA as one copy from pinned memory, for which the host does not wait."""
+    if device.type != "cuda":
+        return [tensor.to(device) for tensor in tensors]
+    return unpack(pack(tensors).pin_memory().to(device, non_blocking=True), tensors)
+
+
+def pack(tensors: Sequence[Tensor]) -> Tensor:
+    """Copy tensors into one of bytes, each where any dtype may begin."""
+    flat = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors]
+    packed = torch.empty(_starts(tensors)[-1], dtype=torch.uint8)
+    for part, start in zip(flat, _starts(tensors), strict=False):
+        packed[start : start + len(part)] = part
+    return packed
+
+
+def unpack(packed: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Views of what `pack` made of ``tensors``, whose dtypes and shapes they have."""
+    parts = (packed[start : start + each.nbytes] for start, each in zip(_starts(tensors), tensors, strict=False))
+    return [part.view(each.dtype).view(each.shape) for part, each in zip(parts, tensors, strict=True)]
+
+
+def _starts(tensors: Sequence[Tensor]) -> list[int]:
+    """Where each tensor begins, and where all of them end."""
+    return [0, *accumulate(-(-tensor.nbytes // _ALIGNED) * _ALIGNED for tensor in tensors)]

@@ -47,7 +47,8 @@ class Loaders:
         images_given = steps = 0
         for images, labels in islice(checked_batches(loader, name, self.num_classes), len(loader)):
             images_given, steps = images_given + len(images), steps + 1
-            yield Batch(images.to(place.device, torch.float32), labels.to(place.device), len(images))
+            images = images.to(place.device, torch.float32, non_blocking=True)  # which it is where a loader pins memory
+            yield Batch(images, labels.to(place.device, non_blocking=True), len(images))
         if steps < len(loader):
             raise UserError(f"{name}: the loader gave {steps} batches, its length is {len(loader)}")
         self.counts[name] = images_given

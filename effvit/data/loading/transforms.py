@@ -3,6 +3,7 @@
 Shapes: B images of H x W pixels in C channels, K classes. Decisions of chance have one entry an image.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -14,9 +15,17 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 
 def to_float(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Normalise uint8 ``(B, H, W, C)`` to contiguous float32 ``(B, C, H, W)``; mean, std per channel, scale 0 to 1."""
-    offset, scale = (torch.tensor(v, dtype=torch.float32, device=images.device).view(-1, 1, 1) for v in (mean, std))
+    factor, shift = _normalisation(tuple(mean), tuple(std), images.device)
     planes = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)  # (B, C, H, W)
-    return planes.mul_(1 / (255 * scale)).sub_(offset / scale)
+    return planes.mul_(factor).sub_(shift)
+
+
+@functools.lru_cache(maxsize=8)
+def _normalisation(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Factor and shift by channel ``(C, 1, 1)``, kept on the device: to bring them there blocks the host."""
+    with torch.inference_mode(False):  # or they could be used in no other mode
+        offset, scale = (torch.tensor(v, dtype=torch.float32, device=device).view(-1, 1, 1) for v in (mean, std))
+        return 1 / (255 * scale), offset / scale
 
 
 def crop(images: Tensor, padding: int, top: Tensor, left: Tensor) -> Tensor:
@@ -34,10 +43,7 @@ def crop(images: Tensor, padding: int, top: Tensor, left: Tensor) -> Tensor:
 
 def flip(images: Tensor, flipped: Tensor) -> Tensor:
     """Mirror left to right those images of ``(B, H, W, C)`` that ``flipped`` ``(B,)`` says."""
-    flipped = flipped.to(images.device)
-    result = images.clone()
-    result[flipped] = images[flipped].flip(2)
-    return result
+    return torch.where(flipped.to(images.device).view(-1, 1, 1, 1), images.flip(2), images)
 
 
 def erase(images: Tensor, boxes: Tensor) -> Tensor:

@@ -3,6 +3,7 @@ import torch
 from torchvision.transforms import v2
 
 from effvit.data.loading.randaugment import LARGEST, OPERATIONS, VARIANTS, randaugment
+from effvit.data.loading.randaugment_by_tables import by_tables
 
 IMAGES = torch.randint(0, 256, (6, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -34,3 +35,15 @@ def test_each_image_has_its_own_operations_one_after_another():
             image = operation(image[None], sign * 9 / LARGEST)[0]
         assert torch.equal(got, image)
     assert torch.equal(IMAGES, before)
+
+
+@pytest.mark.parametrize("magnitude", [1, 9, LARGEST])
+@pytest.mark.parametrize("shape", [(16, 16), (9, 14)])
+def test_by_tables_every_pixel_is_that_of_the_operations(magnitude, shape):
+    generator = torch.Generator().manual_seed(magnitude)
+    images = torch.randint(0, 256, (2 * len(VARIANTS), 3, *shape), dtype=torch.uint8, generator=generator)
+    images[::5] = images[::5] // 4 + 90  # few levels, in the middle
+    images[::11, 1] = 77  # a channel of one level
+    choices = torch.arange(len(VARIANTS)).repeat(2)
+    choices = torch.stack([choices, choices[torch.randperm(len(choices), generator=generator)]])
+    assert torch.equal(by_tables(images, choices, magnitude), randaugment(images, choices, magnitude))
