@@ -1,7 +1,7 @@
 """Hybrid: dilated windows for detail and linear attention for context, each in heads of its own.
 
 effvit's own, inspired by ACC-ViT's atrous windows and gated fusion (Ibtehaz et al. 2024, arXiv 2403.04200,
-2406.08859) and by linear attention (Katharopoulos et al. 2020, arXiv 2006.16236).
+2406.08859) and by linear attention (Katharopoulos et al. 2020, arXiv 2006.16236; Han et al. 2023, arXiv 2308.00442).
 """
 
 from typing import Annotated, Any, Literal
@@ -9,18 +9,29 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from effvit.attention.base import DISTINCT, Attention, AttentionOptions, Grid, register
 from effvit.errors import UserError
 from effvit.kernels.feature_attention import Features, feature_attention
+from effvit.kernels.focus import focus
 from effvit.kernels.shares import shares
 from effvit.kernels.window_attention import Windows, window_attention
 
-_LINEAR = Features("elu", eps=1e-6)  # exp underflows far below 0, and the normaliser with it
+_FEATURES = {
+    "elu": Features("elu", eps=1e-6),  # exp underflows far below 0, and the normaliser with it
+    "relu": Features("relu", eps=1e-6),
+    "focused": Features("identity", eps=0.0),  # of what `focus` makes
+}
+_POWER = 3.0  # of focused features, as published
 
 
 class HybridOptions(AttentionOptions):
-    """``branches``: regional (windows of dilation 1), dilated (the rest), linear; ``fusion``: heads, or a gate."""
+    """``branches``: regional (windows of dilation 1), dilated (the rest), linear; ``fusion``: heads, or a gate.
+
+    ``feature_map``: φ of the linear branch. ``global_every`` g: the linear branch alone in every g-th block, the others
+    in the rest; 0: all in every block.
+    """
 
     window_size: int = Field(4, ge=1)
     dilations: Annotated[list[Annotated[int, Field(ge=1)]], DISTINCT] = Field([1, 2])
@@ -28,6 +39,8 @@ class HybridOptions(AttentionOptions):
     branches: Annotated[list[Literal["regional", "dilated", "linear"]], DISTINCT] = Field(
         ["regional", "dilated", "linear"]
     )
+    feature_map: Literal["elu", "relu", "focused"] = "elu"
+    global_every: int = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _branches_have_dilations(self) -> "HybridOptions":
@@ -35,6 +48,8 @@ class HybridOptions(AttentionOptions):
             raise ValueError("branches: 'regional' needs dilation 1 among dilations")
         if "dilated" in self.branches and max(self.dilations) == 1:
             raise ValueError("branches: 'dilated' needs a dilation above 1 among dilations")
+        if self.global_every and ("linear" not in self.branches or len(self.branches) == 1):
+            raise ValueError("global_every: needs 'linear' and another one among branches")
         return self
 
     def check_grid(self, grid_size: Grid, prefix_tokens: int = 1) -> None:
@@ -60,13 +75,18 @@ class HybridAttention(Attention):
 
     def __init__(self, dim: int, num_heads: int, grid_size: Grid, options: HybridOptions, **kwargs: Any) -> None:
         super().__init__(dim, num_heads, grid_size, options, **kwargs)
-        used = [r for r in options.dilations if ("regional" if r == 1 else "dilated") in options.branches]
+        every, branches = options.global_every, set(options.branches)
+        if every:
+            branches = {"linear"} if (self.layer + 1) % every == 0 else branches - {"linear"}
+        used = [r for r in options.dilations if ("regional" if r == 1 else "dilated") in branches]
         self.windows = [Windows(*grid_size, options.window_size, r) for r in used]
-        self.branch_names = [*(f"window r={r}" for r in used), *(["linear"] if "linear" in options.branches else [])]
+        self.branch_names = [*(f"window r={r}" for r in used), *(["linear"] if "linear" in branches else [])]
         number, gated = len(self.branch_names), options.fusion == "gate"
         self.gate = nn.Linear(dim, number) if gated and number > 1 else None
         dealt = [(self.layer * num_heads + head) % number for head in range(num_heads)]
         self.heads_of_branches = [num_heads if gated else dealt.count(branch) for branch in range(number)]
+        linear_dim = self.head_dim * self.heads_of_branches[-1] if "linear" in self.branch_names else 0
+        self.scale = nn.Parameter(torch.zeros(linear_dim)) if linear_dim and options.feature_map == "focused" else None
         self.reset_mechanism()
 
     def reset_mechanism(self) -> None:
@@ -96,7 +116,10 @@ class HybridAttention(Attention):
         """Patches' queries ``(B, h, P, d)`` and all keys and values through one branch."""
         if number < len(self.windows):
             return window_attention(q, k, v, self.windows[number], self.dropout_p)
-        return feature_attention(q, k, v, _LINEAR, self.dropout_p)
+        if self.scale is not None:
+            scale = F.softplus(self.scale).unflatten(0, (-1, 1, self.head_dim))
+            q, k = focus(q, scale, _POWER), focus(k, scale, _POWER)
+        return feature_attention(q, k, v, _FEATURES[self.options.feature_map], self.dropout_p).to(v.dtype)
 
     def gated(self, q: Tensor, k: Tensor, v: Tensor, weights: Tensor) -> Tensor:
         """Sum of all branches by their shares ``(B, 1, P, branches, 1)``."""
