@@ -143,11 +143,17 @@ class Attention(nn.Module):
         """Mix values ``(B, H, N, e)`` of any width e into ``(B, H, N, e)``, linearly in ``v``."""
         raise NotImplementedError
 
-    def after_exact_prefix(self, q: Tensor, k: Tensor, v: Tensor, patches: Tensor) -> Tensor:
-        """Put prefix tokens, attending to all by softmax, before mixed patches ``(B, H, P, e)``: ``(B, H, N, e)``."""
+    def split_prefix(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries ``(B, H, N, d)`` of the prefix tokens and of the patches."""
+        # Split as they lie in memory, so that gradients are put together as they lie.
+        prefix, patches = q.transpose(1, 2).split([self.prefix_tokens, self.num_patches], dim=1)
+        return prefix.transpose(1, 2), patches.transpose(1, 2)
+
+    def after_exact_prefix(self, prefix: Tensor, k: Tensor, v: Tensor, patches: Tensor) -> Tensor:
+        """Put the prefix's queries, attending to all by softmax, before mixed patches ``(B, H, P, e)``: ``(B, H, N, e)``."""
         if not self.prefix_tokens:
             return patches
-        prefix = softmax_attention(q[:, :, : self.prefix_tokens], k, v, self.dropout_p)
+        prefix = softmax_attention(prefix, k, v, self.dropout_p)
         return torch.cat([prefix.transpose(1, 2), patches.transpose(1, 2)], dim=1).transpose(1, 2)
 
     def map_values(self, v: Tensor) -> Tensor:

@@ -102,15 +102,16 @@ class HybridAttention(Attention):
         return shares(self.gate(x[:, self.prefix_tokens :]))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
-        tokens = q[:, :, self.prefix_tokens :], k, v
+        prefix, q = self.split_prefix(q)
         if self.gate is not None:
-            return self.after_exact_prefix(q, k, v, self.gated(*tokens, context[0].to(v.dtype)[:, None, ..., None]))
-        of_heads, last = [], 0
-        for number, heads in enumerate(self.heads_of_branches):
-            first, last = last, last + heads
-            if heads:
-                of_heads.append(self.branch(number, *(each[:, first:last] for each in tokens)).transpose(1, 2))
-        return self.after_exact_prefix(q, k, v, torch.cat(of_heads, dim=2).transpose(1, 2))
+            return self.after_exact_prefix(prefix, k, v, self.gated(q, k, v, context[0].to(v.dtype)[:, None, ..., None]))
+        parts = zip(*(each.transpose(1, 2).split(self.heads_of_branches, dim=2) for each in (q, k, v)), strict=True)
+        of_heads = [
+            self.branch(number, *(each.transpose(1, 2) for each in part)).transpose(1, 2)
+            for number, part in enumerate(parts)
+            if self.heads_of_branches[number]
+        ]
+        return self.after_exact_prefix(prefix, k, v, torch.cat(of_heads, dim=2).transpose(1, 2))
 
     def branch(self, number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Patches' queries ``(B, h, P, d)`` and all keys and values through one branch."""
