@@ -1,7 +1,7 @@
 """Hybrid: dilated windows for detail and linear attention for context, each in heads of its own.
 
-effvit's own, inspired by ACC-ViT's atrous windows and gated fusion (Ibtehaz et al. 2024, arXiv 2403.04200,
-2406.08859) and by linear attention (Katharopoulos et al. 2020, arXiv 2006.16236; Han et al. 2023, arXiv 2308.00442).
+effvit's own, inspired by ACC-ViT's atrous windows and gated fusion (Ibtehaz et al. 2024, arXiv 2403.04200, 2406.08859)
+and by linear attention (Katharopoulos et al. 2020, arXiv 2006.16236; Han et al. 2023, arXiv 2308.00442).
 """
 
 from typing import Annotated, Any, Literal
@@ -11,39 +11,34 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effvit.attention.base import DISTINCT, Attention, AttentionOptions, Grid, register
+from effvit.attention.base import DISTINCT, Attention, AttentionOptions, Grid, join, register, split
 from effvit.errors import UserError
 from effvit.kernels.feature_attention import Features, feature_attention
 from effvit.kernels.focus import focus
-from effvit.kernels.shares import shares
+from effvit.kernels.shares import shares, weighted_sum
 from effvit.kernels.window_attention import Windows, window_attention
 
-_FEATURES = {
-    "elu": Features("elu", eps=1e-6),  # exp underflows far below 0, and the normaliser with it
-    "relu": Features("relu", eps=1e-6),
-    "focused": Features("identity", eps=0.0),  # of what `focus` makes
-}
+# elu's exp underflows far below 0, and the normaliser with it.
+_FEATURES = {name: Features(name, eps=1e-6) for name in ("elu", "relu")} | {"focused": Features("identity", eps=0.0)}
 _POWER = 3.0  # of focused features, as published
+_BRANCHES = ["regional", "dilated", "linear"]
 
 
 class HybridOptions(AttentionOptions):
     """``branches``: regional (windows of dilation 1), dilated (the rest), linear; ``fusion``: heads, or a gate.
 
-    ``feature_map``: φ of the linear branch. ``global_every`` g: the linear branch alone in every g-th block, the others
-    in the rest; 0: all in every block.
+    ``feature_map``: φ. ``global_every`` g: every g-th block has the linear branch alone, the rest the others; 0: all.
     """
 
     window_size: int = Field(4, ge=1)
     dilations: Annotated[list[Annotated[int, Field(ge=1)]], DISTINCT] = Field([1, 2])
+    branches: Annotated[list[Literal["regional", "dilated", "linear"]], DISTINCT] = Field(_BRANCHES)
     fusion: Literal["heads", "gate"] = "heads"
-    branches: Annotated[list[Literal["regional", "dilated", "linear"]], DISTINCT] = Field(
-        ["regional", "dilated", "linear"]
-    )
     feature_map: Literal["elu", "relu", "focused"] = "elu"
     global_every: int = Field(0, ge=0)
 
     @model_validator(mode="after")
-    def _branches_have_dilations(self) -> "HybridOptions":
+    def _branches_have_what_they_need(self) -> "HybridOptions":
         if "regional" in self.branches and 1 not in self.dilations:
             raise ValueError("branches: 'regional' needs dilation 1 among dilations")
         if "dilated" in self.branches and max(self.dilations) == 1:
@@ -64,8 +59,8 @@ class HybridAttention(Attention):
     """Patches: softmax over windows in some heads, φ(q) (φ(k)ᵀ v) / (φ(q) · Σ φ(k)) in others; prefix tokens: exact.
 
     In a window of dilation r a patch attends to w x w patches (same row and column modulo r) and to the prefix tokens;
-    in the linear branch to all tokens, φ = elu + 1 + ε. Heads are dealt in turns, continued from block to block. With
-    ``fusion: gate`` it is Σ_branch g_branch(x) · branch(q, k, v) in every head. Dropout acts on softmaxes and φ(q).
+    in the linear branch to all tokens. Heads are dealt in turns, continued from block to block. With ``fusion: gate``
+    it is Σ_branch g_branch(x) · branch(q, k, v) in every head. Dropout acts on softmaxes and φ(q).
     """
 
     Options = HybridOptions
@@ -75,18 +70,18 @@ class HybridAttention(Attention):
 
     def __init__(self, dim: int, num_heads: int, grid_size: Grid, options: HybridOptions, **kwargs: Any) -> None:
         super().__init__(dim, num_heads, grid_size, options, **kwargs)
-        every, branches = options.global_every, set(options.branches)
-        if every:
-            branches = {"linear"} if (self.layer + 1) % every == 0 else branches - {"linear"}
+        gated, g, number, side = options.fusion == "gate", options.global_every, self.layer + 1, max(grid_size)
+        branches = [name for name in options.branches if not g or (name == "linear") == (number % g == 0)]
         used = [r for r in options.dilations if ("regional" if r == 1 else "dilated") in branches]
-        self.windows = [Windows(*grid_size, options.window_size, r) for r in used]
+        # No larger than what there is of each phase: windows that hang over the grid cost as if they were whole.
+        self.windows = [Windows(*grid_size, min(options.window_size, -(-side // r)), r) for r in used]
         self.branch_names = [*(f"window r={r}" for r in used), *(["linear"] if "linear" in branches else [])]
-        number, gated = len(self.branch_names), options.fusion == "gate"
-        self.gate = nn.Linear(dim, number) if gated and number > 1 else None
-        dealt = [(self.layer * num_heads + head) % number for head in range(num_heads)]
-        self.heads_of_branches = [num_heads if gated else dealt.count(branch) for branch in range(number)]
-        linear_dim = self.head_dim * self.heads_of_branches[-1] if "linear" in self.branch_names else 0
-        self.scale = nn.Parameter(torch.zeros(linear_dim)) if linear_dim and options.feature_map == "focused" else None
+        r = len(self.branch_names)
+        dealt = [(self.layer * num_heads + head) % r for head in range(num_heads)]
+        self.heads_of_branches = [num_heads if gated else dealt.count(branch) for branch in range(r)]
+        self.gate = nn.Linear(dim, r) if gated and r > 1 else None
+        focused = self.head_dim * self.heads_of_branches[-1] if options.feature_map == "focused" else 0
+        self.scale = nn.Parameter(torch.zeros(focused)) if focused and "linear" in branches else None
         self.reset_mechanism()
 
     def reset_mechanism(self) -> None:
@@ -102,16 +97,14 @@ class HybridAttention(Attention):
         return shares(self.gate(x[:, self.prefix_tokens :]))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
-        prefix, q = self.split_prefix(q)
-        if self.gate is not None:
-            return self.after_exact_prefix(prefix, k, v, self.gated(q, k, v, context[0].to(v.dtype)[:, None, ..., None]))
-        parts = zip(*(each.transpose(1, 2).split(self.heads_of_branches, dim=2) for each in (q, k, v)), strict=True)
-        of_heads = [
-            self.branch(number, *(each.transpose(1, 2) for each in part)).transpose(1, 2)
-            for number, part in enumerate(parts)
-            if self.heads_of_branches[number]
-        ]
-        return self.after_exact_prefix(prefix, k, v, torch.cat(of_heads, dim=2).transpose(1, 2))
+        prefix, patches = self.split_prefix(q)
+        if context:
+            mixed = weighted_sum((self.branch(i, patches, k, v) for i in range(len(self.branch_names))), context[0])
+        else:
+            parts = zip(*(split(x, self.heads_of_branches, dim=1) for x in (patches, k, v)), strict=True)
+            used = [(i, qkv) for i, qkv in enumerate(parts) if self.heads_of_branches[i]]
+            mixed = join([self.branch(i, *qkv) for i, qkv in used], dim=1)
+        return self.after_exact_prefix(prefix, k, v, mixed)
 
     def branch(self, number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Patches' queries ``(B, h, P, d)`` and all keys and values through one branch."""
@@ -121,13 +114,6 @@ class HybridAttention(Attention):
             scale = F.softplus(self.scale).unflatten(0, (-1, 1, self.head_dim))
             q, k = focus(q, scale, _POWER), focus(k, scale, _POWER)
         return feature_attention(q, k, v, _FEATURES[self.options.feature_map], self.dropout_p).to(v.dtype)
-
-    def gated(self, q: Tensor, k: Tensor, v: Tensor, weights: Tensor) -> Tensor:
-        """Sum of all branches by their shares ``(B, 1, P, branches, 1)``."""
-        patches = weights[:, :, :, 0] * self.branch(0, q, k, v)
-        for number in range(1, len(self.branch_names)):
-            patches = torch.addcmul(patches, weights[:, :, :, number], self.branch(number, q, k, v))
-        return patches
 
     def mixing_macs(self) -> int:
         """2SNC for prefix tokens; in each head of a window 2P'd(w² + S) with P' patches of the padded grid.

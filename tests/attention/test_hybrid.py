@@ -201,7 +201,7 @@ def test_in_every_g_th_block_all_heads_are_linear_and_the_others_have_windows_al
     assert [block.branch_names for block in blocks] == 2 * [["window r=1", "window r=2"], ["linear"]]
     assert [block.heads_of_branches for block in blocks] == 2 * [[2, 2], [4]]
     n, p, c, d, w = 17, 16, 16, 4, 4
-    windows = p * c * (w**2 + 1) + 64 * c * (w**2 + 1)  # dilation 2 needs a grid of 8 x 8
+    windows = p * c * (w**2 + 1) + p * c * (2**2 + 1)  # of dilation 2 there are 2 x 2 patches in a phase
     assert blocks[0].macs() == 4 * n * c**2 + 2 * n * c + windows
     assert blocks[1].macs() == 4 * n * c**2 + 2 * n * c + n * c * d + p * c * d + p * c
 
@@ -211,3 +211,11 @@ def test_focused_features_have_a_scale_for_each_channel_of_the_linear_heads():
     assert [block.scale.shape for block in blocks] == [(4,), (4,), (8,)]
     windows_alone = build_attention("hybrid", 16, 4, (4, 4), feature_map="focused", branches=["regional"])
     assert windows_alone.scale is None
+
+
+def test_windows_are_no_larger_than_the_phase_that_they_are_cut_from():
+    clipped = build_attention("hybrid", 12, 3, (8, 8), window_size=4, dilations=[1, 2, 4], branches=["dilated"])
+    assert [(windows.size, windows.area) for windows in clipped.windows] == [(4, 64), (2, 64)]
+    n, p, c, d = 65, 64, 12, 4
+    two_heads_of_dilation_2, one_of_4 = 2 * 2 * p * d * (4**2 + 1), 2 * p * d * (2**2 + 1)
+    assert clipped.macs() == 4 * n * c**2 + 2 * n * c + two_heads_of_dilation_2 + one_of_4
