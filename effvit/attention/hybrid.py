@@ -21,7 +21,7 @@ from effvit.kernels.window_attention import Windows, window_attention
 # elu's exp underflows far below 0, and the normaliser with it.
 _FEATURES = {name: Features(name, eps=1e-6) for name in ("elu", "relu")} | {"focused": Features("identity", eps=0.0)}
 _POWER = 3.0  # of focused features, as published
-_BRANCHES = ["regional", "dilated", "linear"]
+_Branch = Literal["regional", "dilated", "linear"]
 
 
 class HybridOptions(AttentionOptions):
@@ -32,7 +32,7 @@ class HybridOptions(AttentionOptions):
 
     window_size: int = Field(4, ge=1)
     dilations: Annotated[list[Annotated[int, Field(ge=1)]], DISTINCT] = Field([1, 2])
-    branches: Annotated[list[Literal["regional", "dilated", "linear"]], DISTINCT] = Field(_BRANCHES)
+    branches: Annotated[list[_Branch], DISTINCT] = Field(["regional", "dilated", "linear"])
     fusion: Literal["heads", "gate"] = "heads"
     feature_map: Literal["elu", "relu", "focused"] = "elu"
     global_every: int = Field(0, ge=0)
@@ -67,6 +67,7 @@ class HybridAttention(Attention):
     complexity = "O(N (w² + d))"
     paper = "effvit; inspired by arXiv 2403.04200 and 2006.16236"
     needs_grid = True
+    options: HybridOptions
 
     def __init__(self, dim: int, num_heads: int, grid_size: Grid, options: HybridOptions, **kwargs: Any) -> None:
         super().__init__(dim, num_heads, grid_size, options, **kwargs)

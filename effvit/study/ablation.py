@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-import yaml
 from scipy import stats
 
 from effvit.analysis.survey import Rows, gate_rows, summed_gate_shares
@@ -23,6 +22,7 @@ from effvit.evaluation.probe import normalised, recorded, validation_images
 from effvit.model.checkpoint import load_model
 from effvit.model.vit import ViT
 from effvit.study import cells
+from effvit.study.experiments import experiments
 
 ATTENTION = "hybrid"
 _GATE_IMAGES, _BATCH = 1000, 64  # validation images at most, as in `effvit representations`
@@ -48,16 +48,9 @@ def collect(repository: Path) -> Ablation:
     Raises:
         UserError: no repository; no experiment of the hybrid alone; a result of one that is missing.
     """
-    from dvc.api import DVCFileSystem
-
-    rows = sorted(_experiments(repository), key=lambda row: str(row.get("Created") or ""), reverse=True)
     found: dict[str, tuple[Any, dict[str, Any]]] = {}
     newest = None
-    for row in rows:
-        if row.get("rev") == "workspace" or not row.get("Experiment"):
-            continue
-        experiment = DVCFileSystem(str(repository), rev=row["Experiment"])
-        params = yaml.safe_load(experiment.read_text("params.yaml"))
+    for experiment, params in experiments(repository):
         if list(params["attention"]) != [ATTENTION]:
             continue
         branches = "+".join(params["attention"][ATTENTION].pop("branches"))
@@ -74,19 +67,6 @@ def collect(repository: Path) -> Ablation:
     ]
     accuracy, cost, gates = ([row for part in parts for row in part[i]] for i in range(3))
     return Ablation(pd.DataFrame(accuracy), pd.DataFrame(cost), pd.DataFrame(gates, columns=_GATES))
-
-
-def _experiments(repository: Path) -> list[dict[str, Any]]:
-    from dvc.api import exp_show
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
-    from scmrepo.exceptions import SCMError
-
-    try:
-        Repo.find_root(str(repository))  # before DVC takes a directory that is no repository for one to clone
-        return list(exp_show(str(repository)))
-    except (DvcException, SCMError) as error:
-        raise UserError(f"--repository {repository}: {error}; expected a Git repository with DVC") from error
 
 
 def _order(item: tuple[str, Any]) -> tuple[int, str]:
