@@ -44,7 +44,7 @@ hybrid-search: env ## forms of the hybrid and what they are compared with: an ex
 params: env ## compose params.yaml from conf/
 	$(BIN)/python -m stages.params
 
-tables: env ## tables of docs/machines into README.md and docs/choosing.md
+tables: env ## tables of docs/machines and docs/hybrid-search into README.md and the pages of docs
 	$(BIN)/python -m stages.tables
 
 lint: env ## format, lint and types

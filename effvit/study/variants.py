@@ -87,7 +87,7 @@ def _run(log: Path) -> Run:
 
 
 def newest_search(runs: Sequence[Run]) -> dict[Variant, list[Run]]:
-    """Group by variant the runs that share all else with the newest; of a seed the newest. The most accurate comes first."""
+    """Group by variant the runs that share all else with the newest, the newest of each seed; most accurate first."""
     newest = max(runs, key=lambda run: run.time)
     found: dict[Variant, dict[int, Run]] = {}
     for run in sorted(runs, key=lambda run: run.time):
