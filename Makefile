@@ -29,7 +29,7 @@ show: env ## experiments: what became of each, and test accuracy of its mechanis
 	. $(BIN)/activate && dvc exp show --no-pager --drop '$(HIDDEN)'
 
 ablation: env ## the hybrid with every set of its branches, an experiment each, and their picture
-	. $(BIN)/activate && dvc exp run --queue -S attention=hybrid -S attention.hybrid.fusion=gate -S 'attention.hybrid.branches=$(BRANCHES)' aggregate
+	. $(BIN)/activate && dvc exp run --queue -S attention=hybrid -S 'attention.hybrid.branches=$(BRANCHES)' aggregate
 	. $(BIN)/activate && dvc exp run --run-all && effvit ablation --output-dir docs/ablation
 
 hybrid-search: env ## forms of the hybrid and what they are compared with: an experiment each, and their table

@@ -7,9 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from effvit.figures.style import WIDTH, by_mechanism, look, styled
-
-_SHADES = ("#B0578A", "#DDA3C4", "#F3DFEA", "#56B4E9", "#9ECAE9", "#CCCCCC")  # of the hybrid's own colour first
+from effvit.figures.style import WIDTH, branch_colour, by_mechanism, look, styled
 
 
 @styled
@@ -21,8 +19,8 @@ def gates(table: pd.DataFrame) -> Figure:
         branches = [str(branch) for branch in pd.unique(rows["branch"])]
         shares = rows.pivot_table(index="layer", columns="branch", values="share", sort=False)[branches]
         below = shares.cumsum(axis=1) - shares
-        for i, branch in enumerate(branches):
-            bars = axes.bar(shares.index, shares[branch], 0.75, below[branch], color=_SHADES[i % len(_SHADES)],
+        for branch in branches:
+            bars = axes.bar(shares.index, shares[branch], 0.75, below[branch], color=branch_colour(branch),
                             edgecolor="white", label=branch)  # fmt: skip
             bars[-1].set_hatch("////")
             if len(shares) <= 12:
