@@ -102,8 +102,9 @@ def pages(root: Path) -> dict[Path, str]:
     shown = {
         root / "README.md": "\n".join(choice(file, intervals=False) for file in sorted(first.values())),
         root / "docs/choosing.md": "\n".join(choice(file, intervals=True) for file in files),
-        root / "docs/hybrid-search.md": variants(root / "docs/hybrid-search"),
     }
+    if (root / "docs/hybrid-search").exists():
+        shown[root / "docs/hybrid-search.md"] = variants(root / "docs/hybrid-search")
     return {page: placed(page.read_text(encoding="utf-8"), table) for page, table in shown.items()}
 
 
