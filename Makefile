@@ -3,14 +3,16 @@
 # Columns of `dvc exp show` that `make show` leaves out. State stays: a run that failed shows the numbers of its baseline.
 HIDDEN := Created|Executor|.*/|cost|spread|attention|benchmark|dataset|model|scaling|seeds|train
 BRANCHES := [regional],[dilated],[linear],[regional,dilated],[regional,linear],[dilated,linear],[regional,dilated,linear]
-.PHONY: help env study show ablation params tables quick test lint clean
+# Of `make hybrid-search`; for a try on the digits: make hybrid-search SEARCH='-S train.epochs=1'
+SEARCH := -S dataset=cifar10 -S train=study -S train.epochs=12 -S train.lr=4e-3
+.PHONY: help env study show ablation hybrid-search params tables quick test lint clean
 
 PYTHON ?= python3
 JOBS ?= 1
 BIN := .venv/bin
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1: /p' $(MAKEFILE_LIST) | column -t -s: -l 2
+	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST) | column -t -s: -l 2
 
 env: .venv/.made ## the environment in .venv, from requirements.lock alone; TORCH=cpu or cu126 for another PyTorch
 
@@ -44,13 +46,22 @@ show: env ## experiments: what became of each, and test accuracy of its mechanis
 	. $(BIN)/activate && dvc exp show --no-pager --drop '$(HIDDEN)'
 
 ablation: env ## the hybrid with every set of its branches, an experiment each, and their picture
-	. $(BIN)/activate && dvc exp run --queue -S attention=hybrid -S attention.hybrid.fusion=gate -S 'attention.hybrid.branches=$(BRANCHES)' aggregate
+	. $(BIN)/activate && dvc exp run --queue -S attention=hybrid -S 'attention.hybrid.branches=$(BRANCHES)' aggregate
 	. $(BIN)/activate && dvc exp run --run-all && effvit ablation --output-dir docs/ablation
+
+hybrid-search: env ## forms of the hybrid and what they are compared with: an experiment each, and their table
+	. $(BIN)/activate && queue() { dvc exp run --queue $(SEARCH) "$$@" train; } && \
+	queue -S attention=fused,nystromformer,window,linear,focused -S model.value_conv=0,3 && \
+	queue -S attention=hybrid -S attention.hybrid.feature_map=elu,relu,focused -S model.value_conv=0,3 && \
+	queue -S attention=hybrid -S attention.hybrid.fusion=gate -S model.value_conv=0,3 && \
+	queue -S attention=hybrid -S attention.hybrid.feature_map=focused -S model.value_conv=3 -S attention.hybrid.global_every=2 && \
+	queue -S attention=hybrid -S attention.hybrid.feature_map=focused -S model.value_conv=3 -S 'attention.hybrid.dilations=[1,2,4]'
+	. $(BIN)/activate && dvc exp run --run-all && effvit variants --output-dir docs/hybrid-search && python -m stages.tables
 
 params: env ## compose params.yaml from conf/
 	$(BIN)/python -m stages.params
 
-tables: env ## tables of docs/machines into README.md and docs/choosing.md
+tables: env ## tables of docs/machines and docs/hybrid-search into README.md and the pages of docs
 	$(BIN)/python -m stages.tables
 
 lint: env ## format, lint and types

@@ -1,4 +1,4 @@
-"""Write the tables of docs/machines into README.md and docs/choosing.md, between their marks: `make tables`."""
+"""Write the tables of README.md, docs/choosing.md and docs/hybrid-search.md between their marks: `make tables`."""
 
 import json
 from pathlib import Path
@@ -62,6 +62,35 @@ def _options(rows: pd.DataFrame) -> str:
     return f", options {', '.join(differ)}" if differ else ", default options"
 
 
+def variants(directory: Path) -> str:
+    """Return what `effvit variants` wrote as Markdown: a variant per row, costs where they were measured."""
+    key = ["attention", "options", "value_conv"]
+    rows = pd.read_csv(directory / "variants.csv").fillna({"options": ""})
+    if (directory / "cost.csv").exists():
+        rows = rows.merge(pd.read_csv(directory / "cost.csv").fillna({"options": ""}), on=key)
+    lines = [
+        ["mechanism", "options", "`value_conv`", "validation top-1", "seeds", "MMACs", "latency", "step", "floor"],
+        ["---"] * 9,
+    ]
+    for row in rows.to_dict("records"):
+        accuracy = f"{row['val_top1']:.1%}"
+        if row["val_top1_lowest"] < row["val_top1_highest"]:
+            accuracy += f" ({row['val_top1_lowest']:.1%} to {row['val_top1_highest']:.1%})"
+        lines.append(
+            [
+                f"`{row['attention']}`",
+                " ".join(f"`{option}`" for option in row["options"].split()),
+                str(row["value_conv"]),
+                accuracy,
+                str(row["seeds"]).replace(" ", ", "),
+                f"{row['macs'] / 1e6:.2f}",
+                *(f"{row[column]:.2f}" if column in row else "–" for column in ("latency_ratio", "step_ratio")),
+                f"{row['floor_share']:.0%}" if "floor_share" in row else "–",
+            ]
+        )
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), ""])
+
+
 def placed(text: str, table: str) -> str:
     """Return a page with this table between its marks."""
     before, rest = text.split(BEGIN)
@@ -76,6 +105,8 @@ def pages(root: Path) -> dict[Path, str]:
         root / "README.md": "\n".join(choice(file, intervals=False) for file in sorted(first.values())),
         root / "docs/choosing.md": "\n".join(choice(file, intervals=True) for file in files),
     }
+    if (root / "docs/hybrid-search").exists():
+        shown[root / "docs/hybrid-search.md"] = variants(root / "docs/hybrid-search")
     return {page: placed(page.read_text(encoding="utf-8"), table) for page, table in shown.items()}
 
 

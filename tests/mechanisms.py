@@ -15,6 +15,8 @@ SMALL = {
         {"window_size": 2},
         {"window_size": 2, "fusion": "gate"},
         {"window_size": 3, "branches": ["linear"]},
+        {"window_size": 2, "feature_map": "focused"},
+        {"window_size": 2, "feature_map": "relu", "global_every": 1},
     ],
     "linear": [{"feature_map": feature_map} for feature_map in ("elu", "relu", "softmax")],
     "focused": [{}, {"power": 1.5}],
@@ -51,8 +53,12 @@ def options_for(name, grid, prefix_tokens=1):
                 else st.just([1]),
                 "branches": st.sampled_from([["regional"], ["linear"], ["regional", "linear"]]),
                 "fusion": st.sampled_from(["heads", "gate"]),
+                "feature_map": st.sampled_from(["elu", "relu", "focused"]),
+                "global_every": st.integers(0, 3),
             }
-        ).map(lambda o: o | {"branches": [*o["branches"], *(["dilated"] if len(o["dilations"]) > 1 else [])]}),
+        )
+        .map(lambda o: o | {"branches": [*o["branches"], *(["dilated"] if len(o["dilations"]) > 1 else [])]})
+        .map(lambda o: o if "linear" in o["branches"] and len(o["branches"]) > 1 else o | {"global_every": 0}),
         "linear": st.fixed_dictionaries({"feature_map": st.sampled_from(["elu", "relu", "softmax"])}),
         "focused": st.fixed_dictionaries({"power": st.floats(0.5, 8)}),
         "agent": st.fixed_dictionaries({"agent_size": st.integers(1, side + 2)}),

@@ -82,23 +82,27 @@ def _look_into(
 
 
 def summed_gate_shares(model: ViT, inputs: Sequence[Tensor]) -> Tensor | None:
-    """Sum over images of each branch's mean share over patches, ``(layers, branches)``; None without a gate."""
+    """Sum over images of each branch's mean share over patches, ``(gates, branches)``; None without a gate."""
     shares = [
-        in_float64(attention.gate_shares(tokens)).mean(dim=1).sum(dim=0).cpu()
-        for attention, tokens in zip(model.attentions(), inputs, strict=True)
-        if isinstance(attention, HybridAttention) and attention.gate is not None
+        in_float64(attention.gate_shares(inputs[layer - 1])).mean(dim=1).sum(dim=0).cpu()
+        for layer, attention in _gated(model)
     ]
     return torch.stack(shares) if shares else None
 
 
 def gate_rows(model: ViT, shares: Tensor) -> Rows:
-    """``layer`` (from 1), ``branch``, ``share``: a row for each of ``shares`` ``(layers, branches)``."""
-    (names,) = {tuple(a.branch_names) for a in model.attentions() if isinstance(a, HybridAttention)}
+    """``layer`` (from 1), ``branch``, ``share``: a row for each of ``shares`` ``(gates, branches)``."""
     return [
         {"layer": layer, "branch": branch, "share": share}
-        for layer, of_layer in enumerate(shares.tolist(), 1)
-        for branch, share in zip(names, of_layer, strict=True)
+        for (layer, attention), of_layer in zip(_gated(model), shares.tolist(), strict=True)
+        for branch, share in zip(attention.branch_names, of_layer, strict=True)
     ]
+
+
+def _gated(model: ViT) -> list[tuple[int, HybridAttention]]:
+    """Blocks whose attention has a gate, by their number from 1."""
+    attentions = enumerate(model.attentions(), 1)
+    return [(i, a) for i, a in attentions if isinstance(a, HybridAttention) and a.gate is not None]
 
 
 def _cka_table(layers: Sequence[tuple[str, int]], cka: LinearCKA) -> pd.DataFrame:

@@ -1,7 +1,7 @@
 """Hybrid: dilated windows for detail and linear attention for context, each in heads of its own.
 
-effvit's own, inspired by ACC-ViT's atrous windows and gated fusion (Ibtehaz et al. 2024, arXiv 2403.04200,
-2406.08859) and by linear attention (Katharopoulos et al. 2020, arXiv 2006.16236).
+effvit's own, inspired by ACC-ViT's atrous windows and gated fusion (Ibtehaz et al. 2024, arXiv 2403.04200, 2406.08859)
+and by linear attention (Katharopoulos et al. 2020, arXiv 2006.16236; Han et al. 2023, arXiv 2308.00442).
 """
 
 from typing import Annotated, Any, Literal
@@ -9,32 +9,42 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from effvit.attention.base import DISTINCT, Attention, AttentionOptions, Grid, register
+from effvit.attention.base import DISTINCT, Attention, AttentionOptions, Grid, join, register, split
 from effvit.errors import UserError
 from effvit.kernels.feature_attention import Features, feature_attention
-from effvit.kernels.shares import shares
+from effvit.kernels.focus import focus
+from effvit.kernels.shares import shares, weighted_sum
 from effvit.kernels.window_attention import Windows, window_attention
 
-_LINEAR = Features("elu", eps=1e-6)  # exp underflows far below 0, and the normaliser with it
+# elu's exp underflows far below 0, and the normaliser with it.
+_FEATURES = {name: Features(name, eps=1e-6) for name in ("elu", "relu")} | {"focused": Features("identity", eps=0.0)}
+_POWER = 3.0  # of focused features, as published
+_Branch = Literal["regional", "dilated", "linear"]
 
 
 class HybridOptions(AttentionOptions):
-    """``branches``: regional (windows of dilation 1), dilated (the rest), linear; ``fusion``: heads, or a gate."""
+    """``branches``: regional (windows of dilation 1), dilated (the rest), linear; ``fusion``: heads, or a gate.
+
+    ``feature_map``: φ. ``global_every`` g: every g-th block has the linear branch alone, the rest the others; 0: all.
+    """
 
     window_size: int = Field(4, ge=1)
     dilations: Annotated[list[Annotated[int, Field(ge=1)]], DISTINCT] = Field([1, 2])
+    branches: Annotated[list[_Branch], DISTINCT] = Field(["regional", "dilated", "linear"])
     fusion: Literal["heads", "gate"] = "heads"
-    branches: Annotated[list[Literal["regional", "dilated", "linear"]], DISTINCT] = Field(
-        ["regional", "dilated", "linear"]
-    )
+    feature_map: Literal["elu", "relu", "focused"] = "elu"
+    global_every: int = Field(0, ge=0)
 
     @model_validator(mode="after")
-    def _branches_have_dilations(self) -> "HybridOptions":
+    def _branches_have_what_they_need(self) -> "HybridOptions":
         if "regional" in self.branches and 1 not in self.dilations:
             raise ValueError("branches: 'regional' needs dilation 1 among dilations")
         if "dilated" in self.branches and max(self.dilations) == 1:
             raise ValueError("branches: 'dilated' needs a dilation above 1 among dilations")
+        if self.global_every and ("linear" not in self.branches or len(self.branches) == 1):
+            raise ValueError("global_every: needs 'linear' and another one among branches")
         return self
 
     def check_grid(self, grid_size: Grid, prefix_tokens: int = 1) -> None:
@@ -49,24 +59,30 @@ class HybridAttention(Attention):
     """Patches: softmax over windows in some heads, φ(q) (φ(k)ᵀ v) / (φ(q) · Σ φ(k)) in others; prefix tokens: exact.
 
     In a window of dilation r a patch attends to w x w patches (same row and column modulo r) and to the prefix tokens;
-    in the linear branch to all tokens, φ = elu + 1 + ε. Heads are dealt in turns, continued from block to block. With
-    ``fusion: gate`` it is Σ_branch g_branch(x) · branch(q, k, v) in every head. Dropout acts on softmaxes and φ(q).
+    in the linear branch to all tokens. Heads are dealt in turns, continued from block to block. With ``fusion: gate``
+    it is Σ_branch g_branch(x) · branch(q, k, v) in every head. Dropout acts on softmaxes and φ(q).
     """
 
     Options = HybridOptions
     complexity = "O(N (w² + d))"
     paper = "effvit; inspired by arXiv 2403.04200 and 2006.16236"
     needs_grid = True
+    options: HybridOptions
 
     def __init__(self, dim: int, num_heads: int, grid_size: Grid, options: HybridOptions, **kwargs: Any) -> None:
         super().__init__(dim, num_heads, grid_size, options, **kwargs)
-        used = [r for r in options.dilations if ("regional" if r == 1 else "dilated") in options.branches]
-        self.windows = [Windows(*grid_size, options.window_size, r) for r in used]
-        self.branch_names = [*(f"window r={r}" for r in used), *(["linear"] if "linear" in options.branches else [])]
-        number, gated = len(self.branch_names), options.fusion == "gate"
-        self.gate = nn.Linear(dim, number) if gated and number > 1 else None
-        dealt = [(self.layer * num_heads + head) % number for head in range(num_heads)]
-        self.heads_of_branches = [num_heads if gated else dealt.count(branch) for branch in range(number)]
+        gated, g, number, side = options.fusion == "gate", options.global_every, self.layer + 1, max(grid_size)
+        branches = [name for name in options.branches if not g or (name == "linear") == (number % g == 0)]
+        used = [r for r in options.dilations if ("regional" if r == 1 else "dilated") in branches]
+        # No larger than what there is of each phase: windows that hang over the grid cost as if they were whole.
+        self.windows = [Windows(*grid_size, min(options.window_size, -(-side // r)), r) for r in used]
+        self.branch_names = [*(f"window r={r}" for r in used), *(["linear"] if "linear" in branches else [])]
+        r = len(self.branch_names)
+        dealt = [(self.layer * num_heads + head) % r for head in range(num_heads)]
+        self.heads_of_branches = [num_heads if gated else dealt.count(branch) for branch in range(r)]
+        self.gate = nn.Linear(dim, r) if gated and r > 1 else None
+        focused = self.head_dim * self.heads_of_branches[-1] if options.feature_map == "focused" else 0
+        self.scale = nn.Parameter(torch.zeros(focused)) if focused and "linear" in branches else None
         self.reset_mechanism()
 
     def reset_mechanism(self) -> None:
@@ -82,28 +98,23 @@ class HybridAttention(Attention):
         return shares(self.gate(x[:, self.prefix_tokens :]))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
-        tokens = q[:, :, self.prefix_tokens :], k, v
-        if self.gate is not None:
-            return self.after_exact_prefix(q, k, v, self.gated(*tokens, context[0].to(v.dtype)[:, None, ..., None]))
-        of_heads, last = [], 0
-        for number, heads in enumerate(self.heads_of_branches):
-            first, last = last, last + heads
-            if heads:
-                of_heads.append(self.branch(number, *(each[:, first:last] for each in tokens)).transpose(1, 2))
-        return self.after_exact_prefix(q, k, v, torch.cat(of_heads, dim=2).transpose(1, 2))
+        prefix, patches = self.split_prefix(q)
+        if context:
+            mixed = weighted_sum((self.branch(i, patches, k, v) for i in range(len(self.branch_names))), context[0])
+        else:
+            parts = zip(*(split(x, self.heads_of_branches, dim=1) for x in (patches, k, v)), strict=True)
+            used = [(i, qkv) for i, qkv in enumerate(parts) if self.heads_of_branches[i]]
+            mixed = join([self.branch(i, *qkv) for i, qkv in used], dim=1)
+        return self.after_exact_prefix(prefix, k, v, mixed)
 
     def branch(self, number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Patches' queries ``(B, h, P, d)`` and all keys and values through one branch."""
         if number < len(self.windows):
             return window_attention(q, k, v, self.windows[number], self.dropout_p)
-        return feature_attention(q, k, v, _LINEAR, self.dropout_p)
-
-    def gated(self, q: Tensor, k: Tensor, v: Tensor, weights: Tensor) -> Tensor:
-        """Sum of all branches by their shares ``(B, 1, P, branches, 1)``."""
-        patches = weights[:, :, :, 0] * self.branch(0, q, k, v)
-        for number in range(1, len(self.branch_names)):
-            patches = torch.addcmul(patches, weights[:, :, :, number], self.branch(number, q, k, v))
-        return patches
+        if self.scale is not None:
+            scale = F.softplus(self.scale).unflatten(0, (-1, 1, self.head_dim))
+            q, k = focus(q, scale, _POWER), focus(k, scale, _POWER)
+        return feature_attention(q, k, v, _FEATURES[self.options.feature_map], self.dropout_p).to(v.dtype)
 
     def mixing_macs(self) -> int:
         """2SNC for prefix tokens; in each head of a window 2P'd(w² + S) with P' patches of the padded grid.

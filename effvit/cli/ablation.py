@@ -14,9 +14,9 @@ def ablation(
         Path, typer.Option(rich_help_panel=options.FILES, help="DVC repository whose experiments to gather.")
     ] = Path(),
 ) -> None:
-    """Gather the experiments of `make ablation`: accuracy and cost per set of branches, gate shares per layer.
+    """Gather the experiments of `make ablation`: accuracy and cost per set of branches, shares of branches per layer.
 
-    Writes accuracy.csv and gates.csv (always the same), cost.csv (measured) and one figure per data set.
+    Writes accuracy.csv and shares.csv (always the same), cost.csv (measured) and one figure per data set.
     """
     import pandas as pd
 

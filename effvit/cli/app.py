@@ -16,7 +16,7 @@ GROUPS = {
     "Data": ("prepare", "samples"),
     "Train and use": ("train", "evaluate", "predict", "attention_map", "export", "deploy"),
     "Measure": ("choose", "benchmark", "scaling", "hardware", "bench_peers", "bench_data", "mechanisms", "machine"),
-    "Analyse": ("fidelity", "representations", "cells", "aggregate", "ablation"),
+    "Analyse": ("fidelity", "representations", "cells", "aggregate", "ablation", "variants"),
     "Report": ("plot", "report"),
 }
 COMMANDS = tuple(name for names in GROUPS.values() for name in names)

@@ -1,4 +1,4 @@
-"""The hybrid's branches: what each set gives and costs, and how its gate weighs them."""
+"""The hybrid's branches: what each set gives and costs, and which share each branch has."""
 
 import numpy as np
 import pandas as pd
@@ -6,24 +6,23 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from effvit.figures.style import WIDTH, look, styled
+from effvit.figures.style import WIDTH, branch_colour, look, styled
 
-_SHADES = ("#CC79A7", "#7F4C68", "#E8C4D8", "#4D2E3F", "#B39FAA")  # of the hybrid's own colour
+_SHARES = {"heads": "Share of heads", "gate": "Mean gate share"}
 
 
 @styled
-def ablation(accuracy: pd.DataFrame, cost: pd.DataFrame, gates: pd.DataFrame) -> Figure:
-    """One data set's sets of branches: test accuracy, computation, latency with 95 % intervals; gate shares by layer.
+def ablation(accuracy: pd.DataFrame, cost: pd.DataFrame, shares: pd.DataFrame) -> Figure:
+    """One data set's sets of branches: test accuracy, computation, latency with 95 % intervals; shares by layer.
 
     Accuracy's interval is over seeds, or over test images where there is one seed.
     """
     table = accuracy.merge(cost, on=["dataset", "branches"])
     table = table.assign(mmacs=table["gmacs"] * 1e3)
-    gated = [str(branches) for branches in table["branches"] if branches in set(gates["branches"])]
-    figure = Figure(figsize=(WIDTH, 3.0 + (1.9 if gated else 0)), layout="constrained")
-    upper, *lower = figure.subfigures(2 if gated else 1, 1, height_ratios=[3.0, 1.9] if gated else None, squeeze=False)[
-        :, 0
-    ]
+    several = [str(branches) for branches in table["branches"] if branches in set(shares["branches"])]
+    figure = Figure(figsize=(WIDTH, 3.0 + (1.9 if several else 0)), layout="constrained")
+    heights = [3.0, 1.9] if several else [3.0]
+    upper, *lower = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     panels = upper.subplots(1, 3, sharey=True)
     _, colour, marker = look("hybrid")
     y = np.arange(len(table))
@@ -45,22 +44,22 @@ def ablation(accuracy: pd.DataFrame, cost: pd.DataFrame, gates: pd.DataFrame) ->
         axes.margins(x=0.1)
         axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     panels[0].xaxis.set_major_formatter(StrMethodFormatter("{x:.1%}"))
-    if gated:
-        _gates(lower[0], gates, gated)
+    if several:
+        _shares(lower[0], shares, several)
     return figure
 
 
-def _gates(figure: SubFigure, gates: pd.DataFrame, sets: list[str]) -> None:
-    shades = dict(zip(pd.unique(gates["branch"]), _SHADES, strict=False))
+def _shares(figure: SubFigure, table: pd.DataFrame, sets: list[str]) -> None:
+    colours = {str(branch): branch_colour(str(branch)) for branch in pd.unique(table["branch"])}
     for axes, branches in zip(np.atleast_1d(figure.subplots(1, len(sets), sharey=True)), sets, strict=True):
-        shares = gates[gates["branches"] == branches].pivot(index="layer", columns="branch", values="share")
+        shares = table[table["branches"] == branches].pivot(index="layer", columns="branch", values="share").fillna(0)
         bottom = np.zeros(len(shares))
-        for branch in (name for name in shades if name in shares):
-            axes.bar(shares.index, shares[branch], bottom=bottom, color=shades[branch], width=0.7)
+        for branch in (name for name in colours if name in shares):
+            axes.bar(shares.index, shares[branch], bottom=bottom, color=colours[branch], width=0.7)
             bottom = bottom + shares[branch].to_numpy()
         axes.set(xlabel="Layer", ylim=(0, 1), xticks=shares.index)
         axes.set_title(branches.replace("+", " + "), fontsize=7)
         axes.xaxis.grid(False)
-    figure.axes[0].set_ylabel("Mean gate share")
-    handles = [Patch(color=shade, label=branch) for branch, shade in shades.items()]
+    figure.axes[0].set_ylabel(_SHARES[str(table["of"].iloc[0])])
+    handles = [Patch(color=colour, label=branch) for branch, colour in colours.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))

@@ -14,6 +14,7 @@ import matplotlib.style
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -48,6 +49,8 @@ _LOOKS = {
     "uniform": ("Uniform", "#BBBBBB", "h"),
 }
 _MORE_COLOURS, _MORE_MARKERS = ("#44AA99", "#7A7A7A", "#999933"), ("*", "H", "8")
+_TINT = 0.5
+_DILATED = ("#DDA3C4", "#F3DFEA", "#B0578A")  # of the hybrid's colour
 CROWD = 7  # so many mechanisms have a legend; more have their names where their lines end
 _P = ParamSpec("_P")
 
@@ -57,6 +60,15 @@ def look(attention: str) -> tuple[str, str, str]:
     number = crc32(attention.encode())
     more = attention, _MORE_COLOURS[number % len(_MORE_COLOURS)], _MORE_MARKERS[number % len(_MORE_MARKERS)]
     return _LOOKS.get(attention, more)
+
+
+def branch_colour(branch: str) -> str:
+    """Colour of a branch of the hybrid: a tint of that of `linear`, of `window`, or for dilated windows of its own."""
+    kind, _, dilation = branch.partition(" r=")
+    if kind == "window" and dilation != "1":
+        return _DILATED[(int(dilation) - 2) % len(_DILATED)]
+    red, green, blue = (1 - _TINT * (1 - part) for part in to_rgb(look(kind)[1]))
+    return to_hex((red, green, blue))  # light enough for black numbers
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -1,5 +1,8 @@
 """Shares that sum to one."""
 
+from collections.abc import Iterable
+
+import torch
 from torch import Tensor
 
 from effvit.kernels.choice import primitive
@@ -9,3 +12,13 @@ from effvit.kernels.choice import primitive
 def shares(logits: Tensor) -> Tensor:
     """Softmax over the last dimension."""
     return logits.softmax(dim=-1)
+
+
+def weighted_sum(parts: Iterable[Tensor], weights: Tensor) -> Tensor:
+    """Sum of R tensors ``(B, H, P, e)``, made one after the other, by weights ``(B, P, R)``."""
+    total = None
+    for part, weight in zip(parts, weights[:, None, ..., None].unbind(dim=3), strict=True):
+        weight = weight.to(part.dtype)
+        total = weight * part if total is None else torch.addcmul(total, weight, part)
+    assert total is not None, "no parts"
+    return total

@@ -169,11 +169,12 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, windows: Windows, dropout_p: fl
     prefix = k.shape[-2] - q.shape[-2]
     with choice.without_autocast(q):
         queries, keys, values = (Gather.apply(x, s, windows) for x, s in ((q, 0), (k, prefix), (v, prefix)))
-        scores = torch.baddbmm(queries.new_zeros(1), queries, keys.mT, beta=0, alpha=q.shape[-1] ** -0.5)
+        # A column for each query: rows of w² + 1 numbers would leave a rest to every vector instruction.
+        scores = torch.baddbmm(queries.new_zeros(1), keys, queries.mT, beta=0, alpha=q.shape[-1] ** -0.5)
         if (mask := _mask(windows, 1, prefix, q.device)) is not None:
-            of_samples = scores.unflatten(0, (-1, windows.number)).masked_fill(~mask, float("-inf"))
+            of_samples = scores.unflatten(0, (-1, windows.number)).masked_fill(~mask.mT, float("-inf"))
             scores = of_samples.flatten(0, 1)
-        y = torch.bmm(F.dropout(scores.softmax(dim=-1), dropout_p), values)
+        y = torch.bmm(F.dropout(scores.softmax(dim=-2), dropout_p).mT, values)
         return Scatter.apply(y, q.shape[1], 0, windows, v.dtype)
 
 

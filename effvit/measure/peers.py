@@ -22,7 +22,7 @@ from effvit.measure.workload import block_forward, block_training
 
 MODES = {"forward": block_forward, "train": block_training}
 _GEMM_SIZE = 2048
-_PRODUCTS = {"forward": 1, "train": 3}  # each product's backward pass is two products of the same size
+PRODUCTS = {"forward": 1, "train": 3}  # each product's backward pass is two products of the same size
 
 
 def require_peers(mechanisms: Sequence[str]) -> None:
@@ -79,14 +79,14 @@ def compare_with_peer(point: Point, *, tokens_per_batch: int, budget_s: float, d
     calls = {"ours": _autocast(MODES[point.mode](ours, tokens), dtype)}
     if peer:
         calls["peer"] = _autocast(MODES[point.mode](peer.build(ours), tokens), dtype)
-    gemms, gemm_flops = _large_products(dtype)
+    gemms, gemm_flops = large_products(dtype)
     autocast = {} if dtype == torch.bfloat16 else {"autocast": _autocast(calls["ours"], torch.bfloat16)}
     seconds = interleaved(calls | autocast | gemms, budget_s=budget_s, device=device)
     unknown = np.full(len(seconds["ours"]), np.nan)
     theirs = seconds.get("peer", unknown)
     low, high = (peer and paired_interval(theirs, seconds["ours"])) or (float("nan"), float("nan"))
     medians = {name: float(np.median(samples)) for name, samples in seconds.items()}
-    floor_s = batch_size * 2 * _PRODUCTS[point.mode] * ours.macs() * min(medians[name] for name in gemms) / gemm_flops
+    floor_s = batch_size * 2 * PRODUCTS[point.mode] * ours.macs() * min(medians[name] for name in gemms) / gemm_flops
     peaks = {name: peak_bytes(call, device) for name, call in calls.items()}
     return {
         **vars(point),
@@ -150,7 +150,7 @@ def _autocast(call: Call, dtype: torch.dtype) -> Call:
     return autocast_call
 
 
-def _large_products(dtype: torch.dtype) -> tuple[dict[str, Call], int]:
+def large_products(dtype: torch.dtype) -> tuple[dict[str, Call], int]:
     """A large product by each library that computes ours, and its FLOPs: the faster one is what the machine can do."""
     a, b = (torch.randn(_GEMM_SIZE, _GEMM_SIZE).to(dtype) for _ in range(2))
     out = torch.empty(_GEMM_SIZE, _GEMM_SIZE, dtype=dtype)

@@ -13,33 +13,35 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-import yaml
 from scipy import stats
 
 from effvit.analysis.survey import Rows, gate_rows, summed_gate_shares
+from effvit.attention.hybrid import HybridAttention
 from effvit.data.loading.prepared import PreparedDataset
 from effvit.errors import UserError
 from effvit.evaluation.probe import normalised, recorded, validation_images
 from effvit.model.checkpoint import load_model
 from effvit.model.vit import ViT
 from effvit.study import cells
+from effvit.study.experiments import experiments
 
 ATTENTION = "hybrid"
-_GATE_IMAGES, _BATCH = 1000, 64  # validation images at most, as in `effvit representations`
-_GATES = ["dataset", "branches", "layer", "branch", "share"]
+_IMAGES, _BATCH = 1000, 64  # validation images at most, as in `effvit representations`
+_SHARES = ["dataset", "branches", "layer", "branch", "share", "of"]
 _MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """One row a data set and set of branches; ``gates`` one row a layer and branch, where there are several.
+    """One row per data set and set of branches; ``shares`` one row per layer and branch, where there are several.
 
-    ``accuracy`` (fractions, exact) and ``cost`` (measured, as ratios to fused) are tables of their own.
+    ``accuracy`` (fractions, exact) and ``cost`` (measured, as ratios to fused) are tables of their own. ``shares`` are
+    of the heads, or where there is a gate its means.
     """
 
     accuracy: pd.DataFrame
     cost: pd.DataFrame
-    gates: pd.DataFrame
+    shares: pd.DataFrame
 
 
 def collect(repository: Path) -> Ablation:
@@ -48,16 +50,9 @@ def collect(repository: Path) -> Ablation:
     Raises:
         UserError: no repository; no experiment of the hybrid alone; a result of one that is missing.
     """
-    from dvc.api import DVCFileSystem
-
-    rows = sorted(_experiments(repository), key=lambda row: str(row.get("Created") or ""), reverse=True)
     found: dict[str, tuple[Any, dict[str, Any]]] = {}
     newest = None
-    for row in rows:
-        if row.get("rev") == "workspace" or not row.get("Experiment"):
-            continue
-        experiment = DVCFileSystem(str(repository), rev=row["Experiment"])
-        params = yaml.safe_load(experiment.read_text("params.yaml"))
+    for experiment, params in experiments(repository):
         if list(params["attention"]) != [ATTENTION]:
             continue
         branches = "+".join(params["attention"][ATTENTION].pop("branches"))
@@ -72,21 +67,8 @@ def collect(repository: Path) -> Ablation:
     parts = [
         part for branches, (fs, params) in sorted(found.items(), key=_order) for part in _read(branches, fs, params)
     ]
-    accuracy, cost, gates = ([row for part in parts for row in part[i]] for i in range(3))
-    return Ablation(pd.DataFrame(accuracy), pd.DataFrame(cost), pd.DataFrame(gates, columns=_GATES))
-
-
-def _experiments(repository: Path) -> list[dict[str, Any]]:
-    from dvc.api import exp_show
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
-    from scmrepo.exceptions import SCMError
-
-    try:
-        Repo.find_root(str(repository))  # before DVC takes a directory that is no repository for one to clone
-        return list(exp_show(str(repository)))
-    except (DvcException, SCMError) as error:
-        raise UserError(f"--repository {repository}: {error}; expected a Git repository with DVC") from error
+    accuracy, cost, shares = ([row for part in parts for row in part[i]] for i in range(3))
+    return Ablation(pd.DataFrame(accuracy), pd.DataFrame(cost), pd.DataFrame(shares, columns=_SHARES))
 
 
 def _order(item: tuple[str, Any]) -> tuple[int, str]:
@@ -115,8 +97,8 @@ def _read(branches: str, experiment: Any, params: dict[str, Any]) -> Iterator[tu
             measured |= {"train_memory_mib": memory["median"] / _MIB, "train_memory_ratio": memory["ratio_to_fused"]}
             prepared = PreparedDataset.load(data)
             hybrid = load_model(models)
-            images, _ = validation_images(prepared, _GATE_IMAGES)
-            shares = gate_shares(hybrid, normalised(hybrid, images, prepared))
+            images, _ = validation_images(prepared, _IMAGES)
+            shares = branch_shares(hybrid, normalised(hybrid, images, prepared))
         yield [key | accuracy | size], [key | measured], [key | row for row in shares]
 
 
@@ -138,10 +120,14 @@ def accuracy_over(evaluations: list[Path]) -> dict[str, object]:
 
 
 @torch.inference_mode()
-def gate_shares(model: ViT, images: torch.Tensor) -> Rows:
-    """Mean share of each branch by layer (from 1), over normalised images ``(n, C, H, W)`` and their patches.
+def branch_shares(model: ViT, images: torch.Tensor) -> Rows:
+    """Share of each branch by layer (from 1): of the heads, or of a gate, as a mean over images and their patches.
 
-    No rows for a hybrid of one branch, which has no gate.
+    ``of`` says which. No rows for a hybrid of one branch.
+
+    Args:
+        model: with the hybrid in its blocks.
+        images: normalised, ``(n, C, H, W)``.
     """
     total = None
     for batch in images.split(_BATCH):
@@ -149,6 +135,17 @@ def gate_shares(model: ViT, images: torch.Tensor) -> Rows:
             model(batch)
         shares = summed_gate_shares(model, inputs)
         if shares is None:
-            return []
+            return _head_shares(model)
         total = shares if total is None else total + shares
-    return [] if total is None else gate_rows(model, total / len(images))
+    return [] if total is None else [row | {"of": "gate"} for row in gate_rows(model, total / len(images))]
+
+
+def _head_shares(model: ViT) -> Rows:
+    hybrids = [(layer, a) for layer, a in enumerate(model.attentions(), 1) if isinstance(a, HybridAttention)]
+    if len({name for _, attention in hybrids for name in attention.branch_names}) < 2:
+        return []
+    return [
+        {"layer": layer, "branch": branch, "share": heads / attention.num_heads, "of": "heads"}
+        for layer, attention in hybrids
+        for branch, heads in zip(attention.branch_names, attention.heads_of_branches, strict=True)
+    ]

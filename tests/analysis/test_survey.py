@@ -99,6 +99,17 @@ def test_gate_shares_are_the_mean_over_images_and_patches(models, digits):
     np.testing.assert_allclose(second["share"], shares, rtol=1e-5)
 
 
+def test_blocks_without_a_gate_have_no_shares(tiny_config, digits):
+    options = {"window_size": 2, "fusion": "gate", "global_every": 2}
+    model = ViT(tiny_config(attention="hybrid", attention_options=options)).eval()
+    images, _ = validation_images(digits, 5)
+    table = survey({"hybrid": model}, images, digits, 5).gates
+    with_gate = [layer for layer in range(1, len(model.blocks) + 1) if layer % 2]
+    assert table["layer"].unique().tolist() == with_gate
+    assert table["branch"].unique().tolist() == ["window r=1", "window r=2"]
+    np.testing.assert_allclose(table["share"], 0.5)
+
+
 def test_representations_writes_every_table_and_maps_of_the_same_images(
     effvit, directories, digits_dir, digits, tmp_path
 ):

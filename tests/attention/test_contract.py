@@ -349,6 +349,9 @@ def test_tokens_of_a_wrong_shape_are_refused_by_both_shapes(name, options, shape
         ("hybrid", {"branches": []}, r"attention\.hybrid\.branches=\[\]"),
         ("hybrid", {"window_size": 2, "branches": ["regional"], "dilations": [2]}, r"attention\.hybrid.*regional"),
         ("hybrid", {"window_size": 2, "branches": ["dilated"], "dilations": [1]}, r"attention\.hybrid.*dilated"),
+        ("hybrid", {"feature_map": "softmax"}, r"attention\.hybrid\.feature_map='softmax'.*focused"),
+        ("hybrid", {"global_every": -1}, r"attention\.hybrid\.global_every=-1"),
+        ("hybrid", {"global_every": 2, "branches": ["linear"]}, r"attention\.hybrid.*global_every: needs 'linear'"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line_that_names_it(name, arguments, says):

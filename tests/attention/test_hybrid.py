@@ -14,6 +14,8 @@ def hybrid(grid=(6, 6), **options):
     if attention.gate is not None:
         torch.nn.init.normal_(attention.gate.weight)
         torch.nn.init.normal_(attention.gate.bias)
+    if attention.scale is not None:
+        torch.nn.init.normal_(attention.scale)
     return attention
 
 
@@ -37,8 +39,17 @@ def brute_force_map(attention, x, w, dilations, linear):
     matrix[:, :, :s] = (q[:, :, :s] @ k.mT / d**0.5).softmax(dim=-1)
     shares = shares_of(attention, x, len(dilations) + linear)  # (B, H, N, branches)
 
-    def phi(t):
-        return torch.where(t > 0, t + 1, t.exp())
+    def phi(t):  # (B, H, ..., d)
+        if attention.options.feature_map == "elu":
+            return torch.where(t > 0, t + 1, t.exp())
+        if attention.options.feature_map == "relu":
+            return t.clamp(min=0) + 1e-6
+        # Scales belong to the heads that the linear branch has, the last ones.
+        scale = torch.ones(attention.dim, dtype=t.dtype)
+        scale[len(scale) - len(attention.scale) :] = (1 + attention.scale.exp()).log()
+        x_hat = (t.clamp(min=0) + 1e-6) / scale.view(-1, *[1] * (t.ndim - 3), d)
+        cubes = x_hat**3
+        return cubes * x_hat.norm(dim=-1, keepdim=True) / cubes.norm(dim=-1, keepdim=True)
 
     for token in range(s, n):
         for branch, r in enumerate(dilations):
@@ -74,8 +85,12 @@ def test_a_loop_over_tokens_with_explicit_neighbour_sets_gives_the_same(data):
     place = {"prefix_tokens": prefix, "layer": data.draw(st.integers(0, 3)), "depth": 4}
     attention = hybrid(grid, **place, **options)
     x = torch.randn(2, prefix + grid[0] * grid[1], 12, dtype=torch.float64)
-    used = [r for r in options["dilations"] if ("regional" if r == 1 else "dilated") in options["branches"]]
-    expected = brute_force_map(attention, x, options["window_size"], used, "linear" in options["branches"])
+    branches = options["branches"]
+    if options["global_every"]:
+        is_global = (place["layer"] + 1) % options["global_every"] == 0
+        branches = [branch for branch in branches if (branch == "linear") == is_global]
+    used = [r for r in options["dilations"] if ("regional" if r == 1 else "dilated") in branches]
+    expected = brute_force_map(attention, x, options["window_size"], used, "linear" in branches)
     y, matrix = attention(x, return_map=True)
     torch.testing.assert_close(matrix, expected, rtol=1e-4, atol=1e-5)
     v = qkv_of(attention, x)[2]
@@ -179,3 +194,28 @@ def test_heads_are_dealt_in_turns_that_go_on_from_block_to_block():
     assert [block.heads_of_branches for block in blocks] == [[2, 1, 1], [1, 2, 1], [1, 1, 2]]
     few = [build_attention("hybrid", 16, 2, (4, 4), layer=layer, depth=3) for layer in range(3)]
     assert [block.heads_of_branches for block in few] == [[1, 1, 0], [1, 0, 1], [0, 1, 1]]
+
+
+def test_in_every_g_th_block_all_heads_are_linear_and_the_others_have_windows_alone():
+    blocks = [build_attention("hybrid", 16, 4, (4, 4), layer=layer, depth=4, global_every=2) for layer in range(4)]
+    assert [block.branch_names for block in blocks] == 2 * [["window r=1", "window r=2"], ["linear"]]
+    assert [block.heads_of_branches for block in blocks] == 2 * [[2, 2], [4]]
+    n, p, c, d, w = 17, 16, 16, 4, 4
+    windows = p * c * (w**2 + 1) + p * c * (2**2 + 1)  # of dilation 2 there are 2 x 2 patches in a phase
+    assert blocks[0].macs() == 4 * n * c**2 + 2 * n * c + windows
+    assert blocks[1].macs() == 4 * n * c**2 + 2 * n * c + n * c * d + p * c * d + p * c
+
+
+def test_focused_features_have_a_scale_for_each_channel_of_the_linear_heads():
+    blocks = [build_attention("hybrid", 16, 4, (4, 4), layer=i, depth=3, feature_map="focused") for i in range(3)]
+    assert [block.scale.shape for block in blocks] == [(4,), (4,), (8,)]
+    windows_alone = build_attention("hybrid", 16, 4, (4, 4), feature_map="focused", branches=["regional"])
+    assert windows_alone.scale is None
+
+
+def test_windows_are_no_larger_than_the_phase_that_they_are_cut_from():
+    clipped = build_attention("hybrid", 12, 3, (8, 8), window_size=4, dilations=[1, 2, 4], branches=["dilated"])
+    assert [(windows.size, windows.area) for windows in clipped.windows] == [(4, 64), (2, 64)]
+    n, p, c, d = 65, 64, 12, 4
+    two_heads_of_dilation_2, one_of_4 = 2 * 2 * p * d * (4**2 + 1), 2 * p * d * (2**2 + 1)
+    assert clipped.macs() == 4 * n * c**2 + 2 * n * c + two_heads_of_dilation_2 + one_of_4

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from synthetic_study import ATTENTIONS, FIELD, TOKENS, write_study
 
 from effvit import available_attention, figures
-from effvit.figures.style import look
+from effvit.figures.style import branch_colour, look
 from effvit.report.charts import SHAPES
 from effvit.study.aggregate import collect
 
@@ -376,3 +376,8 @@ def test_the_templates_have_the_colours_of_the_figures():
         assert places == sorted(places)
         assert [template.index(f'"{i} {a}"') for i, a in enumerate(ATTENTIONS)]
         assert f"indexof({list(FIELD)}, datum.attention)" in template
+
+
+def test_each_branch_of_a_hybrid_has_a_colour_of_its_own():
+    branches = ["window r=1", "window r=2", "window r=3", "window r=4", "linear"]
+    assert len({branch_colour(branch) for branch in branches}) == len(branches)

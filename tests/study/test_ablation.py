@@ -15,16 +15,16 @@ from synthetic_study import write_study
 from effvit import ViT, ViTConfig, figures
 from effvit.errors import UserError
 from effvit.model.checkpoint import save_model
-from effvit.study.ablation import accuracy_over, collect, gate_shares
+from effvit.study.ablation import accuracy_over, branch_shares, collect
 
 BRANCHES = ("regional", "dilated", "linear")
 SETS = [list(chosen) for size in (1, 2, 3) for chosen in combinations(BRANCHES, size)]
 IN_ORDER = ["+".join(chosen) for chosen in SETS]
 
 
-def model_of(branches):
+def model_of(branches, fusion="gate"):
     torch.manual_seed(0)
-    options = {"window_size": 2, "dilations": [1, 2], "branches": branches, "fusion": "gate"}
+    options = {"window_size": 2, "dilations": [1, 2], "branches": branches, "fusion": fusion}
     size = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
     model = ViT(ViTConfig(image_size=12, **size, attention="hybrid", attention_options=options)).eval()
     for attention in model.attentions():
@@ -86,10 +86,10 @@ def test_every_set_of_branches_is_gathered_once_smaller_sets_first(sweep):
         sweep.add(hybrid(branches))
     tables = collect(sweep.root)
     assert tables.accuracy["branches"].tolist() == tables.cost["branches"].tolist() == IN_ORDER
-    gated = tables.gates.groupby("branches", sort=False).size().to_dict()
+    gated = tables.shares.groupby("branches", sort=False).size().to_dict()
     assert gated == {name: 2 * len(name.split("+")) for name in IN_ORDER[3:]}
-    assert tables.gates.groupby(["branches", "layer"])["share"].sum().to_numpy() == pytest.approx(1)
-    figures.ablation(tables.accuracy, tables.cost, tables.gates).draw_without_rendering()
+    assert tables.shares.groupby(["branches", "layer"])["share"].sum().to_numpy() == pytest.approx(1)
+    figures.ablation(tables.accuracy, tables.cost, tables.shares).draw_without_rendering()
 
 
 def test_experiments_that_differ_in_more_than_their_branches_do_not_mix(sweep):
@@ -131,8 +131,8 @@ def test_a_directory_that_is_no_repository_is_told_in_a_line(effvit, tmp_path, r
 def test_branches_alone_have_no_gates_and_still_a_picture(sweep):
     sweep.add(hybrid(["linear"]))
     tables = collect(sweep.root)
-    assert tables.gates.empty
-    figures.ablation(tables.accuracy, tables.cost, tables.gates).draw_without_rendering()
+    assert tables.shares.empty
+    figures.ablation(tables.accuracy, tables.cost, tables.shares).draw_without_rendering()
 
 
 def test_one_seed_has_wilsons_interval_over_images_and_several_have_students_t(tmp_path):
@@ -155,7 +155,9 @@ def test_one_seed_has_wilsons_interval_over_images_and_several_have_students_t(t
 def test_gate_shares_are_the_mean_softmax_over_images_and_patches():
     model = model_of(["regional", "linear"])
     images = torch.randn(5, 3, 12, 12, generator=torch.Generator().manual_seed(0))
-    table = pd.DataFrame(gate_shares(model, images)).pivot(index="layer", columns="branch", values="share")
+    rows = pd.DataFrame(branch_shares(model, images))
+    assert set(rows["of"]) == {"gate"}
+    table = rows.pivot(index="layer", columns="branch", values="share")
     block = model.blocks[0]
     with torch.inference_mode():
         tokens = torch.cat([model.cls_token.expand(5, -1, -1), model.patch_embed(images)], dim=1) + model.pos_embed
@@ -163,7 +165,19 @@ def test_gate_shares_are_the_mean_softmax_over_images_and_patches():
         expected = torch.stack([torch.softmax(block.attn.gate(token), 0) for token in tokens]).mean(0)
     assert table.loc[1, block.attn.branch_names].to_numpy() == pytest.approx(expected.numpy(), abs=1e-6)
     assert not model.blocks[0].attn._forward_pre_hooks
-    assert gate_shares(model_of(["linear"]), images) == []
+    assert branch_shares(model_of(["linear"]), images) == []
+
+
+def test_without_a_gate_shares_are_those_of_the_heads():
+    images = torch.zeros(1, 3, 12, 12)
+    rows = branch_shares(model_of(["regional", "dilated", "linear"], "heads"), images)
+    # Two heads in each of two blocks: of branches 0, 1 and 2, 0.
+    names = ["window r=1", "window r=2", "linear"]
+    shares = [(1, name, share) for name, share in zip(names, (0.5, 0.5, 0), strict=True)]
+    shares += [(2, name, share) for name, share in zip(names, (0.5, 0, 0.5), strict=True)]
+    assert [(row["layer"], row["branch"], row["share"]) for row in rows] == shares
+    assert {row["of"] for row in rows} == {"heads"}
+    assert branch_shares(model_of(["linear"], "heads"), images) == []
 
 
 def test_the_command_writes_tables_and_a_picture(sweep, effvit, tmp_path):
@@ -172,7 +186,7 @@ def test_the_command_writes_tables_and_a_picture(sweep, effvit, tmp_path):
     outcome = effvit("ablation", "--output-dir", "to/ablation")
     assert outcome.code == 0, outcome.err
     written = {file.name for file in (tmp_path / "to/ablation").iterdir()}
-    assert written == {"accuracy.csv", "cost.csv", "gates.csv", "digits.png"}
+    assert written == {"accuracy.csv", "cost.csv", "shares.csv", "digits.png"}
     assert "2 sets of branches in to/ablation" in outcome.out
 
 
