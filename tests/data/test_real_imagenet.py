@@ -91,7 +91,7 @@ def test_another_layout_of_the_same_images_gives_the_same_bytes(tree, prepared, 
 def test_what_was_converted_is_counted(prepared):
     meta = json.loads((prepared / "meta.json").read_text())
     assert meta["counts"] == {"train": 18_000, "validation": 2_000, "test": 5_000}
-    assert meta["notes"]["train"] == {"grayscale converted to RGB": 277}
+    assert meta["notes"]["train"]["grayscale converted to RGB"] == 277
 
 
 @pytest.fixture(scope="module")

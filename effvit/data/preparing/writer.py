@@ -140,7 +140,7 @@ def _stored_name(part: _Part, rows: np.ndarray, index: int) -> str:
 
 
 def _positions(rows: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Where ``wanted`` rows are among ``rows``, as far as they are: int64, ascending."""
+    """Positions in ``rows`` of those that are ``wanted``, int64, ascending."""
     return np.flatnonzero(np.isin(rows, wanted)).astype(np.int64)
 
 
