@@ -1,5 +1,6 @@
 """``effvit evaluate``."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -23,6 +24,14 @@ def evaluate(
             show_default="none",
         ),
     ] = 0,
+    corruptions: Annotated[
+        Path | None,
+        typer.Option(
+            rich_help_panel=options.FILES,
+            help="Folder of CIFAR-10-C's .npy files; adds corruptions.csv.",
+            show_default="none",
+        ),
+    ] = None,
     batch_size: options.ImagesPerPass = 256,
     device: options.Device = "auto",
 ) -> None:
@@ -30,11 +39,11 @@ def evaluate(
     from effvit.data.loading.prepared import PreparedDataset
     from effvit.device import pick_device, this_machine
     from effvit.evaluation.predict import check_fits, map_test_images, score_test_split
-    from effvit.files import check_apart, staged_dir
+    from effvit.files import check_apart, staged_dir, write_csv
     from effvit.model.checkpoint import load_model
     from effvit.provenance import write_provenance
 
-    check_apart(output_dir, model_dir, dataset_dir)
+    check_apart(output_dir, model_dir, dataset_dir, *filter(None, [corruptions]))
     where = pick_device(device)
     model = load_model(model_dir, where)
     dataset = PreparedDataset.load(dataset_dir)
@@ -42,9 +51,17 @@ def evaluate(
     with staged_dir(output_dir, _FILES) as directory:
         scores = score_test_split(model, dataset, directory, batch_size, worst)
         map_test_images(model, dataset, directory)
+        if corruptions:
+            from effvit.evaluation.corruptions import score_corruptions
+
+            corrupted = score_corruptions(model, dataset, corruptions, batch_size)
+            write_csv(directory / "corruptions.csv", corrupted)
         settings = {"model": model.config.model_dump(), "dataset": dataset.name}
         write_provenance(directory, settings, this_machine(where))
     typer.echo(
         f"{model.config.attention} on {scores['num_images']:,} test images of {dataset.name}: "
         f"top-1 {scores['top1']:.2%}, top-5 {scores['top5']:.2%}, calibration error {scores['ece']:.3f}"
     )
+    if corruptions:
+        count = corrupted["corruption"].nunique()
+        typer.echo(f"mean top-1 under {count} corruptions: {corrupted['top1'].mean():.2%}, see corruptions.csv")

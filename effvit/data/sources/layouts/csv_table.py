@@ -30,7 +30,7 @@ _DEPTH = 3
 
 @dataclass(frozen=True)
 class _Table:
-    """A CSV: its file, header and rows, and the indices of the columns that matter, as far as they are there."""
+    """A CSV: its file, header and rows, and the indices of the columns that matter, where there are such columns."""
 
     file: str
     header: list[str]
@@ -189,10 +189,10 @@ def _paths(
         raise UserError(f"{tree.root / table.file}: has no rows")
     everything = {path: path for paths in images.values() for path in paths}
     stems = {path.rpartition(".")[0] if "." in path.rpartition("/")[2] else path: path for path in everything}
-    beside = table.file.rpartition("/")[0]
+    near = table.file.rpartition("/")[0]
     of_part = [folder for folder in images if part_of(folder) == part]
     others = [folder for folder in images if folder not in of_part]
-    candidates = [beside, "", *of_part, *others]
+    candidates = [near, "", *of_part, *others]
     best: tuple[int, list[str | None]] = (-1, [])
     for folder in dict.fromkeys(candidates):
         paths = [everything.get(join(folder, name)) or stems.get(join(folder, name)) for name in names]
