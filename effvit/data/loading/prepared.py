@@ -9,7 +9,7 @@ A prepared directory holds
 - ``train_files.csv``, ``test_files.csv``, of images that have a name: one column ``file``, the path of each image below
   the data set's root, in the order of the images. Bytes that are no UTF-8 are escaped as ``\udcff``;
 - ``train_indices.npy``, ``validation_indices.npy``: int64, a partition of the rows of ``train_images``; validation is
-  one image in ten of each class by `effvit.data.sources.holdout.hold_out`, whatever the seed of the training;
+  the source's own validation part, else one image in ten of each class by `effvit.data.sources.holdout.hold_out`;
 - ``duplicates.csv``, where there are byte-identical images in two parts or two classes: their group, part, class, file;
 - ``meta.json``: the fields of `Meta`.
 """
