@@ -61,7 +61,7 @@ def test_what_is_measured_runs_in_its_precision(subject, mode, monkeypatch):
 def test_rows_say_how_they_ran():
     how = Execution("bfloat16")
     points = measure_scaling(
-        Block("fused", {}, 8, 2), [5], tokens_per_batch=1, memory_mib=100, budget_s=0.001, device=CPU, how=how
+        Block("fused", {}, 8, 2), [5], tokens_per_batch=1, memory_mib=100, budget_s=0.1, device=CPU, how=how
     )
     rows = [row for of_count in points for row in of_count]
     assert {(row["precision"], row["execution"], row["hidden_size"]) for row in rows} == {("bfloat16", "eager", 8)}
@@ -71,7 +71,7 @@ def test_rows_say_how_they_ran():
 def test_a_point_at_which_the_gpu_waits_is_marked(monkeypatch):
     monkeypatch.setattr(scaling_module, "_busy", lambda *_: 0.5)
     points = measure_scaling(
-        Block("fused", {}, 8, 2), [5], tokens_per_batch=1, memory_mib=100, budget_s=0.001, device=CPU
+        Block("fused", {}, 8, 2), [5], tokens_per_batch=1, memory_mib=100, budget_s=0.1, device=CPU
     )
     table = pd.DataFrame([row for of_count in points for row in of_count]).set_index("quantity")
     assert table.loc["time", "launch_bound"].all() and not table.loc["memory", "launch_bound"].any()
@@ -92,7 +92,7 @@ def test_blocks_are_compiled_each_by_itself(mode, how, monkeypatch):
 
 def test_energy_of_an_image_is_a_row_where_something_counts_it(monkeypatch):
     monkeypatch.setattr("effvit.measure.benchmark.max_rss_bytes", lambda *_: [1, 1])
-    settings = {"batch_size": 4, "memory_mib": 4.0, "budget_s": 0.001, "device": CPU, "how": EAGER}
+    settings = {"batch_size": 4, "memory_mib": 4.0, "budget_s": 0.1, "device": CPU, "how": EAGER}
 
     def quantities():
         return {row["quantity"]: row for rows in measure_cost(SMALL, **settings) for row in rows}

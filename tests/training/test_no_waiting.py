@@ -14,6 +14,7 @@ from effvit.training.loop import Training
 from effvit.training.recipe import TrainConfig
 
 EVERYTHING = {
+    "precision": "32-true",
     "optimizer": "muon",
     "clip_norm": 1.0,
     "label_smoothing": 0.1,
