@@ -85,7 +85,8 @@ class Unit:
             known = digest(content)
             return read(content, name, self.size)
         except UserError as error:
-            tally.damaged[self.first + index] = str(error).removeprefix(f"{name}: ")
+            where = f"{self.originals.root / name}: "
+            tally.damaged[self.first + index] = str(error).removeprefix(where).removeprefix(f"{name}: ")
             return None
         finally:
             tally.digests += known

@@ -183,6 +183,8 @@ def read_zipped(file: IO[bytes], place: tuple[int, ...], path: Path) -> bytes:
 
 def _read_at(file: IO[bytes], offset: int, size: int, path: Path) -> bytes:
     _check_size(size, path)
+    if min(offset, size) < 0:
+        raise UserError(f"{path}: damaged archive (bytes {offset} on); fetch or make it again")
     file.seek(offset)
     content = file.read(size)
     if len(content) < size:

@@ -84,8 +84,10 @@ class _Cursor:
             while row >= self._start + len(self._batch):
                 self._start += len(self._batch)
                 self._batch = next(self._batches)
-        except Exception:
+        except Exception as error:
             self._stop = self._start  # nothing more comes of these batches
+            if isinstance(error, StopIteration):
+                raise ValueError("it has fewer rows than it declares") from error
             raise
         return self._batch[row - self._start].as_py()
 
@@ -113,7 +115,9 @@ class _ArrowColumn:
 
     def batches(self, row: int) -> "tuple[int, int, Iterator[pa.Array]]":
         """A batch from ``row`` on, over the memory map, the row and that before which it ends."""
-        batch = self._values.slice(row, BATCH_ROWS).combine_chunks()
+        values = self._values.slice(row, BATCH_ROWS)
+        values.validate(full=True)  # or a wrong offset would read elsewhere in memory
+        batch = values.combine_chunks()
         return row, row + len(batch), iter([batch])
 
 

@@ -128,6 +128,13 @@ def test_archive_cut_short_is_named(tmp_path, keep):
             folder(path, 8)
 
 
+def test_negative_place_is_refused(tmp_path):
+    lot = open_zip(sets.as_zip(PICTURES, tmp_path / "a.zip")).originals(["train/ant/ant_train_000.png"])
+    lot.places[0, 0] = -1
+    with pytest.raises(UserError, match=r"ant_train_000\.png: damaged archive"):
+        lot.read(0)
+
+
 def test_archive_that_shrinks_while_it_is_read_is_named(tmp_path):
     for path in (sets.as_zip(PICTURES, tmp_path / "a.zip", method=0), sets.as_tar(PICTURES, tmp_path / "a.tar")):
         source = folder(path, 8)

@@ -6,7 +6,10 @@ Kaggle's release has ``ILSVRC/Data/CLS-LOC/train/<wnid>``, ``val`` and ``LOC_val
 
 import csv
 import io
+import json
 import re
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +36,12 @@ _CLASS_TAR = re.compile(r"n\d{8}\.tar")
 _VAL_NAME = "ILSVRC2012_val_"
 _UP = 3  # folders from CLS-LOC to where Kaggle's archive was unpacked
 _LARGEST_TRUTH = 2**26
+_READ_META = """
+import io, json, sys
+from scipy.io import loadmat
+synsets = loadmat(io.BytesIO(sys.stdin.buffer.read()), squeeze_me=True)["synsets"]
+print(json.dumps([(int(number), str(wnid)) for number, wnid in zip(synsets["ILSVRC2012_ID"], synsets["WNID"])]))
+"""
 
 
 def imagenet(tree: Tree, choices: Choices) -> Layout | None:
@@ -207,12 +216,13 @@ def _unpack_devkit(tree: Directory) -> list[bytes]:
 
 
 def _read_devkit(tree: Tree, truth: bytes, meta: bytes) -> dict[str, str]:
-    from scipy.io import loadmat
-
+    # In a process of its own: SciPy's reader crashes on some damaged files.
+    read = subprocess.run([sys.executable, "-c", _READ_META], input=meta, capture_output=True, check=False)
     try:
-        synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]  # type: ignore[arg-type]
-        wnids = {int(number): str(wnid) for number, wnid in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)}
+        if read.returncode:
+            raise ValueError("meta.mat is damaged")
+        wnids = dict(json.loads(read.stdout))
         numbers = [int(line) for line in truth.split()]
         return {f"{_VAL_NAME}{index:08}": wnids[number] for index, number in enumerate(numbers, start=1)}
-    except Exception as error:  # SciPy raises anything on damaged files
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{tree.root / _DEVKIT}: damaged or not the devkit ({error}); fetch it again") from error

@@ -219,6 +219,7 @@ def _labels(path: Path, columns: _Columns) -> "pa.ChunkedArray":
         table = pq.read_table(path, columns=[columns.label]) if is_parquet(path) else open_arrow(path)
         kind = _schema(path).field(columns.image).type
         values = table.column(columns.label)
+        values.validate(full=True)
     except KeyError as error:
         raise UserError(f"{path}: has no column {columns.image} or {columns.label}, as the other files have") from error
     except (OSError, ValueError) as error:

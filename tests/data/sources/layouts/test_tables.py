@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from effvit.data.preparing import prepare
 from effvit.data.sources import rows
 from effvit.data.sources.cifar import cifar10, cifar100
 from effvit.data.sources.folder import folder
@@ -222,6 +223,14 @@ def test_row_without_an_image_is_named_when_it_is_read(tmp_path, image, message)
         source.train.images.read(0)
 
 
+def test_row_without_an_image_is_named_once_among_the_damaged(tmp_path):
+    image = pa.array([{"bytes": content} for content in CONTENT[:11]] + [None], STRUCT)
+    root = save(tmp_path / "x", TYPED, image=image, label=LABELS)
+    with pytest.raises(UserError, match=r": /.*x/train\.parquet\[11\]: has no image; /.*x/test\.parquet\[11\]: has no"):
+        prepare("folder", root, 8, tmp_path / "out")
+    assert "\ntrain.parquet[11],has no image\n" in (tmp_path / ".out.partial" / "damaged.csv").read_text()
+
+
 @pytest.mark.parametrize("keep", [0, 3, 100, -20])
 def test_file_cut_short_is_named(tmp_path, keep):
     root = save(tmp_path / "x", TYPED, image=images(), label=LABELS)
@@ -237,6 +246,18 @@ def test_damage_in_the_middle_is_named_when_it_is_read(tmp_path):
     content[4:60] = b"\xff" * 56  # the first page
     (root / "train.parquet").write_bytes(content)
     with pytest.raises(UserError, match=r"train\.parquet\[0\]: damaged file"):
+        folder(root, 8).train.images.read(0)
+
+
+def test_offset_in_an_arrow_file_that_leads_elsewhere_is_refused(tmp_path):
+    root = sets.as_saved_to_disk(PICTURES, tmp_path / "x")
+    path = root / "train" / "data-00000-of-00001.arrow"
+    content = bytearray(path.read_bytes())
+    first = np.cumsum([0] + [len(picture) for picture in CONTENT[:4]]).astype("<i4").tobytes()
+    at = content.index(first)
+    content[at + 4 : at + 8] = (2**31 - 1).to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"data-00000-of-00001\.arrow\[0\]: damaged file"):
         folder(root, 8).train.images.read(0)
 
 
