@@ -78,8 +78,8 @@ class HybridAttention(Attention):
         self.windows = [Windows(*grid_size, min(options.window_size, -(-side // r)), r) for r in used]
         self.branch_names = [*(f"window r={r}" for r in used), *(["linear"] if "linear" in branches else [])]
         r = len(self.branch_names)
-        dealt = [(self.layer * num_heads + head) % r for head in range(num_heads)]
-        self.heads_of_branches = [num_heads if gated else dealt.count(branch) for branch in range(r)]
+        self.branch_of_heads = sorted((self.layer * num_heads + head) % r for head in range(num_heads))
+        self.heads_of_branches = [num_heads if gated else self.branch_of_heads.count(branch) for branch in range(r)]
         self.gate = nn.Linear(dim, r) if gated and r > 1 else None
         focused = self.head_dim * self.heads_of_branches[-1] if options.feature_map == "focused" else 0
         self.scale = nn.Parameter(torch.zeros(focused)) if focused and "linear" in branches else None
@@ -102,15 +102,21 @@ class HybridAttention(Attention):
         if context:
             mixed = weighted_sum((self.branch(i, patches, k, v) for i in range(len(self.branch_names))), context[0])
         else:
-            parts = zip(*(split(x, self.heads_of_branches, dim=1) for x in (patches, k, v)), strict=True)
-            used = [(i, qkv) for i, qkv in enumerate(parts) if self.heads_of_branches[i]]
-            mixed = join([self.branch(i, *qkv) for i, qkv in used], dim=1)
+            windows = [self.windows[i] for i in self.branch_of_heads if i < len(self.windows)]
+            sizes = [len(windows), self.num_heads - len(windows)]
+            (q_w, q_l), (k_w, k_l), (v_w, v_l) = (split(x, sizes, dim=1) for x in (patches, k, v))
+            parts = [window_attention(q_w, k_w, v_w, windows, self.dropout_p)] if sizes[0] else []
+            mixed = join([*parts, self.linear(q_l, k_l, v_l)] if sizes[1] else parts, dim=1)
         return self.after_exact_prefix(prefix, k, v, mixed)
 
     def branch(self, number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Patches' queries ``(B, h, P, d)`` and all keys and values through one branch."""
-        if number < len(self.windows):
-            return window_attention(q, k, v, self.windows[number], self.dropout_p)
+        """Patches' queries ``(B, H, P, d)`` and all keys and values through one branch in all heads."""
+        if number == len(self.windows):
+            return self.linear(q, k, v)
+        return window_attention(q, k, v, [self.windows[number]] * self.num_heads, self.dropout_p)
+
+    def linear(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Patches' queries ``(B, h, P, d)`` through the linear branch in its h heads."""
         if self.scale is not None:
             scale = F.softplus(self.scale).unflatten(0, (-1, 1, self.head_dim))
             q, k = focus(q, scale, _POWER), focus(k, scale, _POWER)
