@@ -1,7 +1,6 @@
 """Softmax attention of each patch in its window of the grid, and to the prefix tokens."""
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -96,10 +95,9 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: OfHeads, dropout_
 
 def _runs(windows: OfHeads) -> Iterator[tuple[Windows, slice]]:
     """Neighbouring heads that have the same windows."""
-    last = 0
-    for same, heads in groupby(windows):
-        first, last = last, last + len(list(heads))
-        yield same, slice(first, last)
+    starts = [head for head in range(len(windows)) if not head or windows[head] != windows[head - 1]]
+    for start, stop in zip(starts, [*starts[1:], len(windows)], strict=True):
+        yield windows[start], slice(start, stop)
 
 
 def _apart(attend: Callable[..., Tensor], windows: OfHeads, q: Tensor, k: Tensor, v: Tensor, *more: Any) -> Tensor:
