@@ -227,7 +227,8 @@ class Attention(nn.Module):
 
 def split(x: Tensor, sizes: list[int], dim: int) -> list[Tensor]:
     """Cut heads or tokens ``(B, H, N, d)`` as they lie in memory, so that gradients are put together as they lie."""
-    return [part.transpose(1, 2) for part in x.transpose(1, 2).split(sizes, dim=3 - dim)]
+    parts = x.transpose(1, 2).split(sizes, dim=3 - dim)
+    return [parts[i].transpose(1, 2) for i in range(len(sizes))]  # torch.fx cannot go through what it traces
 
 
 def join(parts: Sequence[Tensor], dim: int) -> Tensor:

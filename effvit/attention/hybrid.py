@@ -4,6 +4,7 @@ effvit's own, inspired by ACC-ViT's atrous windows and gated fusion (Ibtehaz et 
 and by linear attention (Katharopoulos et al. 2020, arXiv 2006.16236; Han et al. 2023, arXiv 2308.00442).
 """
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import torch
@@ -78,8 +79,8 @@ class HybridAttention(Attention):
         self.windows = [Windows(*grid_size, min(options.window_size, -(-side // r)), r) for r in used]
         self.branch_names = [*(f"window r={r}" for r in used), *(["linear"] if "linear" in branches else [])]
         r = len(self.branch_names)
-        dealt = [(self.layer * num_heads + head) % r for head in range(num_heads)]
-        self.heads_of_branches = [num_heads if gated else dealt.count(branch) for branch in range(r)]
+        self.branch_of_heads = sorted((self.layer * num_heads + head) % r for head in range(num_heads))
+        self.heads_of_branches = [num_heads if gated else self.branch_of_heads.count(branch) for branch in range(r)]
         self.gate = nn.Linear(dim, r) if gated and r > 1 else None
         focused = self.head_dim * self.heads_of_branches[-1] if options.feature_map == "focused" else 0
         self.scale = nn.Parameter(torch.zeros(focused)) if focused and "linear" in branches else None
@@ -100,27 +101,31 @@ class HybridAttention(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
         prefix, patches = self.split_prefix(q)
         if context:
-            mixed = weighted_sum((self.branch(i, patches, k, v) for i in range(len(self.branch_names))), context[0])
+            mixed = weighted_sum(self.branches(patches, k, v), context[0])
         else:
-            parts = zip(*(split(x, self.heads_of_branches, dim=1) for x in (patches, k, v)), strict=True)
-            used = [(i, qkv) for i, qkv in enumerate(parts) if self.heads_of_branches[i]]
-            mixed = join([self.branch(i, *qkv) for i, qkv in used], dim=1)
+            windows = [self.windows[i] for i in self.branch_of_heads if i < len(self.windows)]
+            sizes = [len(windows), self.num_heads - len(windows)]
+            (q_w, q_l), (k_w, k_l), (v_w, v_l) = (split(x, sizes, dim=1) for x in (patches, k, v))
+            parts = [window_attention(q_w, k_w, v_w, windows, self.dropout_p)] if sizes[0] else []
+            mixed = join([*parts, self.linear(q_l, k_l, v_l)] if sizes[1] else parts, dim=1)
         return self.after_exact_prefix(prefix, k, v, mixed)
 
-    def branch(self, number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Patches' queries ``(B, h, P, d)`` and all keys and values through one branch."""
-        if number < len(self.windows):
-            return window_attention(q, k, v, self.windows[number], self.dropout_p)
+    def branches(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Tensor]:
+        """Patches' queries ``(B, H, P, d)`` and all keys and values through one branch after the other."""
+        for windows in self.windows:
+            yield window_attention(q, k, v, [windows] * self.num_heads, self.dropout_p)
+        if "linear" in self.branch_names:
+            yield self.linear(q, k, v)
+
+    def linear(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Patches' queries ``(B, h, P, d)`` through the linear branch in its h heads."""
         if self.scale is not None:
             scale = F.softplus(self.scale).unflatten(0, (-1, 1, self.head_dim))
             q, k = focus(q, scale, _POWER), focus(k, scale, _POWER)
         return feature_attention(q, k, v, _FEATURES[self.options.feature_map], self.dropout_p).to(v.dtype)
 
     def mixing_macs(self) -> int:
-        """2SNC for prefix tokens; in each head of a window 2P'd(w² + S) with P' patches of the padded grid.
-
-        In each head of the linear branch Nd² + Pd² + Pd. A gate over R branches: PCR.
-        """
+        """2SNC; a head 2P'd(w² + S) with P' patches of the padded grid, or Nd² + Pd² + Pd; a gate of R branches PCR."""
         n, p, d, s = self.num_tokens, self.num_patches, self.head_dim, self.prefix_tokens
         total = 2 * s * n * self.dim
         for heads, windows in zip(self.heads_of_branches, self.windows, strict=False):

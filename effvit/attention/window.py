@@ -45,7 +45,9 @@ class WindowAttention(Attention):
         if self.is_global:
             return softmax_attention(q, k, v, self.dropout_p)
         prefix, patches = self.split_prefix(q)
-        return self.after_exact_prefix(prefix, k, v, window_attention(patches, k, v, self.windows, self.dropout_p))
+        return self.after_exact_prefix(
+            prefix, k, v, window_attention(patches, k, v, [self.windows] * self.num_heads, self.dropout_p)
+        )
 
     def mixing_macs(self) -> int:
         """2N²C where global; else 2SNC for prefix tokens and 2P'C(w² + S) with P' patches of the padded grid."""

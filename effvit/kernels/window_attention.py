@@ -1,5 +1,6 @@
 """Softmax attention of each patch in its window of the grid, and to the prefix tokens."""
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -48,18 +49,27 @@ class Windows(NamedTuple):
         return not self.shift and self.padded == (self.rows, self.columns)
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, windows: Windows, dropout_p: float = 0.0) -> Tensor:
+OfHeads = Sequence[Windows]
+"""Windows of each head."""
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, windows: OfHeads, dropout_p: float = 0.0) -> Tensor:
     """Queries of the patches ``(B, H, P, d)``, keys and values of S + P tokens to ``(B, H, P, e)``.
 
     The S prefix tokens come first and are seen by every patch. Dropout acts on the probabilities.
     """
-    patch = torch.arange(q.shape[-2], device=q.device)
-    row, column = patch // windows.columns, patch % windows.columns
-    place = torch.stack([*_place(row, windows), *_place(column, windows)])
-    sees = (place[:, :, None] == place[:, None]).all(dim=0)  # (P, P): of one phase and one window
-    sees = torch.cat([sees.new_ones(len(sees), k.shape[-2] - len(sees)), sees], dim=1)
+    sees = torch.stack([_sees(of_head, q.device) for of_head in windows])
+    sees = F.pad(sees, (k.shape[-2] - q.shape[-2], 0), value=True)
     scores = ((q * q.shape[-1] ** -0.5) @ k.mT).masked_fill(~sees, float("-inf"))
     return F.dropout(scores.softmax(dim=-1), dropout_p) @ v
+
+
+def _sees(windows: Windows, device: torch.device) -> Tensor:
+    """Whether patches are of one phase and one window, ``(P, P)``."""
+    patch = torch.arange(windows.rows * windows.columns, device=device)
+    row, column = patch // windows.columns, patch % windows.columns
+    place = torch.stack([*_place(row, windows), *_place(column, windows)])
+    return (place[:, :, None] == place[:, None]).all(dim=0)
 
 
 def _place(position: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
@@ -69,11 +79,11 @@ def _place(position: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
 
 
 @choice.primitive
-def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: Windows, dropout_p: float = 0.0) -> Tensor:
+def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: OfHeads, dropout_p: float = 0.0) -> Tensor:
     """`reference` window by window."""
     if policy.ONLY_REFERENCE or choice.in_forward_mode():
         return reference(q, k, v, windows, dropout_p)
-    few = windows.size**2 + k.shape[-2] - q.shape[-2] <= _FEW
+    few = max(of_head.size for of_head in windows) ** 2 + k.shape[-2] - q.shape[-2] <= _FEW
     if few and choice.on_cpu(q, k, v):
         return written_out(q, k, v, windows, dropout_p)
     if q.device.type == "cpu" and v.dtype in (torch.bfloat16, torch.float16):
@@ -83,8 +93,31 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: Windows, dropout_
     return by_reshape(q, k, v, windows, dropout_p)
 
 
-def by_reshape(q: Tensor, k: Tensor, v: Tensor, windows: Windows, dropout_p: float = 0.0) -> Tensor:
+def _runs(windows: OfHeads) -> Iterator[tuple[Windows, slice]]:
+    """Neighbouring heads that have the same windows."""
+    starts = [head for head in range(len(windows)) if not head or windows[head] != windows[head - 1]]
+    for start, stop in zip(starts, [*starts[1:], len(windows)], strict=True):
+        yield windows[start], slice(start, stop)
+
+
+def _apart(attend: Callable[..., Tensor], windows: OfHeads, q: Tensor, k: Tensor, v: Tensor, *more: Any) -> Tensor:
+    """Attend with each run of heads by itself."""
+    runs = [(same, heads) for same, heads in _runs(windows)]
+    sizes = [heads.stop - heads.start for _, heads in runs]
+    # Cut and joined as tokens lie in memory, with a token's heads side by side.
+    parts = zip(*(x.transpose(1, 2).split(sizes, dim=2) for x in (q, k, v)), strict=True)
+    mixed = [
+        attend(*(x.transpose(1, 2) for x in part), [same] * size, *more).transpose(1, 2)
+        for (same, _), size, part in zip(runs, sizes, parts, strict=True)
+    ]
+    return torch.cat(mixed, dim=2).transpose(1, 2)
+
+
+def by_reshape(q: Tensor, k: Tensor, v: Tensor, of_heads: OfHeads, dropout_p: float = 0.0) -> Tensor:
     """Windows as parts of the grid's own shape: nothing is gathered, and no gradient is scattered."""
+    if len(set(of_heads)) > 1:
+        return _apart(by_reshape, of_heads, q, k, v, dropout_p)
+    windows = of_heads[0]
     heads, prefix = q.shape[1], k.shape[-2] - q.shape[-2]
     mask = _mask(windows, heads, prefix, q.device)
     keys, values = (_with_prefix(tokens, prefix, windows) for tokens in (k, v))
@@ -164,71 +197,91 @@ def _with_prefix(tokens: Tensor, prefix: int, windows: Windows) -> Tensor:
     return torch.cat([of_prefix, patches], dim=2)
 
 
-def written_out(q: Tensor, k: Tensor, v: Tensor, windows: Windows, dropout_p: float = 0.0) -> Tensor:
-    """Each window's probabilities in memory: over so few tokens products are faster than PyTorch's kernel."""
+def written_out(q: Tensor, k: Tensor, v: Tensor, windows: OfHeads, dropout_p: float = 0.0) -> Tensor:
+    """Each window's probabilities in memory: over so few tokens products are faster than PyTorch's kernel.
+
+    Heads with as many windows of the same size are one batch, wherever those lie.
+    """
+    if len({(of_head.number, of_head.size) for of_head in windows}) > 1:
+        return _apart(written_out, windows, q, k, v, dropout_p)
     prefix = k.shape[-2] - q.shape[-2]
     with choice.without_autocast(q):
         queries, keys, values = (Gather.apply(x, s, windows) for x, s in ((q, 0), (k, prefix), (v, prefix)))
         # A column for each query: rows of w² + 1 numbers would leave a rest to every vector instruction.
         scores = torch.baddbmm(queries.new_zeros(1), keys, queries.mT, beta=0, alpha=q.shape[-1] ** -0.5)
-        if (mask := _mask(windows, 1, prefix, q.device)) is not None:
-            of_samples = scores.unflatten(0, (-1, windows.number)).masked_fill(~mask.mT, float("-inf"))
+        if not all(of_head.tile for of_head in windows):
+            mask = torch.cat([_whole_mask(of_head, prefix, q.device) for of_head in windows], dim=1)
+            of_samples = scores.unflatten(0, (-1, mask.shape[1])).masked_fill(~mask.mT, float("-inf"))
             scores = of_samples.flatten(0, 1)
         y = torch.bmm(F.dropout(scores.softmax(dim=-2), dropout_p).mT, values)
-        return Scatter.apply(y, q.shape[1], 0, windows, v.dtype)
+        return Scatter.apply(y, 0, windows, v.dtype)
+
+
+def _whole_mask(windows: Windows, prefix: int, device: torch.device) -> Tensor:
+    """`_mask` of one head, ``(1, windows, w², S + w²)``, also where all is seen."""
+    mask = _mask(windows, 1, prefix, device)
+    size = windows.size**2
+    if mask is None:
+        mask = torch.ones(1, windows.number, 1, prefix + size, dtype=torch.bool, device=device)
+    return mask.expand(-1, -1, size, -1)
 
 
 class Gather(torch.autograd.Function):
     """`gather`, whose transpose is `scatter`: PyTorch's own would zero and add to whole tensors part by part."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, prefix: int, windows: Windows) -> Tensor:
-        ctx.heads, ctx.prefix, ctx.windows, ctx.dtype = x.shape[1], prefix, windows, x.dtype
+    def forward(ctx: Any, x: Tensor, prefix: int, windows: OfHeads) -> Tensor:
+        ctx.prefix, ctx.windows, ctx.dtype = prefix, windows, x.dtype
         return gather(x, prefix, windows)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return Scatter.apply(gradients[0], ctx.heads, ctx.prefix, ctx.windows, ctx.dtype), None, None
+        return Scatter.apply(gradients[0], ctx.prefix, ctx.windows, ctx.dtype), None, None
 
 
 class Scatter(torch.autograd.Function):
     """`scatter`, whose transpose is `gather`."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, heads: int, prefix: int, windows: Windows, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, y: Tensor, prefix: int, windows: OfHeads, dtype: torch.dtype) -> Tensor:
         ctx.prefix, ctx.windows = prefix, windows
-        return scatter(y, heads, prefix, windows, dtype)
+        return scatter(y, prefix, windows, dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return Gather.apply(gradients[0], ctx.prefix, ctx.windows), None, None, None, None
+        return Gather.apply(gradients[0], ctx.prefix, ctx.windows), None, None, None
 
 
-def gather(x: Tensor, prefix: int, windows: Windows) -> Tensor:
+def gather(x: Tensor, prefix: int, of_heads: OfHeads) -> Tensor:
     """Tokens ``(B, H, S + P, e)`` to a copy for each window, ``(B H windows, S + w², e)``, float32 or more."""
     samples, heads, _, e = x.shape
-    w, dtype = windows.size, torch.promote_types(x.dtype, torch.float32)
-    copies = torch.empty(samples * heads * windows.number, prefix + w * w, e, dtype=dtype, device=x.device)
-    by_window = copies.view(samples, heads, *_parts(windows), prefix + w * w, e)
-    by_window[..., prefix:, :].unflatten(-2, (w, w)).copy_(_as_windows(_on_grid(x[:, :, prefix:], windows), windows))
-    by_window[..., :prefix, :] = x[:, :, None, None, None, None, :prefix]
+    w, number, dtype = of_heads[0].size, of_heads[0].number, torch.promote_types(x.dtype, torch.float32)
+    copies = torch.empty(samples * heads * number, prefix + w * w, e, dtype=dtype, device=x.device)
+    by_head = copies.view(samples, heads, number, prefix + w * w, e)
+    for windows, mine in _runs(of_heads):
+        parts = by_head[:, mine, :, prefix:].unflatten(2, _parts(windows)).unflatten(-2, (w, w))
+        parts.copy_(_as_windows(_on_grid(x[:, mine, prefix:], windows), windows))
+    by_head[..., :prefix, :] = x[:, :, None, :prefix]
     return copies
 
 
-def scatter(y: Tensor, heads: int, prefix: int, windows: Windows, dtype: torch.dtype) -> Tensor:
+def scatter(y: Tensor, prefix: int, of_heads: OfHeads, dtype: torch.dtype) -> Tensor:
     """The transpose of `gather`, with sums over the copies of prefix tokens: ``(B, H, S + P, e)``, heads inside."""
-    w, e, (rows, columns) = windows.size, y.shape[-1], windows.padded
-    by_window = y.view(-1, heads, *_parts(windows), *y.shape[1:])
-    samples, patches = len(by_window), windows.rows * windows.columns
-    x = y.new_empty(samples, prefix + patches, heads, e, dtype=dtype).transpose(1, 2)
-    whole = x[:, :, prefix:] if windows.tile else y.new_empty(samples, rows * columns, heads, e).transpose(1, 2)
-    grid = whole.unflatten(2, (rows, columns))
-    _as_windows(grid, windows).copy_(by_window[..., prefix:, :].unflatten(-2, (w, w)))
-    if not windows.tile:
+    first, heads, e = of_heads[0], len(of_heads), y.shape[-1]
+    by_head = y.view(-1, heads, first.number, *y.shape[1:])
+    x = y.new_empty(len(by_head), prefix + first.rows * first.columns, heads, e, dtype=dtype).transpose(1, 2)
+    for windows, mine in _runs(of_heads):
+        parts = by_head[:, mine, :, prefix:].unflatten(2, _parts(windows)).unflatten(-2, (windows.size,) * 2)
+        place = x[:, mine, prefix:]
+        if windows.tile:
+            _as_windows(place.unflatten(2, windows.padded), windows).copy_(parts)
+            continue
+        grid = y.new_empty(len(place), *windows.padded, place.shape[1], e).permute(0, 3, 1, 2, 4)
+        _as_windows(grid, windows).copy_(parts)
         shift = windows.shift * windows.dilation
         moved = grid.roll((shift, shift), dims=(2, 3)) if shift else grid
-        x[:, :, prefix:] = moved[:, :, : windows.rows, : windows.columns].flatten(2, 3)
-    x[:, :, :prefix] = by_window[..., :prefix, :].sum(dim=(2, 3, 4, 5))
+        place.copy_(moved[:, :, : windows.rows, : windows.columns].flatten(2, 3))
+    x[:, :, :prefix] = by_head[..., :prefix, :].sum(dim=2)
     return x
 
 

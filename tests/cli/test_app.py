@@ -77,7 +77,7 @@ def test_every_command_and_option_is_explained(effvit):
         (["nonsense"], "No such command 'nonsense'"),
         (["export", "--model-dir", "m", "--output", "a.onnx", "--format", "torch"], "'onnx', 'timm', 'transformers'"),
         (["bench-peers", "--output-dir", "o", "--dtype", "int8"], "'float32', 'bfloat16'"),
-        (["trian"], "Did you mean 'train'?"),
+        (["trian"], "Did you mean 'train'"),
         (["scaling", "--attention", "fused", "--output-dir", "o", "--tokens", "197,many"], "197 or 197,577"),
         (["bench-peers", "--output-dir", "o", "--attention", "fused,,linformer"], "'--attention'"),
     ],

@@ -76,10 +76,14 @@ CASES = {
     "window_attention": [
         (heads(rows * columns, prefix + rows * columns, e=5), lambda dtype, w=w: (w,))
         for w in (
-            *(Windows(4, 6, 2), Windows(5, 7, 2, 2), Windows(3, 4, 4), Windows(6, 6, 3, 2), Windows(5, 1, 2, 3)),
-            *(Windows(4, 6, 2, shift=1), Windows(5, 7, 3, shift=1), Windows(7, 6, 2, 2, shift=1)),
+            *([w] * 3 for w in (Windows(4, 6, 2), Windows(5, 7, 2, 2), Windows(3, 4, 4), Windows(6, 6, 3, 2))),
+            *([w] * 3 for w in (Windows(5, 1, 2, 3), Windows(4, 6, 2, shift=1), Windows(5, 7, 3, shift=1))),
+            *([w] * 3 for w in (Windows(7, 6, 2, 2, shift=1),)),
+            [Windows(4, 4, 2), Windows(4, 4, 2, 2), Windows(4, 4, 2, 2)],  # as many of the same size
+            [Windows(5, 5, 3), Windows(5, 5, 3, 2), Windows(5, 5, 3, shift=1)],
+            [Windows(7, 6, 2), Windows(7, 6, 2, shift=1), Windows(7, 6, 2)],
         )
-        for rows, columns in [(w.rows, w.columns)]
+        for rows, columns in [(w[0].rows, w[0].columns)]
         for prefix in (0, 1, 5)
     ],
 }
