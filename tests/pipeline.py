@@ -104,10 +104,11 @@ def _scratch(directory: Path) -> Repository:
         recipe.write_text(re.sub(rf"^{key}:.*", f"{key}: {value}", recipe.read_text(), flags=re.MULTILINE))
     (path / "conf/model/tiny.yaml").write_text(MODEL)
     (path / "conf/attention/all.yaml").write_text(f"defaults: [{', '.join(MECHANISMS)}]\n")
-    config = yaml.safe_load((path / "conf/config.yaml").read_text())
+    measure = path / "conf/measure/cpu.yaml"
+    config = yaml.safe_load(measure.read_text())
     config["benchmark"] |= BENCHMARK
     config["scaling"] |= SCALING
-    (path / "conf/config.yaml").write_text(yaml.safe_dump(config))
+    measure.write_text(f"# @package _global_\n{yaml.safe_dump(config)}")
     made.run("python -m stages.params")
     made.commit("base")
     return made

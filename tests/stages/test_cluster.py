@@ -21,7 +21,7 @@ NEW = [f"digits-{name}-1" for name in MECHANISMS]  # of a second seed, which has
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     made = copy_of_study(tmp_path_factory, "cluster")
-    made.edit("conf/config.yaml", "seeds:\n- 0", "seeds:\n- 0\n- 1")
+    made.edit("conf/config.yaml", "seeds: [0]", "seeds: [0, 1]")
     made.run("python -m stages.params")
     remote = tmp_path_factory.mktemp("remote")
     made.run(f"dvc remote add --default shared {remote} && dvc push --quiet")
