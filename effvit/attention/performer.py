@@ -21,7 +21,7 @@ _LAST_DRAW = 0.8  # of a run: after that the learning rate is too low for the we
 class PerformerOptions(AttentionOptions):
     """m random features, the kernel they estimate, and every how many training steps they are drawn anew.
 
-    0: never. In the last fifth of a run they stay as they are.
+    0: never. In the last fifth of a run none are drawn.
     """
 
     num_features: int = Field(32, ge=1, le=2**16)

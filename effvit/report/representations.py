@@ -47,7 +47,7 @@ def _similarity(cka: pd.DataFrame) -> Iterator[str]:
 
 
 def closest(fidelity: pd.DataFrame) -> pd.DataFrame:
-    """Of each approximate mechanism the size with the least error among those cheaper than exact attention.
+    """Of each approximate mechanism the size with the lowest error among those cheaper than exact attention.
 
     On the trained model's q, k, v, or on random ones where there is no trained model; errors are means over layers.
     """

@@ -1,4 +1,4 @@
-"""Independent commands, several at a time, each with its own device; what each says is told line by line."""
+"""Independent commands, several at a time, each with its own device; each line of output names its command."""
 
 import os
 import signal
