@@ -139,7 +139,14 @@ def imported(tmp_path_factory):
 
 
 def test_stages_are_those_of_the_study():
-    files = {path.stem for path in (ROOT / "stages").glob("*.py")} - {"__init__", "study", "params", "tables", "jobs", "restore"}
+    files = {path.stem for path in (ROOT / "stages").glob("*.py")} - {
+        "__init__",
+        "study",
+        "params",
+        "tables",
+        "jobs",
+        "restore",
+    }
     assert set(STAGES) == files
     for stage, content in STAGES.items():
         assert content["cmd"].startswith(f"python -m stages.{stage}")
