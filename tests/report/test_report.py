@@ -184,7 +184,8 @@ def test_several_data_sets_without_optional_tables_have_a_section_each(browser, 
     page = browser.new_page()
     page.goto((arguments["output_dir"] / "index.html").as_uri())
     assert page.locator(".interactive").count() == 3
-    assert page.locator("article").first.locator("h4").all_inner_texts() == ["digits", "cifar10"]
+    headings = page.locator("article").first.locator("h4").all_inner_texts()
+    assert headings == ["digits", "Accuracy and cost", "cifar10", "Accuracy and cost"]
     assert page.locator(".absent").count() > 0
     page.close()
 
