@@ -10,8 +10,9 @@ from effvit.cli.app import app
 from effvit.errors import UserError
 from effvit.figures.peers import peer_ratios
 from effvit.measure import peers
-from effvit.measure.peers import Point, build_ours, compare_with_peer, parse_width, require_peers
+from effvit.measure.peers import Point, build_ours, compare_with_peer, require_peers
 from effvit.measure.public import PEERS, PLAIN
+from effvit.measure.subject import parse_width
 
 pytestmark = pytest.mark.slow
 
