@@ -69,7 +69,8 @@ def apply(device: torch.device, *, deterministic: bool, tf32: bool = True) -> No
         deterministic: whether the same input gives the same bytes, by slower kernels where need be.
         tf32: whether float32 products and convolutions on a GPU may round their factors to TF32 (10 bits).
     """
-    torch.use_deterministic_algorithms(deterministic)
+    # use_deterministic_algorithms would also load Inductor, for 1.6 s: `compile_blocks` does that where it is used.
+    torch.set_deterministic_debug_mode("error" if deterministic else "default")
     # Every buffer here is written before it is read.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if device.type != "cuda":
@@ -83,14 +84,14 @@ def apply(device: torch.device, *, deterministic: bool, tf32: bool = True) -> No
 @contextmanager
 def kept() -> Iterator[None]:
     """Undo afterwards whatever `apply` changes meanwhile."""
-    strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    mode = torch.get_deterministic_debug_mode()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(strict, warn_only=warn)
+        torch.set_deterministic_debug_mode(mode)
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.cuda.enable_cudnn_sdp(cudnn)

@@ -21,6 +21,7 @@ def compile_blocks(model: nn.Module, how: str, device: torch.device) -> None:
         return
     if how == "graphs" and device.type != "cuda":
         raise UserError("compile=graphs: needs a CUDA device; try on")
+    torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled())  # and so does generated code
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, _MOST_VARIANTS)
     mode = "reduce-overhead" if how == "graphs" else "default"
