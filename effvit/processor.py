@@ -1,6 +1,7 @@
 """Which processor this is, for what depends on it: the faster of two kernels, and the provenance of a measurement."""
 
 import functools
+import os
 import platform
 import re
 import subprocess
@@ -37,6 +38,11 @@ def processor_name() -> str:
             numbers = (f"{field.removeprefix('cpu ').removeprefix('CPU ')} {cpu[field]}" for field in fields)
             return f"{name} ({', '.join(numbers)})"
     return name
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _apples_name() -> str:

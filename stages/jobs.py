@@ -7,6 +7,7 @@ import sys
 import torch
 
 from effvit.errors import UserError, one_line_errors
+from effvit.processor import cores
 from effvit.study.jobs import devices, run_all
 from stages import study
 
@@ -27,7 +28,7 @@ def main() -> int:
                 # DVCs take turns at dvc.lock and at looking for what changed; while a stage runs, none waits.
                 repro = [*DVC, "--wait-for-lock", "repro", "--single-item", f"train@{cell}", f"evaluate@{cell}"]
                 commands[cell] = repro
-    places = devices(min(count, len(commands)), _gpus(), _cores())
+    places = devices(min(count, len(commands)), _gpus(), cores())
     failed = run_all(commands, places, lambda line: print(line, flush=True))
     for cell, (status, lines) in failed.items():
         print(f"\n{cell} failed (exit status {status}); its last lines:", *lines, sep="\n  ", file=sys.stderr)
@@ -46,10 +47,6 @@ def _gpus() -> list[str]:
     if visible is not None:
         return [name for name in visible.split(",") if name.strip()] if torch.cuda.is_available() else []
     return [str(index) for index in range(torch.cuda.device_count())]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

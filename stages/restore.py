@@ -19,4 +19,6 @@ with Repo() as repo, repo.lock:
         with modify_yaml("dvc.lock") as lock:
             for name in dict.fromkeys(absent):
                 del lock["stages"][name]
-        print(f"{len(set(absent))} results in dvc.lock are of another machine: looking for this one's in DVC's cache")
+        print(
+            f"dvc.lock: {len(set(absent))} stages whose results are not here, this machine's own are used where it has some"
+        )

@@ -75,6 +75,7 @@ def prepare(
     import time
 
     from effvit.data import preparing
+    from effvit.processor import cores
 
     start = time.perf_counter()
     prepared = preparing.prepare(
@@ -84,7 +85,7 @@ def prepare(
         output_dir,
         classes=classes,
         num_classes=num_classes,
-        workers=workers or _cores(),
+        workers=workers or cores(),
         skip_damaged=skip_damaged,
         test_share=test_share,
         label_level=label_level,
@@ -93,12 +94,6 @@ def prepare(
     )
     typer.echo(_describe(prepared))
     typer.echo(f"written to {output_dir} in {time.perf_counter() - start:.1f} s")
-
-
-def _cores() -> int:
-    import os
-
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _describe(prepared: "PreparedDataset") -> str:

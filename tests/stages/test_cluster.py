@@ -119,7 +119,7 @@ def test_another_machines_lock_file_does_not_train_again_what_the_run_cache_has(
     path.write_text(yaml.safe_dump(lock, sort_keys=False))
     assert stages_run(repository.run(f"dvc repro --dry --single-item {cell}")) == {cell}  # what DVC would do
     said = repository.run("python -m stages.restore")
-    assert "1 results in dvc.lock are of another machine" in said
+    assert "dvc.lock: 1 stages whose results are not here" in said
     assert stages_run(repository.run(f"dvc repro --single-item {cell}")) == set()
     assert repository.run("python -m stages.restore") == ""
     assert (ROOT / "Makefile").read_text().count("python -m stages.restore") == 1
