@@ -19,6 +19,5 @@ with Repo() as repo, repo.lock:
         with modify_yaml("dvc.lock") as lock:
             for name in dict.fromkeys(absent):
                 del lock["stages"][name]
-        print(
-            f"dvc.lock: {len(set(absent))} stages whose results are not here, this machine's own are used where it has some"
-        )
+        count = len(set(absent))
+        print(f"dvc.lock: {count} stages whose results are not here; this machine's own come from DVC's cache")
