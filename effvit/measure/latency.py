@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import stats
-from scipy.special import bdtr
 
 from effvit.measure.memory import no_garbage_collection
 
@@ -73,6 +71,8 @@ def median_interval(samples: list[float]) -> float:
 
     The interval lies between two order statistics, hence needs no assumption about how times are distributed.
     """
+    from scipy.special import bdtr  # SciPy is slow to import, and processes that only run calls need no interval
+
     n = len(samples)
     outside = int(np.count_nonzero(bdtr(np.arange(n), n, 0.5) <= 0.025))  # samples left out on either side
     if outside == 0:
@@ -98,6 +98,8 @@ def paired_interval(samples: NDArray[np.float64], baseline: NDArray[np.float64])
     From six rounds on it lies between two order statistics, hence needs no assumption about how ratios are distributed;
     fewer have no such interval, and the one given is Student's t of their logarithms.
     """
+    from scipy import stats  # see above
+
     ratios = samples / baseline
     interval: Any = stats.quantile_test(ratios, p=0.5).confidence_interval(0.95)
     if np.isfinite([interval.low, interval.high]).all():

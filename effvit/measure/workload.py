@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from effvit.measure.latency import Call
 from effvit.model.vit import ViT
 
 if TYPE_CHECKING:
     from effvit.measure.execution import Execution
-    from effvit.measure.latency import Call  # imports SciPy, which a process that only runs calls can do without
 
 
-def inference(model: ViT, batch_size: int, device: torch.device, how: "Execution | None" = None) -> "Call":
+def inference(model: ViT, batch_size: int, device: torch.device, how: "Execution | None" = None) -> Call:
     """Forward pass of ``batch_size`` random images; puts the model into eval mode."""
     model.eval()
     images = _images(model, batch_size, device)
@@ -49,7 +49,7 @@ def training_step(
     batch_size: int,
     device: torch.device,
     how: "Execution | None" = None,
-) -> "Call":
+) -> Call:
     """Forward, backward and optimiser step on ``batch_size`` random images; puts the model into training mode."""
     model.train()
     images = _images(model, batch_size, device)
@@ -67,7 +67,7 @@ def training_step(
     return call
 
 
-def block_forward(block: nn.Module, tokens: torch.Tensor, how: "Execution | None" = None) -> "Call":
+def block_forward(block: nn.Module, tokens: torch.Tensor, how: "Execution | None" = None) -> Call:
     """Forward pass of a block on tokens ``(B, N, C)``; puts the block into eval mode."""
     block.eval()
 
@@ -81,7 +81,7 @@ def block_forward(block: nn.Module, tokens: torch.Tensor, how: "Execution | None
     return call
 
 
-def block_training(block: nn.Module, tokens: torch.Tensor, how: "Execution | None" = None) -> "Call":
+def block_training(block: nn.Module, tokens: torch.Tensor, how: "Execution | None" = None) -> Call:
     """Forward and backward pass, down to the tokens as inside a model; puts the block into training mode."""
     block.train()
     tokens = tokens.detach().requires_grad_()

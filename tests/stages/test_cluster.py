@@ -3,6 +3,7 @@
 The tests share one repository and run in the order in which they stand.
 """
 
+import hashlib
 import shutil
 import subprocess
 import time
@@ -43,6 +44,31 @@ def results(repository: Repository) -> dict[str, bytes]:
         for folder, file in (("models", "model.safetensors"), ("metrics/cells", "evaluate/evaluation.json"))
     ]
     return {str(file): (repository.path / file).read_bytes() for file in files}
+
+
+def objects(repository: Repository) -> dict[str, bytes]:
+    """What the remote holds, by the digest under which it is there."""
+    remote = repository.run("dvc config remote.shared.url").strip()
+    return {path.parent.name + path.stem: path.read_bytes() for path in Path(remote, "files/md5").glob("*/*")}
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0 if shutil.which("unshare") else True,
+    reason="a small file system needs `unshare -rm`, which is not allowed here",
+)
+def test_a_full_disk_on_one_machine_loses_its_cell_alone(
+    repository: Repository, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    full = clone(repository, tmp_path_factory.mktemp("full") / "effvit")
+    before = objects(repository)
+    small = f"mkdir models && mount -t tmpfs -o size=24k none models && dvc repro --pull train@{NEW[0]}"
+    said = full.run(f"unshare -rm sh -c '{small}'", fails=True)
+    assert "No space left on device (free some space and run again)" in said and "Traceback" not in said
+    assert [path for path in (full.path / "models").rglob("*") if path.is_file()] == []
+    full.run(f"dvc push --quiet --run-cache --with-deps train@{NEW[0]}")
+    after = objects(repository)
+    assert before.items() <= after.items()
+    assert all(hashlib.md5(content).hexdigest() == digest for digest, content in after.items())
 
 
 def test_each_machine_runs_its_cells_and_a_third_only_fetches_them(
