@@ -20,6 +20,12 @@ from effvit.measure.workload import block_training
 pytestmark = pytest.mark.slow
 
 GRID, TOKENS, WIDTH, HEADS = (3, 5), 16, 12, 3
+COMPILED = (
+    "linformer",
+    "performer",
+    "nystromformer",
+    "hybrid",
+)  # their kernels are those of all; g++ takes seconds each
 # Whose rows are weighted means of the values.
 SOFT = ("standard", "fused", "performer", "hybrid", "linear", "focused", "agent", "pooled", "window", "uniform")
 
@@ -203,7 +209,7 @@ def test_it_compiles_without_a_graph_break_and_gives_the_same_output_and_gradien
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no compiler here")
-@pytest.mark.parametrize("name, options", FIRST)
+@pytest.mark.parametrize("name, options", [case for case in FIRST if case[0] in COMPILED])
 def test_the_generated_code_gives_the_same_output_and_gradients(name, options):
     check_close(*compiled_and_eager(name, options, "inductor"))
 

@@ -53,7 +53,9 @@ def objects(repository: Repository) -> dict[str, bytes]:
 
 
 @pytest.mark.skipif(
-    subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0 if shutil.which("unshare") else True,
+    subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0
+    if shutil.which("unshare")
+    else True,
     reason="a small file system needs `unshare -rm`, which is not allowed here",
 )
 def test_a_full_disk_on_one_machine_loses_its_cell_alone(

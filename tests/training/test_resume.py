@@ -101,7 +101,7 @@ began = time.monotonic()
 assert end(start("whole")) == 0
 step = (time.monotonic() - began) / steps("whole")
 moments = random.Random(0)
-for killed in range(20):
+for killed in range(10):
     wanted = moments.randrange(10)  # by steps, so that the run is not over however fast it gets
     until = steps("killed") + wanted
     child = start("killed", checkpoint_s=1e9 if killed % 2 else 0.0, most=wanted + 2)
@@ -123,7 +123,7 @@ def files(directory):
     return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
 
 
-def test_twenty_kills_change_no_byte(tmp_path, digits_dir):
+def test_ten_kills_change_no_byte(tmp_path, digits_dir):
     model = {"image_size": 16, "attention": "performer", "attention_options": {"num_features": 8, "redraw_every": 7}}
     model |= TINY | {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
     job = json.dumps({"dataset": str(digits_dir), "model": model, "recipe": EVERYTHING})
