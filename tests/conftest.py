@@ -24,12 +24,13 @@ TINY = {
 TINY_FLAGS = [word for key, value in TINY.items() for word in (f"--{key.replace('_', '-')}", str(value))]
 
 
-# Files of more than half a minute. By the time of the third there is the study that the first makes and both use.
+# Files of more than half a minute. By the time of the fourth there is the study that the first makes and three use.
 LONGEST = (
     "test_reproduction.py",
     "test_contract.py",
-    "test_experiments.py",
     "test_resume.py",
+    "test_experiments.py",
+    "test_cluster.py",
     "test_parallel.py",
     "test_report.py",
     "test_real_imagenet.py",

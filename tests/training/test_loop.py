@@ -368,7 +368,7 @@ def test_bfloat16_keeps_weights_in_float32_and_learns(digits, tiny_config):
 def test_compiled_model_has_the_losses_of_the_eager_one(digits, tiny_config, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     config = tiny_config(num_hidden_layers=1)
-    one_shape = {"epochs": 3, "batch_size": 5000}
+    one_shape = {"epochs": 2, "batch_size": 5000}
     eager, _ = epochs_of(config, digits, **one_shape)
     compiled, training = epochs_of(config, digits, **one_shape, compile="on")
     for ours, expected in zip(compiled, eager, strict=True):
