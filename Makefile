@@ -61,7 +61,7 @@ hybrid-search: env ## forms of the hybrid and what they are compared with: an ex
 params: env ## compose params.yaml from conf/
 	$(BIN)/python -m stages.params
 
-tables: env ## tables of docs/machines and docs/hybrid-search into README.md and the pages of docs
+tables: env ## tables of docs/machines and docs/hybrid-search, and launches, into README.md and the pages of docs
 	$(BIN)/python -m stages.tables
 
 lint: env ## format, lint and types

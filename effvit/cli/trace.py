@@ -47,7 +47,7 @@ def trace(
     from effvit.errors import UserError
     from effvit.measure.compare import require_positive
     from effvit.measure.subject import Block, parse_width
-    from effvit.measure.trace import MOST_BACKWARD, MOST_FORWARD, MOST_RATIO, Traced, over_budget, trace_block
+    from effvit.measure.trace import MOST_BACKWARD, MOST_FORWARD, MOST_RATIO, Traced, shown, trace_block
 
     require_positive(batch_size=batch_size)
     names = attention or list(available_attention())
@@ -66,28 +66,19 @@ def trace(
     for heading in ("launches", "backward", "GB", "backward", "x minimum"):
         table.add_column(heading, justify="right")
     for name, found in traced.items():
-        over = over_budget(found)
-        cells = {
-            "forward": str(found.forward.launches),
-            "backward": str(found.backward.launches),
-            "forward bytes": f"{found.forward.bytes / 1e9:.2f}",
-            "backward bytes": f"{found.backward.bytes / 1e9:.2f}",
-            "bytes": f"{found.ratio:.1f}",
-        }
-        table.add_row(name, *(cell + ("*" if what in over else "") for what, cell in cells.items()))
+        table.add_row(name, *(cell + "*" * above for cell, above in shown(found)))
     console = Console()
     console.print(table)
-    if len(traced) == 1:
-        (found,) = traced.values()
-        for which, passed in (("forward", found.forward), ("backward", found.backward)):
-            sizes: Counter[str] = Counter()
-            for name, size in passed.calls:
-                sizes[name] += size
-            counts = Counter(name for name, _ in passed.calls)
-            lines = Table(title=which)
-            lines.add_column("operator", no_wrap=True)
-            lines.add_column("launches", justify="right")
-            lines.add_column("MB", justify="right")
-            for name, size in sizes.most_common():
-                lines.add_row(name, str(counts[name]), f"{size / 1e6:,.1f}")
-            console.print(lines)
+    if len(traced) > 1:
+        return
+    for which, passed in (("forward", found.forward), ("backward", found.backward)):
+        counts, sizes = Counter(name for name, _ in passed.calls), Counter[str]()
+        for name, size in passed.calls:
+            sizes[name] += size
+        table = Table(title=which)
+        table.add_column("operator", no_wrap=True)
+        for heading in ("launches", "MB"):
+            table.add_column(heading, justify="right")
+        for name, size in sizes.most_common():
+            table.add_row(name, str(counts[name]), f"{size / 1e6:,.1f}")
+        console.print(table)

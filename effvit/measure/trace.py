@@ -95,14 +95,15 @@ class Traced:
         return (self.forward.bytes + self.backward.bytes) / self.least_bytes
 
 
-def over_budget(traced: Traced) -> set[str]:
-    """What of ``forward`` and ``backward`` (launches) and ``bytes`` is above the budget."""
-    above = {
-        "forward": traced.forward.launches > MOST_FORWARD,
-        "backward": traced.backward.launches > MOST_BACKWARD,
-        "bytes": traced.ratio > MOST_RATIO,
-    }
-    return {what for what, is_above in above.items() if is_above}
+def shown(traced: Traced) -> list[tuple[str, bool]]:
+    """Launches forward and backward, GB forward and backward, the ratio; each with whether it is above the budget."""
+    return [
+        (str(traced.forward.launches), traced.forward.launches > MOST_FORWARD),
+        (str(traced.backward.launches), traced.backward.launches > MOST_BACKWARD),
+        (f"{traced.forward.bytes / 1e9:.2f}", False),
+        (f"{traced.backward.bytes / 1e9:.2f}", False),
+        (f"{traced.ratio:.1f}", traced.ratio > MOST_RATIO),
+    ]
 
 
 def trace_block(block: Block, tokens: int, batch_size: int, *, bfloat16: bool) -> Traced:
