@@ -56,11 +56,12 @@ class Size:
     mechanisms: tuple[str, ...]
     blocks: dict[str, str]  # options of `effvit scaling`
     compiled: dict[str, str]
+    peers: dict[str, str]  # options of `effvit bench-peers`
     images: dict[str, tuple[int, ...]]  # sizes in pixels for each model; with the first one it is trained
     batch_size: int
     budget_s: float  # of a measurement
     cells: tuple[str, ...]  # settings of the trainings, as after -S
-    minutes: tuple[float, float, float, float]
+    minutes: dict[str, float]  # of each part
 
 
 _BLOCKS = {
@@ -74,21 +75,29 @@ FULL = Size(
     mechanisms=available_attention(),
     blocks=_BLOCKS | {"tokens": "197,401,1025,2305,4097,16385,65537", "precision": "bfloat16", "budget-s": "0.05"},
     compiled=_BLOCKS | {"tokens": "1025,4097", "precision": "bfloat16", "execution": "compiled", "budget-s": "0.05"},
+    peers={
+        "width": "384x6",
+        "tokens": "197,1025,4097",
+        "dtype": "bfloat16",
+        "tokens-per-batch": "65536",
+        "budget-s": "0.2",
+    },
     images={"tiny": (32, 64), "small": (32, 64), "deit_tiny": (224, 448), "deit_small": (224, 448)},
     batch_size=128,
     budget_s=10.0,
     cells=("dataset=cifar10", "model=small", "attention=field", "train=long", "train.epochs=100", "seeds=[0,1,2]"),
-    minutes=(5, 3, 4, 8),
+    minutes={"blocks": 5, "compiled": 2, "peers": 2, "models": 4, "cells": 7},
 )
 DRY = Size(
     mechanisms=("linear",),
     blocks={"tokens": "17", "width": "16x2", "hidden-size": "16", "budget-s": "0.01", "tokens-per-batch": "34"},
     compiled={},
+    peers={},
     images={"tiny": (16,)},
     batch_size=64,
     budget_s=0.1,
     cells=("dataset=digits", "attention=[uniform]", "train.epochs=1", "train.batch_size=256"),
-    minutes=(5, 5, 5, 5),
+    minutes={"blocks": 5, "models": 5, "cells": 5},
 )
 
 
@@ -103,29 +112,30 @@ def parts(size: Size, machine: Machine, device: str, work: Path, results: Path, 
         results: folder of tables of all machines, to which `effvit choose` adds its own.
         jobs: trainings at a time.
     """
-    made = {
-        name: _scaling(size, name, options, device, work, minutes)
-        for name, options, minutes in (
-            ("blocks", size.blocks, size.minutes[0]),
-            ("compiled", size.compiled, size.minutes[1]),
-        )
-        if options
-    }
+    made = {}
+    for name, command, options, file in (
+        ("blocks", "scaling", size.blocks, "scaling.csv"),
+        ("compiled", "scaling", size.compiled, "scaling.csv"),
+        ("peers", "bench-peers", size.peers, "peers.csv"),
+    ):
+        if options:
+            made[name] = _of_mechanisms(size, name, command, options, file, device, work / name)
     made["models"] = _models(size, machine, device, work, results)
     made["cells"] = _cells(size, device, work / "cells", jobs)
     return made
 
 
-def _scaling(size: Size, part: str, given: dict[str, str], device: str, work: Path, minutes: float) -> Part:
-    def out(name: str) -> Path:
-        return work / part / name
-
+def _of_mechanisms(
+    size: Size, part: str, command: str, given: dict[str, str], file: str, device: str, work: Path
+) -> Part:
+    """A command for each mechanism, and the file that it writes."""
     flags = [word for key, value in given.items() for word in (f"--{key}", value)]
     commands = {
-        f"{part} {name}": _effvit("scaling", attention=name, device=device, output_dir=out(name)) + flags
+        f"{part} {name}": _effvit(command, attention=name, device=device, output_dir=work / name) + flags
         for name in size.mechanisms
     }
-    return Part(minutes, [commands], partial(_joined, {name: out(name) / "scaling.csv" for name in size.mechanisms}))
+    tables = partial(_joined, {name: work / name / file for name in size.mechanisms})
+    return Part(size.minutes[part], [commands], tables)
 
 
 def _models(size: Size, machine: Machine, device: str, work: Path, results: Path) -> Part:
@@ -152,7 +162,7 @@ def _models(size: Size, machine: Machine, device: str, work: Path, results: Path
         second[f"fastest {model}"] = _effvit(
             "choose", attention=",".join(("fused", *size.mechanisms)), precision=precision, **given, **common
         )
-    return Part(size.minutes[2], [first, second], partial(_joined, files, key="model"))
+    return Part(size.minutes["models"], [first, second], partial(_joined, files, key="model"))
 
 
 def _cells(size: Size, device: str, work: Path, jobs: int) -> Part:
@@ -182,7 +192,7 @@ def _cells(size: Size, device: str, work: Path, jobs: int) -> Part:
                 rows.append(row | {"top1": scores["top1"], "epochs": len(seconds), "train_s": seconds.sum()})
         return pd.DataFrame(rows)
 
-    return Part(size.minutes[3], rounds, table, jobs)
+    return Part(size.minutes["cells"], rounds, table, jobs)
 
 
 def _effvit(command: str, **given: object) -> list[str]:
@@ -196,8 +206,9 @@ def _effvit(command: str, **given: object) -> list[str]:
 def _joined(files: Mapping[str, Path], key: str = "attention") -> pd.DataFrame:
     """Tables that are there, one below the other, each with its name."""
     there = {name: pd.read_csv(file) for name, file in files.items() if file.exists()}
-    tables = [table.assign(**{key: name})[[key, *table.columns]] for name, table in there.items()]
-    return pd.concat(tables) if tables else pd.DataFrame()
+    tables = [table.assign(**{key: name}) for name, table in there.items()]
+    joined = pd.concat(tables) if tables else pd.DataFrame(columns=[key])
+    return joined[[key, *joined.columns.drop(key)]]
 
 
 def folder_of(machine: Machine) -> str:
@@ -252,7 +263,7 @@ def run_parts(chosen: Mapping[str, Part], machine: Machine, output: Path, run: R
 def main() -> int:
     """Exit status: 0 where everything ran, in time or not."""
     parser = argparse.ArgumentParser(prog="python -m stages.study_gpu", description=__doc__)
-    parser.add_argument("parts", nargs="*", help="blocks, compiled, models, cells; all by default")
+    parser.add_argument("parts", nargs="*", help="blocks, compiled, peers, models, cells; all by default")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu is a dry run of small sizes")
     parser.add_argument("--jobs", type=int, default=6, help="trainings at a time")
     parser.add_argument("--output-dir", type=Path, default=Path("docs/machines"))

@@ -21,6 +21,7 @@ COMMANDS = {
     "choose": "--model tiny --image-sizes 32 --attention fused,linformer -o linformer.k=4 {quick}",
     "benchmark": "--attention linformer -o k=4 --output-dir {out}/cost --batch-size 4 --memory-mib 16 {model} {quick}",
     "scaling": "--attention linformer -o k=4 --output-dir {out}/scaling --tokens 17,65 --width 16x2 {model} {quick}",
+    "bench-peers": "--attention window --output-dir {out}/peers --width 16x2 --tokens 17 --tokens-per-batch 34 {quick}",
     "bench-data": "--dataset-dir {data} --output-dir {out}/data --batch-size 16 {model} {quick}",
 }
 
@@ -36,8 +37,10 @@ def words(tmp_path_factory, digits_dir):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_runs(name, device, full, words, effvit):
-    if name == "benchmark" and not full:
-        pytest.skip("tests/measure/test_benchmark.py has it on the CPU")
+    if name in ("benchmark", "bench-peers") and not full:
+        pytest.skip("other tests have it on the CPU")
+    if name == "bench-peers":
+        pytest.importorskip("timm")
     done = effvit(name, "--device", device.type, *COMMANDS[name].format(**words).split())
     assert done.code == 0, done.err
 
