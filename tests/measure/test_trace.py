@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from mechanisms import CASES
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -146,3 +147,12 @@ def test_the_command_marks_what_is_above_the_budget(effvit):
 def test_the_command_names_the_flag_that_is_wrong(arguments, message, effvit):
     said = effvit("trace", *arguments)
     assert said.code == 1 and message in said.err
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_no_mechanism_with_any_options_moves_less_than_the_minimum(bfloat16):
+    shifted = [("window", {"window_size": 3, "shift": True}), ("hybrid", {"window_size": 3, "dilations": [1, 2, 3]})]
+    for name, options in CASES + shifted:
+        options = dict(options)
+        block = Block(name, options, 32, 2, options.pop("value_conv", 0))
+        assert trace_block(block, 26, 2, bfloat16=bfloat16).ratio > 1, (name, options)
