@@ -33,7 +33,7 @@ def on_cpu(*tensors: Tensor) -> bool:
     return all(type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" for tensor in tensors)
 
 
-def on_cuda(*tensors: Tensor) -> bool:
+def eager_on_cuda(*tensors: Tensor) -> bool:
     """Whether forms written for a GPU may take these tensors: plain ones, run eagerly, with nobody watching."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() or policy.ONLY_REFERENCE:
         return False

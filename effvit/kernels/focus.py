@@ -27,7 +27,7 @@ def reference(x: Tensor, scale: Tensor, power: float) -> Tensor:
 @choice.primitive
 def focus(x: Tensor, scale: Tensor, power: float) -> Tensor:
     """`reference`, by blocks that stay in a CPU's cache; on a GPU one block, for the sake of fewer passes."""
-    pays = choice.on_cpu(x) or choice.on_cuda(x, scale)
+    pays = choice.on_cpu(x) or choice.eager_on_cuda(x, scale)
     return by_blocks(x, scale, power) if pays else reference(x, scale, power)
 
 

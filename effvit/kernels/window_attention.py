@@ -86,7 +86,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: OfHeads, dropout_
     few = max(of_head.size for of_head in windows) ** 2 + k.shape[-2] - q.shape[-2] <= _FEW
     if few and choice.on_cpu(q, k, v):
         return written_out(q, k, v, windows, dropout_p)
-    if choice.on_cuda(q, k, v):
+    if choice.eager_on_cuda(q, k, v):
         return by_copies(q, k, v, windows, dropout_p)
     if q.device.type == "cpu" and v.dtype in (torch.bfloat16, torch.float16):
         # In half precision a CPU takes four times as long backward on sequences this short.
