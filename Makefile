@@ -5,7 +5,7 @@ HIDDEN := Created|Executor|.*/|cost|spread|attention|benchmark|dataset|model|sca
 BRANCHES := [regional],[dilated],[linear],[regional,dilated],[regional,linear],[dilated,linear],[regional,dilated,linear]
 # Of `make hybrid-search`; for a try on the digits: make hybrid-search SEARCH='-S train.epochs=1'
 SEARCH := -S dataset=cifar10 -S train=study -S train.epochs=12 -S train.lr=4e-3
-.PHONY: help env study show ablation hybrid-search params tables quick test lint clean
+.PHONY: help env study show ablation hybrid-search params tables quick test test-gpu study-gpu lint clean
 
 PYTHON ?= python3
 JOBS ?= 1
@@ -61,7 +61,7 @@ hybrid-search: env ## forms of the hybrid and what they are compared with: an ex
 params: env ## compose params.yaml from conf/
 	$(BIN)/python -m stages.params
 
-tables: env ## tables of docs/machines and docs/hybrid-search into README.md and the pages of docs
+tables: env ## tables of docs/machines and docs/hybrid-search, and launches, into README.md and the pages of docs
 	$(BIN)/python -m stages.tables
 
 lint: env ## format, lint and types
@@ -74,7 +74,17 @@ quick: lint ## lint and the fast tests, while you work: a minute on two cores
 
 # Without CUDA: otherwise as many processes as there are cores would share the first GPU and its memory.
 test: lint ## lint, then all tests, a file a core at a time
-	CUDA_VISIBLE_DEVICES= $(BIN)/pytest --numprocesses logical --dist loadfile --no-loadscope-reorder
+	CUDA_VISIBLE_DEVICES= $(BIN)/pytest --numprocesses logical --dist loadfile --no-loadscope-reorder --device cpu
+
+DEVICE ?= cuda
+PARTS ?=
+MACHINES := $(if $(filter cpu,$(DEVICE)),outputs,docs/machines)
+
+test-gpu: env ## the tests of tests/gpu, 5 minutes on a GPU; DEVICE=cpu is a dry run. writes tests.json
+	$(BIN)/pytest tests/gpu --device $(DEVICE) --gpu-report $(MACHINES)
+
+study-gpu: env ## what a GPU can say in 20 minutes, as CSVs in docs/machines; PARTS='blocks cells', JOBS=n, DEVICE=cpu
+	$(BIN)/python -m stages.study_gpu --device $(DEVICE) --output-dir $(MACHINES) $(if $(filter-out 1,$(JOBS)),--jobs $(JOBS)) $(PARTS)
 
 clean: ## remove the environment and everything that can be made again but results
 	rm -rf .venv build dist *.egg-info dvc_plots outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -28,7 +28,7 @@ def main() -> int:
                 # DVCs take turns at dvc.lock and at looking for what changed; while a stage runs, none waits.
                 repro = [*DVC, "--wait-for-lock", "repro", "--single-item", f"train@{cell}", f"evaluate@{cell}"]
                 commands[cell] = repro
-    places = devices(min(count, len(commands)), _gpus(), cores())
+    places = devices(min(count, len(commands)), gpus(), cores())
     failed = run_all(commands, places, lambda line: print(line, flush=True))
     for cell, (status, lines) in failed.items():
         print(f"\n{cell} failed (exit status {status}); its last lines:", *lines, sep="\n  ", file=sys.stderr)
@@ -41,7 +41,7 @@ def _count(arguments: list[str]) -> int:
     return int(arguments[0])
 
 
-def _gpus() -> list[str]:
+def gpus() -> list[str]:
     """GPUs as CUDA_VISIBLE_DEVICES names them: those that it names, or all."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:

@@ -1,12 +1,14 @@
-"""Write the tables of README.md, docs/choosing.md and docs/hybrid-search.md between their marks: `make tables`."""
+"""Write the tables of README.md and of pages of docs between their marks: `make tables`."""
 
 import json
 from pathlib import Path
 
 import pandas as pd
 
-from effvit.attention import attention_class
+from effvit.attention import attention_class, available_attention
 from effvit.measure.choose import CONTROL, CUDNN
+from effvit.measure.subject import Block
+from effvit.measure.trace import shown, trace_block
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- made by `make tables` -->\n", "<!-- end -->"
@@ -91,6 +93,15 @@ def variants(directory: Path) -> str:
     return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), ""])
 
 
+def traced() -> str:
+    """Return what `effvit trace` counts as Markdown: a mechanism per row, bold what is above the budget."""
+    lines = [["mechanism", "launches forward", "backward", "GB forward", "backward", "x minimum"], ["---"] * 6]
+    for attention in available_attention():
+        found = trace_block(Block(attention, {}, 384, 6), 1025, 64, bfloat16=True)
+        lines.append([f"`{attention}`", *(f"**{cell}**" if above else cell for cell, above in shown(found))])
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), ""])
+
+
 def placed(text: str, table: str) -> str:
     """Return a page with this table between its marks."""
     before, rest = text.split(BEGIN)
@@ -98,16 +109,18 @@ def placed(text: str, table: str) -> str:
 
 
 def pages(root: Path) -> dict[Path, str]:
-    """Return both pages as they should be: README has the first machine of each device, docs/choosing all."""
+    """Return all pages as they should be: README has the first machine of each device, docs/choosing all."""
     files = sorted((root / "docs/machines").glob("*.csv"))
     first = {pd.read_csv(file, usecols=["device"])["device"].iloc[0]: file for file in reversed(files)}
-    shown = {
+    tables = {
         root / "README.md": "\n".join(choice(file, intervals=False) for file in sorted(first.values())),
         root / "docs/choosing.md": "\n".join(choice(file, intervals=True) for file in files),
     }
+    if (root / "docs/gpu.md").exists():
+        tables[root / "docs/gpu.md"] = traced()
     if (root / "docs/hybrid-search").exists():
-        shown[root / "docs/hybrid-search.md"] = variants(root / "docs/hybrid-search")
-    return {page: placed(page.read_text(encoding="utf-8"), table) for page, table in shown.items()}
+        tables[root / "docs/hybrid-search.md"] = variants(root / "docs/hybrid-search")
+    return {page: placed(page.read_text(encoding="utf-8"), table) for page, table in tables.items()}
 
 
 if __name__ == "__main__":

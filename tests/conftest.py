@@ -45,6 +45,14 @@ class Outcome(NamedTuple):
     err: str
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of tests/gpu."""
+    parser.addoption(
+        "--device", choices=["cuda", "cpu"], help="of tests/gpu: cuda, or cpu for a dry run of small sizes"
+    )
+    parser.addoption("--gpu-report", type=Path, help="folder in which tests/gpu write what they found")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that the others even out when the processes end."""
     rank = {name: number for number, name in enumerate(LONGEST)}

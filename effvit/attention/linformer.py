@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from effvit.attention.base import Attention, AttentionOptions, Grid, register
 from effvit.errors import UserError
+from effvit.kernels.choice import cast_once
 from effvit.kernels.qkv import QKVLinear, apply_qkv_apart, apply_v
 from effvit.kernels.softmax_attention import softmax_attention
+from effvit.kernels.token_projection import token_projection
 
 
 class LinformerOptions(AttentionOptions):
@@ -61,8 +63,12 @@ class LinformerAttention(Attention):
             return q, k, self.F @ v + (1 - self.F.sum(dim=-1, keepdim=True)) * b_v
         # E (x W) = (E x) W: projecting tokens first applies the maps to k rows instead of N. The bias is added
         # after the projection, once a row.
-        ex = self._project_tokens(self.E, x)  # (B, k, C)
-        fx = ex if self.F is self.E else self._project_tokens(self.F, x)
+        x = cast_once(x)
+        if self.F is self.E:
+            (ex,) = token_projection(x, self.E)  # (B, k, C)
+            fx = ex
+        else:
+            ex, fx = token_projection(x, self.E, self.F)
         q, k, v = apply_qkv_apart(self.qkv, x, ex, fx)
         return self.split_heads(q), self.split_heads(k), self.split_heads(v)
 
@@ -100,11 +106,6 @@ class LinformerAttention(Attention):
     def share_with(self, first: Attention) -> None:
         if self.share == "layers" and isinstance(first, LinformerAttention):
             self.E = self.F = first.E
-
-    @staticmethod
-    def _project_tokens(projection: Tensor, x: Tensor) -> Tensor:
-        # As a batch of products: one product over all samples would have to turn x around in memory first.
-        return torch.bmm(projection.expand(x.shape[0], -1, -1), x)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         for name in ("E", "F"):

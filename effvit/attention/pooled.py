@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from effvit.attention.base import Attention, AttentionOptions, Grid, register
+from effvit.kernels.choice import cast_once
 from effvit.kernels.grid_pooling import grid_pooling
 from effvit.kernels.qkv import QKVLinear, apply_qkv_apart, apply_v
 from effvit.kernels.softmax_attention import softmax_attention
@@ -44,15 +45,17 @@ class PooledAttention(Attention):
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         # Means of W x are W times the means: pooling first applies the maps to M rows instead of N.
+        x = cast_once(x)
         pooled = self.pool(x)
         q, k, v = apply_qkv_apart(self.qkv, x, pooled, pooled)
         return self.split_heads(q), self.split_heads(k), self.split_heads(v)
 
     def pool(self, x: Tensor) -> Tensor:
         """Tokens ``(B, S + P, C)`` to ``(B, M, C)``."""
-        s = self.prefix_tokens
-        cells = grid_pooling(x[:, s:], self.grid_size, self.cells)
-        return torch.cat([x[:, :s], cells], dim=1) if s else cells
+        if not self.prefix_tokens:
+            return grid_pooling(x, self.grid_size, self.cells)
+        prefix, patches = x.split([self.prefix_tokens, self.num_patches], dim=1)
+        return torch.cat([prefix, grid_pooling(patches, self.grid_size, self.cells)], dim=1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
         return softmax_attention(q, k, v, self.dropout_p)

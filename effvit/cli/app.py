@@ -15,7 +15,17 @@ from effvit.errors import one_line_errors, print_error
 GROUPS = {
     "Data": ("prepare", "samples"),
     "Train and use": ("train", "evaluate", "predict", "attention_map", "export", "deploy"),
-    "Measure": ("choose", "benchmark", "scaling", "hardware", "bench_peers", "bench_data", "mechanisms", "machine"),
+    "Measure": (
+        "choose",
+        "benchmark",
+        "scaling",
+        "hardware",
+        "bench_peers",
+        "bench_data",
+        "trace",
+        "mechanisms",
+        "machine",
+    ),
     "Analyse": ("fidelity", "representations", "cells", "aggregate", "ablation", "variants"),
     "Report": ("plot", "report"),
 }

@@ -1,6 +1,6 @@
 """``effvit bench-peers``: our attention modules vs the public ones, at equal hyperparameters."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -45,8 +45,9 @@ def bench_peers(
         typer.Option(rich_help_panel=options.DEVICE, help="bfloat16 runs under autocast."),
     ] = "float32",
     threads: options.Threads = None,
+    device: options.Device = "auto",
 ) -> None:
-    """Time each module and its public peer in turns on the CPU, forward and forward + backward.
+    """Time each module and its public peer in turns, forward and forward + backward.
 
     Needs the `peers` extra. Writes peers.csv and peers.png (measured) and provenance.json. A mechanism without a public
     peer is timed alone.
@@ -55,8 +56,9 @@ def bench_peers(
     import torch
     from rich.progress import track
 
+    from effvit import policy
     from effvit.attention import available_attention
-    from effvit.device import pick_device, this_machine
+    from effvit.device import measuring_device, this_machine
     from effvit.figures.peers import peer_ratios
     from effvit.figures.style import save
     from effvit.files import staged_dir, write_csv
@@ -68,6 +70,7 @@ def bench_peers(
     from effvit.provenance import version_of, write_provenance
 
     require_positive(tokens_per_batch=tokens_per_batch, budget_s=budget_s, threads=threads)
+    where = measuring_device(device)
     mechanisms = attention or list(available_attention())
     require_peers(mechanisms)
     counts = tokens or list(_TOKENS)
@@ -78,10 +81,16 @@ def bench_peers(
         torch.set_num_threads(threads)
     torch.manual_seed(0)
     points = list(grid_of_points(mechanisms, widths, counts))
-    with staged_dir(output_dir, ("peers.csv", "peers.png", "provenance*.json")) as staged, measuring_alone():
+    common: dict[str, Any] = {
+        "tokens_per_batch": tokens_per_batch,
+        "budget_s": budget_s,
+        "dtype": getattr(torch, dtype),
+    }
+    files = ("peers.csv", "peers.png", "provenance*.json")
+    with staged_dir(output_dir, files) as staged, measuring_alone(where), policy.kept():
+        policy.apply(where, deterministic=False, tf32=False)
         rows = [
-            compare_with_peer(point, tokens_per_batch=tokens_per_batch, budget_s=budget_s, dtype=getattr(torch, dtype))
-            for point in track(points, "measuring", transient=True)
+            compare_with_peer(point, **common, device=where) for point in track(points, "measuring", transient=True)
         ]
         table = pd.DataFrame(rows)
         write_csv(staged / "peers.csv", table)
@@ -91,5 +100,5 @@ def bench_peers(
         packages = {PEERS[name].package for name in mechanisms if name in PEERS} - {PLAIN}
         settings["peers"] = {package: version_of(package) for package in sorted(packages)}
         settings |= {"tokens_per_batch": tokens_per_batch, "budget_s": budget_s}
-        write_provenance(staged, settings, this_machine(pick_device("cpu")))
+        write_provenance(staged, settings, this_machine(where))
     print_ratios(rows)

@@ -33,6 +33,19 @@ def on_cpu(*tensors: Tensor) -> bool:
     return all(type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" for tensor in tensors)
 
 
+def eager_on_cuda(*tensors: Tensor) -> bool:
+    """Whether forms written for a GPU may take these tensors: plain ones, run eagerly, with nobody watching."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or policy.ONLY_REFERENCE:
+        return False
+    if torch._C._are_functorch_transforms_active() or in_forward_mode() or F.linear is not _LINEAR:
+        return False
+    counted = any(type(tensor) in STAND_INS for tensor in tensors)
+    if torch._C._len_torch_dispatch_stack() and not counted:
+        return False
+    plain = (Tensor, nn.Parameter, *STAND_INS)
+    return all(type(tensor) in plain and tensor.device.type == "cuda" for tensor in tensors)
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Switch autocast off on the device of ``x``; there is none for tensors without numbers."""
     return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
@@ -56,6 +69,14 @@ def primitive(function: F_) -> F_:
     return cast(F_, call)
 
 
+@primitive
+def cast_once(x: Tensor) -> Tensor:
+    """Tokens as autocast would have them for a product on a GPU, where several products would each convert them."""
+    if x.device.type == "cuda" and x.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
+        return x.to(torch.get_autocast_dtype("cuda"))
+    return x
+
+
 def is_plain(layer: nn.Module, kind: type[nn.Linear] = nn.Linear) -> TypeGuard[nn.Linear]:
     """Whether calling a linear layer of this class is what the class says and nothing else.
 
@@ -69,11 +90,12 @@ def is_plain(layer: nn.Module, kind: type[nn.Linear] = nn.Linear) -> TypeGuard[n
         and not any(map(_acts, (layer._forward_hooks, layer._forward_pre_hooks)))
         and not any(map(_acts, (layer._backward_hooks, layer._backward_pre_hooks)))
         and not any(map(_acts, _GLOBAL_HOOKS))
-        and type(layer.weight) in (Tensor, nn.Parameter, *_WITHOUT_DATA)
+        and type(layer.weight) in (Tensor, nn.Parameter, torch._subclasses.FakeTensor, *STAND_INS)
     )
 
 
-_WITHOUT_DATA = (torch._subclasses.FakeTensor,)
+STAND_INS: list[type[Tensor]] = []
+"""Tensors without numbers that are taken for a GPU's own, so that what is done with those can be counted."""
 
 _GLOBAL_HOOKS = (
     global_hooks._global_forward_hooks,

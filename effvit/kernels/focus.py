@@ -26,12 +26,13 @@ def reference(x: Tensor, scale: Tensor, power: float) -> Tensor:
 
 @choice.primitive
 def focus(x: Tensor, scale: Tensor, power: float) -> Tensor:
-    """`reference`, by blocks that stay in a CPU's cache."""
-    return by_blocks(x, scale, power) if choice.on_cpu(x) else reference(x, scale, power)
+    """`reference`, by blocks that stay in a CPU's cache; on a GPU one block, for the sake of fewer passes."""
+    pays = choice.on_cpu(x) or choice.eager_on_cuda(x, scale)
+    return by_blocks(x, scale, power) if pays else reference(x, scale, power)
 
 
 def by_blocks(x: Tensor, scale: Tensor, power: float) -> Tensor:
-    """A few tokens at a time."""
+    """A few tokens at a time on a CPU."""
     return Blockwise.apply(x, scale, power)
 
 
@@ -61,7 +62,7 @@ class Blockwise(torch.autograd.Function):
             inputs = [tensor for tensor in (x, scale) if tensor.requires_grad]
             found = iter(torch.autograd.grad(reference(x, scale, ctx.power), inputs, gradient, create_graph=True))
             return *(next(found) if tensor.requires_grad else None for tensor in (x, scale)), None
-        d_x = torch.empty(phi.shape, dtype=x.dtype, device=x.device)
+        d_x = x.new_empty(phi.shape)
         factor = scale.to(phi.dtype).reciprocal().squeeze(1)
         d_scale = torch.zeros_like(factor)
         for rows, of_phi, d_phi, out in _blocks(x.transpose(1, 2), phi, gradient.transpose(1, 2), d_x):
@@ -78,6 +79,9 @@ class Blockwise(torch.autograd.Function):
 def _blocks(*tensors: Tensor) -> Iterator[list[Tensor]]:
     """Cut tensors ``(B, N, H, d)``, of which those to write are whole in memory, into blocks ``(n, H, d)``."""
     rows = [tensor.flatten(0, 1) for tensor in tensors]
+    if rows[0].device.type != "cpu":
+        yield rows
+        return
     at_once = max(1, _BLOCK_NUMBERS * torch.get_num_threads() // rows[0].shape[1:].numel())
     for first in range(0, len(rows[0]), at_once):
         yield [each[first : first + at_once] for each in rows]
@@ -89,6 +93,8 @@ def _scaled(rows: Tensor, factor: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor) -> Tensor:
+    if x.device.type == "cuda":  # one pass
+        return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x.square().sum(dim=-1, keepdim=True).sqrt()
 
 

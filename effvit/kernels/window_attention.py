@@ -86,6 +86,8 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: OfHeads, dropout_
     few = max(of_head.size for of_head in windows) ** 2 + k.shape[-2] - q.shape[-2] <= _FEW
     if few and choice.on_cpu(q, k, v):
         return written_out(q, k, v, windows, dropout_p)
+    if choice.eager_on_cuda(q, k, v):
+        return by_copies(q, k, v, windows, dropout_p)
     if q.device.type == "cpu" and v.dtype in (torch.bfloat16, torch.float16):
         # In half precision a CPU takes four times as long backward on sequences this short.
         with torch.autocast("cpu", enabled=False):
@@ -197,6 +199,23 @@ def _with_prefix(tokens: Tensor, prefix: int, windows: Windows) -> Tensor:
     return torch.cat([of_prefix, patches], dim=2)
 
 
+def by_copies(q: Tensor, k: Tensor, v: Tensor, windows: OfHeads, dropout_p: float = 0.0) -> Tensor:
+    """PyTorch's kernel on a copy of each window's tokens, made in one pass, whose gradients go back in one pass.
+
+    Heads with as many windows of the same size are one batch, wherever those lie.
+    """
+    if len({(of_head.number, of_head.size) for of_head in windows}) > 1:
+        return _apart(by_copies, windows, q, k, v, dropout_p)
+    samples, prefix = len(q), k.shape[-2] - q.shape[-2]
+    copies = (Gather.apply(x, s, windows, x.dtype) for x, s in ((q, 0), (k, prefix), (v, prefix)))
+    queries, keys, values = (x.unflatten(0, (samples, -1)) for x in copies)  # (B, H windows, S + w², e)
+    mask = None
+    if not all(of_head.tile for of_head in windows):
+        mask = torch.cat([_whole_mask(of_head, prefix, q.device) for of_head in windows], dim=1)
+    y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout_p)
+    return Scatter.apply(y.flatten(0, 1), 0, windows, v.dtype)
+
+
 def written_out(q: Tensor, k: Tensor, v: Tensor, windows: OfHeads, dropout_p: float = 0.0) -> Tensor:
     """Each window's probabilities in memory: over so few tokens products are faster than PyTorch's kernel.
 
@@ -206,7 +225,8 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, windows: OfHeads, dropout_p: fl
         return _apart(written_out, windows, q, k, v, dropout_p)
     prefix = k.shape[-2] - q.shape[-2]
     with choice.without_autocast(q):
-        queries, keys, values = (Gather.apply(x, s, windows) for x, s in ((q, 0), (k, prefix), (v, prefix)))
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        queries, keys, values = (Gather.apply(x, s, windows, dtype) for x, s in ((q, 0), (k, prefix), (v, prefix)))
         # A column for each query: rows of w² + 1 numbers would leave a rest to every vector instruction.
         scores = torch.baddbmm(queries.new_zeros(1), keys, queries.mT, beta=0, alpha=q.shape[-1] ** -0.5)
         if not all(of_head.tile for of_head in windows):
@@ -230,13 +250,13 @@ class Gather(torch.autograd.Function):
     """`gather`, whose transpose is `scatter`: PyTorch's own would zero and add to whole tensors part by part."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, prefix: int, windows: OfHeads) -> Tensor:
+    def forward(ctx: Any, x: Tensor, prefix: int, windows: OfHeads, dtype: torch.dtype) -> Tensor:
         ctx.prefix, ctx.windows, ctx.dtype = prefix, windows, x.dtype
-        return gather(x, prefix, windows)
+        return gather(x, prefix, windows, dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return Scatter.apply(gradients[0], ctx.prefix, ctx.windows, ctx.dtype), None, None
+        return Scatter.apply(gradients[0], ctx.prefix, ctx.windows, ctx.dtype), None, None, None
 
 
 class Scatter(torch.autograd.Function):
@@ -244,24 +264,25 @@ class Scatter(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, prefix: int, windows: OfHeads, dtype: torch.dtype) -> Tensor:
-        ctx.prefix, ctx.windows = prefix, windows
+        ctx.prefix, ctx.windows, ctx.dtype = prefix, windows, y.dtype
         return scatter(y, prefix, windows, dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return Gather.apply(gradients[0], ctx.prefix, ctx.windows), None, None, None
+        return Gather.apply(gradients[0], ctx.prefix, ctx.windows, ctx.dtype), None, None, None
 
 
-def gather(x: Tensor, prefix: int, of_heads: OfHeads) -> Tensor:
-    """Tokens ``(B, H, S + P, e)`` to a copy for each window, ``(B H windows, S + w², e)``, float32 or more."""
+def gather(x: Tensor, prefix: int, of_heads: OfHeads, dtype: torch.dtype) -> Tensor:
+    """Tokens ``(B, H, S + P, e)`` to a copy for each window, ``(B H windows, S + w², e)``."""
     samples, heads, _, e = x.shape
-    w, number, dtype = of_heads[0].size, of_heads[0].number, torch.promote_types(x.dtype, torch.float32)
-    copies = torch.empty(samples * heads * number, prefix + w * w, e, dtype=dtype, device=x.device)
+    w, number = of_heads[0].size, of_heads[0].number
+    copies = x.new_empty(samples * heads * number, prefix + w * w, e, dtype=dtype)
     by_head = copies.view(samples, heads, number, prefix + w * w, e)
     for windows, mine in _runs(of_heads):
         parts = by_head[:, mine, :, prefix:].unflatten(2, _parts(windows)).unflatten(-2, (w, w))
         parts.copy_(_as_windows(_on_grid(x[:, mine, prefix:], windows), windows))
-    by_head[..., :prefix, :] = x[:, :, None, :prefix]
+    if prefix:
+        by_head[..., :prefix, :] = x[:, :, None, :prefix]
     return copies
 
 
@@ -281,8 +302,9 @@ def scatter(y: Tensor, prefix: int, of_heads: OfHeads, dtype: torch.dtype) -> Te
         shift = windows.shift * windows.dilation
         moved = grid.roll((shift, shift), dims=(2, 3)) if shift else grid
         place.copy_(moved[:, :, : windows.rows, : windows.columns].flatten(2, 3))
-    x[:, :, :prefix] = by_head[..., :prefix, :].sum(dim=2)
+    if prefix:
+        x[:, :, :prefix] = by_head[..., :prefix, :].sum(dim=2)
     return x
 
 
-FORMS = {"by reshape": by_reshape, "written out": written_out}
+FORMS = {"by reshape": by_reshape, "written out": written_out, "by copies": by_copies}

@@ -12,6 +12,7 @@ import psutil
 import torch
 
 from effvit.device import gpu_uuid
+from effvit.measure.nvml import others_on_gpu
 
 try:
     import fcntl
@@ -57,20 +58,22 @@ def measuring_alone(device: torch.device | None = None) -> Iterator[None]:
 
 
 class Load:
-    """Processor time that others take from its making on: processes, the kernel, other virtual machines."""
+    """What others take from its making on: processor time (processes, the kernel, other machines), and a GPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         self._start = _clocks()
+        on_gpu = device is not None and device.type == "cuda"
+        self._of_gpu = others_on_gpu(gpu_uuid(device)) if on_gpu and device is not None else lambda: None
 
     def other_load(self) -> float:
-        """Return the share of all processors that other programs had so far, 0..1."""
+        """Return the share of all processors that other programs had so far, or of the GPU if that is more, 0..1."""
         wall, others = self._passed()
-        return min(1.0, max(0.0, others / wall))
+        return min(1.0, max(0.0, others / wall, self._of_gpu() or 0.0))
 
     def contended(self) -> bool:
         """Whether that is too much for a measurement to be trusted."""
         wall, others = self._passed()
-        return others > _MOST_LOAD * wall + _CLOCK_S
+        return others > _MOST_LOAD * wall + _CLOCK_S or (self._of_gpu() or 0.0) > _MOST_LOAD
 
     def _passed(self) -> tuple[float, float]:
         """Processor seconds that the machine had, and those that others took."""

@@ -205,7 +205,7 @@ def _timed(
         if call is not None:
             able[name] = call
     stopwatch = _with_progress(stopwatch_for(device), budget_s, progress)
-    meanwhile = Load()
+    meanwhile = Load(device)
     samples = (
         interleaved(able, budget_s=budget_s, device=device, min_rounds=_MIN_ROUNDS, stopwatch=stopwatch) if able else {}
     )

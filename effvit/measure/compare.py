@@ -111,7 +111,7 @@ def try_out(make: MakeCall, limit_s: float, device: torch.device) -> tuple[str, 
 def _in_time(call: Call, limit_s: float, device: torch.device) -> bool:
     """Whether a call takes no longer; a first one that does may have loaded code, a later one waited for others."""
     for attempt in range(_MOST_ATTEMPTS):
-        meanwhile = Load()
+        meanwhile = Load(device)
         if stopwatch_for(device)(call, 1) <= limit_s:
             return True
         if attempt and not meanwhile.contended():

@@ -7,13 +7,14 @@ unless told otherwise.
 import ctypes
 import time
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from effvit.device import gpu_uuid
 from effvit.measure.latency import Call
+from effvit.measure.nvml import library as _nvml
 
 Counter = Callable[[], float]
 """Joules since some moment."""
@@ -66,16 +67,6 @@ def _rapl_counter(root: Path) -> Counter | None:
         return total / 1e6
 
     return joules
-
-
-@cache
-def _nvml() -> ctypes.CDLL | None:
-    """NVIDIA's management library, which the driver brings."""
-    try:
-        library = ctypes.CDLL("libnvidia-ml.so.1")
-        return library if library.nvmlInit_v2() == 0 else None
-    except (OSError, AttributeError):
-        return None
 
 
 def _gpu_counter(uuid: str) -> Counter | None:

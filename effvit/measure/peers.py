@@ -54,7 +54,9 @@ class Point:
     mode: str
 
 
-def compare_with_peer(point: Point, *, tokens_per_batch: int, budget_s: float, dtype: torch.dtype) -> dict[str, object]:
+def compare_with_peer(
+    point: Point, *, tokens_per_batch: int, budget_s: float, dtype: torch.dtype, device: torch.device
+) -> dict[str, object]:
     """Time our module, its peer and a large matrix product alternately; add exact peak memory and the floor.
 
     Args:
@@ -62,6 +64,7 @@ def compare_with_peer(point: Point, *, tokens_per_batch: int, budget_s: float, d
         tokens_per_batch: the batch is as many samples as have this many tokens, at least one.
         budget_s: seconds of sampling.
         dtype: float32, or the type that autocast runs both modules in.
+        device: cpu or cuda.
 
     Returns:
         ``point``'s fields, ``peer, batch_size, n``; medians ``ours_ms, peer_ms``; ``ratio`` (peer / ours: median over
@@ -70,17 +73,16 @@ def compare_with_peer(point: Point, *, tokens_per_batch: int, budget_s: float, d
         ``ours_bytes, peer_bytes``: peak memory of one call; ``autocast_ratio``: time of ours in float32 over that
         under bfloat16 autocast. Without a public peer, what is said of the peer is NaN.
     """
-    device = torch.device("cpu")
     c, heads = point.hidden_size, point.num_attention_heads
     peer = PEERS.get(point.attention)
-    ours = build_ours(point.attention, c, heads, square_grid(point.tokens))
+    ours = build_ours(point.attention, c, heads, square_grid(point.tokens)).to(device)
     batch_size = max(1, tokens_per_batch // point.tokens)
-    tokens = torch.randn(batch_size, ours.num_tokens, c)
-    calls = {"ours": _autocast(MODES[point.mode](ours, tokens), dtype)}
+    tokens = torch.randn(batch_size, ours.num_tokens, c, device=device)
+    calls = {"ours": _autocast(MODES[point.mode](ours, tokens), dtype, device)}
     if peer:
-        calls["peer"] = _autocast(MODES[point.mode](peer.build(ours), tokens), dtype)
-    gemms, gemm_flops = large_products(dtype)
-    autocast = {} if dtype == torch.bfloat16 else {"autocast": _autocast(calls["ours"], torch.bfloat16)}
+        calls["peer"] = _autocast(MODES[point.mode](peer.build(ours).to(device), tokens), dtype, device)
+    gemms, gemm_flops = large_products(dtype, device)
+    autocast = {} if dtype == torch.bfloat16 else {"autocast": _autocast(calls["ours"], torch.bfloat16, device)}
     seconds = interleaved(calls | autocast | gemms, budget_s=budget_s, device=device)
     unknown = np.full(len(seconds["ours"]), np.nan)
     theirs = seconds.get("peer", unknown)
@@ -139,21 +141,21 @@ def grid_of_points(
                     yield Point(attention, width, heads, count, mode)
 
 
-def _autocast(call: Call, dtype: torch.dtype) -> Call:
+def _autocast(call: Call, dtype: torch.dtype, device: torch.device) -> Call:
     if dtype == torch.float32:
         return call
 
     def autocast_call() -> object:
-        with torch.autocast("cpu", dtype=dtype):
+        with torch.autocast(device.type, dtype=dtype):
             return call()
 
     return autocast_call
 
 
-def large_products(dtype: torch.dtype) -> tuple[dict[str, Call], int]:
+def large_products(dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Call], int]:
     """A large product by each library that computes ours, and its FLOPs: the faster one is what the machine can do."""
-    a, b = (torch.randn(_GEMM_SIZE, _GEMM_SIZE).to(dtype) for _ in range(2))
-    out = torch.empty(_GEMM_SIZE, _GEMM_SIZE, dtype=dtype)
+    a, b = (torch.randn(_GEMM_SIZE, _GEMM_SIZE, device=device).to(dtype) for _ in range(2))
+    out = torch.empty(_GEMM_SIZE, _GEMM_SIZE, dtype=dtype, device=device)
 
     @torch.no_grad()
     def through_linear() -> object:

@@ -117,7 +117,7 @@ def _point(tokens: int, size: int, this: _Side, fused: _Side) -> list[Row]:
         make = partial(this.make, tokens, size)
         make_fused = partial(fused.make, tokens, size) if fused.budget.foresee(tokens, size) == OK else None
         # Time before memory, so that nothing is left which only a first call allocates.
-        meanwhile = Load()
+        meanwhile = Load(this.device)
         budget = this.budget.sampling_s
         time = compare_seconds(make, make_fused, budget_s=budget, device=this.device, min_rounds=_MIN_ROUNDS)
         load = {"other_load": meanwhile.other_load(), "contended": meanwhile.contended()}

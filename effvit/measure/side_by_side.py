@@ -28,7 +28,7 @@ def measure_models(
     """See `effvit.measure.models.compare`, which has checked the arguments."""
     rows: dict[str, Row] = {name: _size(model, images) for name, model in models.items()}
     with _kept(models, images.device), measuring_alone(images.device):
-        meanwhile = Load()
+        meanwhile = Load(images.device)
         _require_alike(models, images, baseline)
         makes: dict[str, Make] = {"latency": _forward}
         if train:

@@ -38,7 +38,7 @@ def measure_variants(configs: Sequence[ViTConfig], *, batch_size: int, budget_s:
     )
     for prefix, quantity, mode, make in steps:
         calls: dict[str, Call] = {str(number): make(model) for number, model in enumerate(models)}
-        products, flops = large_products(torch.float32)
+        products, flops = large_products(torch.float32, device)
         budget = budget_s * (len(models) + len(products))
         seconds = interleaved(calls | products, budget_s=budget, device=device, min_rounds=MIN_ROUNDS)
         per_flop = min(float(np.median(seconds[name])) for name in products) / flops

@@ -125,6 +125,9 @@ class Training(Generic[M, D]):
         self._averaged = Average(self.model, recipe.ema_decay) if recipe.ema_decay else None
         for module in dict.fromkeys((self.model, self.weights)):
             compile_blocks(module, recipe.compile, self.place.device)
+        compiled = recipe.compile != "off" and self.place.device.type == "cuda"
+        self._fills_up = compiled and not any(isinstance(module, _OF_THE_BATCH) for module in self.model.modules())
+        self._most_images = 0  # at once so far
         self._attentions = [module for module in self.model.modules() if isinstance(module, Attention)]
         self._pending: deque[tuple[_Figures, int, int]] = deque()  # figures, images and number of steps done
         self._settled: list[tuple[Step, int]] = []  # of those that have been read
@@ -251,12 +254,21 @@ class Training(Generic[M, D]):
         for images, targets in zip(batch.images.split(size), batch.targets.split(size), strict=True):
             if not len(images):
                 continue  # a share of nothing
-            logits = logits_of(self._forward(images)).float()
+            logits = self._logits(self._forward, images)
             loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=self.recipe.label_smoothing)
             self.fabric.backward(loss / batch.total)
             figures[:2] += torch.stack([loss.detach(), _right(logits, targets)])
         figures[2].fill_(self._should_stop())
         return figures
+
+    def _logits(self, forward: Callable[[Tensor], Any], images: Tensor) -> Tensor:
+        """Logits in float32. Where shapes are compiled for CUDA, a last, small batch is filled up with black images."""
+        if not self._fills_up:
+            return logits_of(forward(images)).float()
+        self._most_images = max(self._most_images, len(images))
+        missing = min(self._most_images, self.micro_batch_size or self._most_images) - len(images)
+        filled = F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing)) if missing > 0 else images
+        return logits_of(forward(filled)).float()[: len(images)]
 
     def _settle(self, keep: int = 0) -> None:
         """Read the results of all steps but the latest ``keep``, and add them to the epoch's sums."""
@@ -297,7 +309,7 @@ class Training(Generic[M, D]):
                 size = self.micro_batch_size or batch.total
                 for images, labels in zip(batch.images.split(size), batch.targets.split(size), strict=True):
                     if len(images):
-                        logits = logits_of(self.weights(images)).float()
+                        logits = self._logits(self.weights, images)
                         loss = F.cross_entropy(logits, labels, reduction="sum")
                         rows.append(torch.stack([loss, _right(logits, labels)]))
         sums = torch.zeros(2, dtype=torch.float64)
@@ -347,6 +359,7 @@ class Training(Generic[M, D]):
         self.fabric.strategy.precision.load_state_dict(numbers["precision"])
 
 
+_OF_THE_BATCH = nn.modules.batchnorm._NormBase  # layers in which a sample depends on its batch
 _NUMBERS = ("epoch", "step", "loss_sum", "right", "seconds", "micro_batch_size")
 
 

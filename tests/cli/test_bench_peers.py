@@ -16,7 +16,7 @@ from effvit.measure.subject import parse_width
 
 pytestmark = pytest.mark.slow
 
-SMALL = {"tokens_per_batch": 65, "budget_s": 0.01, "dtype": torch.float32}
+SMALL = {"tokens_per_batch": 65, "budget_s": 0.01, "dtype": torch.float32, "device": torch.device("cpu")}
 
 
 def count(module):

@@ -73,6 +73,10 @@ CASES = {
         ([(3, 3, 2), (2, 7)], lambda dtype: ()),
         ([(1, 70, 6), (6, 33)], lambda dtype: ()),
     ],
+    "token_projection": [
+        ([(2, 9, 4), (3, 9), (2, 9)], lambda dtype: ()),
+        ([(1, 5, 3), (5, 5)], lambda dtype: ()),
+    ],
     "window_attention": [
         (heads(rows * columns, prefix + rows * columns, e=5), lambda dtype, w=w: (w,))
         for w in (

@@ -146,6 +146,7 @@ def test_stages_are_those_of_the_study():
         "tables",
         "jobs",
         "restore",
+        "study_gpu",
     }
     assert set(STAGES) == files
     for stage, content in STAGES.items():

@@ -87,6 +87,22 @@ def test_random_features_are_redrawn_while_training(digits, tiny_config, monkeyp
     assert {steps for _, steps in told} == {max(step for step, _ in told)}  # of the whole run
 
 
+@pytest.mark.parametrize("micro_batch_size", [0, 100])
+def test_a_small_last_batch_is_filled_up_where_shapes_are_compiled_and_counts_no_more(
+    digits, tiny_config, micro_batch_size, monkeypatch
+):
+    seen, losses = [], []
+    for fills_up in (False, True):
+        recipe = TrainConfig(**RECIPE | {"batch_size": 200, "micro_batch_size": micro_batch_size})
+        training = Training(tiny_config(), digits, recipe, seed=0, horizontal_flip=False)
+        training._fills_up = fills_up
+        training.model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+        seen.clear()
+        losses.append([(e.train_loss, e.val_loss) for e in training.run() if isinstance(e, Epoch)])
+    assert digits.counts["train"] % 200 and set(seen) == {micro_batch_size or 200}
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
 class WatchedRows(np.ndarray):
     """Images that note which rows are read."""
 

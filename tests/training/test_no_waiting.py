@@ -4,11 +4,12 @@ from contextlib import suppress
 
 import pytest
 import torch
-from fake_cuda import fake_cuda, to_fake_cuda
+from fake_cuda import fake_cuda
 from mechanisms import FIRST
 
 from effvit.data.loading import randaugment_by_tables, transforms
 from effvit.data.loading.batches import pack, unpack
+from effvit.measure.without_gpu import moved
 from effvit.model.vit import ViT
 from effvit.training.loop import Training
 from effvit.training.recipe import TrainConfig
@@ -39,7 +40,7 @@ def nothing_kept():
 
 def training_on_cuda(config, dataset, **changes):
     recipe = TrainConfig(**({"epochs": 2, "batch_size": 8, "lr": 1e-3} | EVERYTHING | changes))
-    return Training(to_fake_cuda(ViT(config)), dataset, recipe, seed=0, horizontal_flip=True)
+    return Training(moved(ViT(config)), dataset, recipe, seed=0, horizontal_flip=True)
 
 
 @pytest.mark.parametrize(("name", "options"), FIRST, ids=[name for name, _ in FIRST])
