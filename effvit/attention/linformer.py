@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from effvit.attention.base import Attention, AttentionOptions, Grid, register
 from effvit.errors import UserError
+from effvit.kernels.choice import primitive
 from effvit.kernels.qkv import QKVLinear, apply_qkv_apart, apply_v
 from effvit.kernels.softmax_attention import softmax_attention
 
@@ -61,8 +62,8 @@ class LinformerAttention(Attention):
             return q, k, self.F @ v + (1 - self.F.sum(dim=-1, keepdim=True)) * b_v
         # E (x W) = (E x) W: projecting tokens first applies the maps to k rows instead of N. The bias is added
         # after the projection, once a row.
-        ex = self._project_tokens(self.E, x)  # (B, k, C)
-        fx = ex if self.F is self.E else self._project_tokens(self.F, x)
+        ex = project_tokens(self.E, x)  # (B, k, C)
+        fx = ex if self.F is self.E else project_tokens(self.F, x)
         q, k, v = apply_qkv_apart(self.qkv, x, ex, fx)
         return self.split_heads(q), self.split_heads(k), self.split_heads(v)
 
@@ -101,11 +102,6 @@ class LinformerAttention(Attention):
         if self.share == "layers" and isinstance(first, LinformerAttention):
             self.E = self.F = first.E
 
-    @staticmethod
-    def _project_tokens(projection: Tensor, x: Tensor) -> Tensor:
-        # As a batch of products: one product over all samples would have to turn x around in memory first.
-        return torch.bmm(projection.expand(x.shape[0], -1, -1), x)
-
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         for name in ("E", "F"):
             loaded = state_dict.get(prefix + name)
@@ -115,3 +111,13 @@ class LinformerAttention(Attention):
                     "for another number of tokens pass it through effvit.model.resize.resize_projection"
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+@primitive
+def project_tokens(projection: Tensor, x: Tensor) -> Tensor:
+    """E x of tokens ``(B, N, C)``: ``(B, k, C)``."""
+    kind = x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):  # which would write E anew for every sample
+        projection = projection.to(torch.get_autocast_dtype(kind))
+    # As a batch of products: one product over all samples would have to turn x around in memory first.
+    return torch.bmm(projection.expand(x.shape[0], -1, -1), x)
