@@ -64,7 +64,8 @@ def takes_triton(device: torch.device) -> bool:
     """Whether a device runs kernels of `effvit.kernels.cuda`, whose products need tensor cores that know TF32."""
     if device.type != TRITON_ON:
         return False
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    # The properties, which compilers know as a constant; the capability they would put into their graph.
+    return device.type != "cuda" or torch.cuda.get_device_properties(device).major >= 8
 
 
 def training_precision(name: str, device: torch.device) -> str:

@@ -42,16 +42,17 @@ def on_cuda(*tensors: Tensor) -> bool:
     Exporters, tracers, ``torch.func``, forward-mode differentiation and whatever counts operators are given PyTorch's
     own operators instead.
     """
-    if not all(policy.takes_triton(tensor.device) for tensor in tensors) or policy.ONLY_REFERENCE:
+    if not all(tensor.device.type == policy.TRITON_ON and tensor.dtype in _OF_TRITON for tensor in tensors):
         return False
-    if in_forward_mode() or _is_exporting():
+    if policy.ONLY_REFERENCE or in_forward_mode() or _is_exporting():
         return False
     if not torch.compiler.is_compiling():
         if torch._C._get_tracing_state() or torch._C._are_functorch_transforms_active():
             return False
         if torch._C._len_torch_dispatch_stack() or F.linear is not _LINEAR:
             return False
-    return all(type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in _OF_TRITON for tensor in tensors)
+    plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+    return plain and policy.takes_triton(tensors[0].device)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:

@@ -23,7 +23,7 @@ def token_convolution(x: Tensor, kernels: Tensor) -> Tensor:
     """`reference` by PyTorch's convolutions, or by Triton."""
     if policy.ONLY_REFERENCE:
         return reference(x, kernels)
-    if choice.on_cuda(x, kernels) and x.numel():
+    if choice.on_cuda(x, kernels) and x.dtype == kernels.dtype and x.numel():
         return InTriton.apply(x, kernels)
     return FastBackward.apply(x, kernels) if choice.on_cpu(x, kernels) else convolve(x, kernels)
 

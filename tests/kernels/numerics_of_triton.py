@@ -157,7 +157,7 @@ def test_columns_of_equal_sums_share_the_gradient_of_the_largest():
     [
         (2, 21, 4, 5, FLOAT32),
         (3, 3, 2, 7, FLOAT32),
-        (1, 70, 40, 33, FLOAT32),
+        (1, 40, 40, 33, FLOAT32),
         (1, 5, 3, 1, FLOAT32),
         (2, 21, 4, 5, BFLOAT16),
     ],
@@ -177,7 +177,7 @@ OPTIONS = {
     "linear": {},
     "focused": {},
     "hybrid": {"window_size": 2, "branches": ["regional", "linear"]},
-    "nystromformer": {"num_landmarks": 5, "pinv_iterations": 2, "conv_kernel_size": 3},
+    "nystromformer": {"num_landmarks": 5, "pinv_iterations": 1, "conv_kernel_size": 3},
 }
 
 

@@ -1,5 +1,9 @@
 """What all kernels here share: blocks of tokens, and how products round."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -52,6 +56,17 @@ def side(width: int) -> int:
 def is_exact(*factors: Tensor) -> bool:
     """Whether products are to be as exact as in float32: of such factors, where PyTorch's may not round to TF32."""
     return torch.float32 in [x.dtype for x in factors] and not torch.backends.cuda.matmul.allow_tf32
+
+
+def on_its_device(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """Launch kernels on the GPU of the first tensor, which need not be the current one."""
+
+    @functools.wraps(operator)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device_of(args[0]):
+            return operator(*args, **kwargs)
+
+    return call
 
 
 def by_rows(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effvit.kernels.cuda.blocks import by_rows, is_exact, like_heads, product, rows_of, side, store_rows
+from effvit.kernels.cuda.blocks import by_rows, is_exact, like_heads, on_its_device, product, rows_of, side, store_rows
 
 MOST_FEATURES = 128
 WIDEST = 64
@@ -363,12 +363,15 @@ def _splits(number: int, longest: int) -> tuple[int, int]:
 
 def _options(kernel: str, omega: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
     """What kernels are compiled for."""
-    sides, exact = {"ROWS": _ROWS, "D": side(q.shape[-1]), "E": side(v.shape[-1]), "STRIP": _STRIP}, is_exact(q, k, v)
-    options = {"KERNEL": kernel, "OMEGA": omega is not None, "EXACT": exact}
-    return sides | options | {"num_stages": 1, "num_warps": 8 if exact else 4}
+    sides, exact = {"D": side(q.shape[-1]), "E": side(v.shape[-1]), "STRIP": _STRIP}, is_exact(q, k, v)
+    # A factor in two parts takes twice the registers.
+    rows = _ROWS // 2 if exact else _ROWS
+    options = {"KERNEL": kernel, "OMEGA": omega is not None, "EXACT": exact, "ROWS": rows}
+    return sides | options | {"num_stages": 1}
 
 
 @torch.library.custom_op("effvit::feature_attention", mutates_args=())
+@on_its_device
 def attend(
     q: Tensor, k: Tensor, v: Tensor, omega: Tensor | None, kernel: str, eps: float, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -389,7 +392,7 @@ def attend(
     state = states
     if not whole:
         state = states.new_empty(samples * heads, states.shape[1])
-        options_here = {"KERNEL": kernel, "E": options["E"], "STRIP": _STRIP, "ALL": side(m)}
+        options_here = {"KERNEL": kernel, "E": options["E"], "STRIP": _STRIP, "ALL": side(m), "num_warps": 8}
         join_keys[(samples * heads * strips,)](states, state, number, m, e, splits, strips, eps, **options_here)
     y = like_heads(q, e, v.dtype)
     splits, length = _splits(q.shape[2], _APART)
@@ -410,6 +413,7 @@ def _(
 
 
 @torch.library.custom_op("effvit::feature_attention_backward", mutates_args=())
+@on_its_device
 def attend_backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, omega: Tensor | None, state: Tensor,
     kernel: str, eps: float, scale: float,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effvit.kernels.cuda.blocks import product, rows_of, side, store_rows
+from effvit.kernels.cuda.blocks import on_its_device, product, rows_of, side, store_rows
 
 LARGEST = 64
 """Rows of a matrix."""
@@ -126,6 +126,7 @@ def _warps(m: int) -> int:
 
 
 @torch.library.custom_op("effvit::pseudo_inverse", mutates_args=())
+@on_its_device
 def invert(a: Tensor, iterations: int) -> Tensor:
     """Matrices ``(..., m, m)`` of float32, m at most 64, as in `kernels.pseudo_inverse`."""
     a, m = a.contiguous(), a.shape[-1]
@@ -142,6 +143,7 @@ def _(a: Tensor, iterations: int) -> Tensor:
 
 
 @torch.library.custom_op("effvit::pseudo_inverse_backward", mutates_args=())
+@on_its_device
 def invert_backward(gradient: Tensor, a: Tensor, iterations: int) -> Tensor:
     """∂A from ∂Z; iterates are computed again."""
     gradient, a, m = gradient.contiguous(), a.contiguous(), a.shape[-1]

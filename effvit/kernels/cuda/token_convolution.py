@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effvit.kernels.cuda.blocks import by_rows, store_rows
+from effvit.kernels.cuda.blocks import by_rows, on_its_device, store_rows
 
 _ROWS = 64  # tokens per program
 _SUMMED = 512  # tokens that a program sums over
@@ -73,6 +73,7 @@ def _convolve(x: Tensor, kernels: Tensor, first: int, step: int) -> Tensor:
 
 
 @torch.library.custom_op("effvit::token_convolution", mutates_args=())
+@on_its_device
 def convolution(x: Tensor, kernels: Tensor) -> Tensor:
     """Tokens ``(B, N, C)`` with kernels ``(C, w)``, as in `kernels.token_convolution`."""
     return _convolve(x, kernels, -(kernels.shape[1] // 2), 1)
@@ -84,6 +85,7 @@ def _(x: Tensor, kernels: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("effvit::token_convolution_backward", mutates_args=())
+@on_its_device
 def convolution_backward(gradient: Tensor, x: Tensor, kernels: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of tokens and kernels. Sums over parts of samples, which are then summed in their order."""
     w = kernels.shape[1]
