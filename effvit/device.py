@@ -98,7 +98,7 @@ def this_machine(device: torch.device) -> Machine:
         threads=torch.get_num_threads(),
         instructions=_ask(lambda: torch.backends.cpu.get_cpu_capability()),
         sdpa=_names(_SDPA.get(device.type, ("math",)), _has_sdpa),
-        kernels=policy.kernels(),
+        kernels=policy.kernels(device),
         tf32=_names(rounding, lambda operation: _rounds(rounding[operation])),
         torch=torch.__version__,
         **_gpu(device),

@@ -6,6 +6,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -18,10 +19,13 @@ Precision = Literal["float32", "tf32", "bfloat16"]
 """Of a measurement: TF32 rounds float32's factors, on CUDA; bfloat16 is by autocast."""
 Execution = Literal["eager", "compiled", "graphs"]
 
+_CPU = torch.device("cpu")
 _ASKED = os.environ.get("EFFVIT_KERNELS", "")
 if _ASKED not in ("", "reference"):
     raise UserError(f"EFFVIT_KERNELS={_ASKED}: expected reference, or nothing for the fastest forms")
 ONLY_REFERENCE = _ASKED == "reference"
+TRITON_ON = "cuda" if find_spec("triton") else None
+"""Kind of device on which kernels of `effvit.kernels.cuda` run; where there is no Triton, none."""
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 # PyTorch sends products of a linear map to MKL, which measures about half of oneDNN's speed at a ViT's shapes on an AMD
@@ -40,10 +44,13 @@ POWERS_OF_TWO = is_amds()
 LONG_ATTENTION_IN_FLOAT32 = is_amds()
 
 
-def kernels() -> str:
-    """What is decided for this machine: form of each primitive that has a choice."""
+def kernels(device: torch.device = _CPU) -> str:
+    """What is decided for this machine: form of each primitive that has a choice on ``device``."""
     if ONLY_REFERENCE:
         return "reference"
+    if device.type == "cuda":
+        form = "Triton" if takes_triton(device) else "torch"
+        return ", ".join(f"{primitive}: {form}" for primitive in ("features", "pseudo-inverse", "token convolution"))
     forms = {
         "linear": "oneDNN" if ONEDNN_PRODUCTS else "torch",
         "its weight gradient": "oneDNN" if ONEDNN_WEIGHT_GRADIENTS else "torch",
@@ -51,6 +58,14 @@ def kernels() -> str:
         "long attention in half precision": "float32" if LONG_ATTENTION_IN_FLOAT32 else "torch",
     }
     return ", ".join(f"{primitive}: {form}" for primitive, form in forms.items())
+
+
+def takes_triton(device: torch.device) -> bool:
+    """Whether a device runs kernels of `effvit.kernels.cuda`, whose products need tensor cores that know TF32."""
+    if device.type != TRITON_ON:
+        return False
+    # The properties, which compilers know as a constant; the capability they would put into their graph.
+    return device.type != "cuda" or torch.cuda.get_device_properties(device).major >= 8
 
 
 def training_precision(name: str, device: torch.device) -> str:

@@ -36,6 +36,7 @@ def settings():
 @pytest.mark.parametrize("tf32", [True, False])
 def test_what_is_set_for_a_gpu_is_recorded_and_undone(monkeypatch, deterministic, tf32):
     monkeypatch.setattr("effvit.device._gpu", lambda device: dict.fromkeys(GPU_FIELDS))
+    monkeypatch.setattr(policy, "takes_triton", lambda device: True)
     before = settings()
     with policy.kept():
         policy.apply(CUDA, deterministic=deterministic, tf32=tf32)
@@ -45,6 +46,7 @@ def test_what_is_set_for_a_gpu_is_recorded_and_undone(monkeypatch, deterministic
             "flash, mem_efficient, math",
             "products, convolutions" if tf32 else "none",
         )
+        assert "Triton" in machine.kernels
         with policy.cudnn_attention():
             assert this_machine(CUDA).sdpa == "cudnn"
         assert this_machine(CUDA).sdpa == "flash, mem_efficient, math"

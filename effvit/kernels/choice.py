@@ -1,7 +1,7 @@
 """Whether a form of a primitive may run: by the device, and by who is watching. `effvit.policy` knows processors."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeGuard, TypeVar, cast
 
@@ -15,6 +15,9 @@ from torch.nn.modules import module as global_hooks
 from effvit import policy
 
 F_ = TypeVar("F_", bound=Callable[..., Any])
+_OF_TRITON = (torch.float32, torch.bfloat16, torch.float16)
+# PyTorch 2.6 does not say whether it compiles or exports.
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 _LINEAR = F.linear  # counters such as ptflops put their own in its place
 
 
@@ -46,6 +49,29 @@ def eager_on_cuda(*tensors: Tensor) -> bool:
     return all(type(tensor) in plain and tensor.device.type == "cuda" for tensor in tensors)
 
 
+def on_cuda(*tensors: Tensor) -> bool:
+    """Whether the kernels of `effvit.kernels.cuda` may take these tensors: eagerly, or under ``torch.compile``.
+
+    Exporters, tracers, ``torch.func``, forward-mode differentiation and whatever counts operators are given PyTorch's
+    own operators instead.
+    """
+    if not all(tensor.device.type == policy.TRITON_ON and tensor.dtype in _OF_TRITON for tensor in tensors):
+        return False
+    if policy.ONLY_REFERENCE or in_forward_mode() or _is_exporting():
+        return False
+    if not torch.compiler.is_compiling():
+        if torch._C._get_tracing_state() or torch._C._are_functorch_transforms_active():
+            return False
+        if F.linear is not _LINEAR:
+            return False
+        if any(type(tensor) in STAND_INS for tensor in tensors):  # as if on a GPU that has all it takes
+            return all(type(tensor) in (Tensor, nn.Parameter, *STAND_INS) for tensor in tensors)
+        if torch._C._len_torch_dispatch_stack():
+            return False
+    plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+    return plain and policy.takes_triton(tensors[0].device)
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Switch autocast off on the device of ``x``; there is none for tensors without numbers."""
     return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
@@ -54,6 +80,15 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
 def in_forward_mode() -> bool:
     """Whether forward-mode derivatives are taken (``torch.func.jvp``), which PyTorch's attention kernels lack."""
     return forward_ad._current_level >= 0
+
+
+def through_equation(
+    equation: Callable[..., Tensor], inputs: Sequence[Tensor], gradient: Tensor
+) -> Iterator[Tensor | None]:
+    """Gradients of these inputs that have gradients themselves, where a backward pass of kernels has none."""
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    found = iter(torch.autograd.grad(equation(*inputs), wanted, gradient, create_graph=True))
+    return (next(found) if tensor.requires_grad else None for tensor in inputs)
 
 
 def primitive(function: F_) -> F_:

@@ -81,10 +81,12 @@ def reference(q: Tensor, k: Tensor, v: Tensor, features: Features, dropout_p: fl
 
 @choice.primitive
 def feature_attention(q: Tensor, k: Tensor, v: Tensor, features: Features, dropout_p: float = 0.0) -> Tensor:
-    """`reference`, by blocks that stay in a CPU's cache where it would not."""
+    """`reference`, by blocks that stay in a CPU's cache where it would not, or by Triton."""
     # The device first, as a batch that is exported has no size yet.
     if choice.on_cpu(q, k, v) and not dropout_p and _blocks_pay(k, features):
         return by_blocks(q, k, v, features)
+    if choice.on_cuda(q, k, v) and not dropout_p and _suits_triton(q, k, v, features):
+        return in_triton(q, k, v, features)
     return reference(q, k, v, features, dropout_p)
 
 
@@ -94,6 +96,15 @@ def _blocks_pay(k: Tensor, features: Features) -> bool:
     if features.kernel == "softmax":  # which has few intermediate results
         return k.shape[-2] * k.shape[-1] <= _SMALL_HEAD
     return k.numel() > _BLOCK_NUMBERS
+
+
+def _suits_triton(q: Tensor, k: Tensor, v: Tensor, features: Features) -> bool:
+    from effvit.kernels.cuda.feature_attention import MOST_FEATURES, WIDEST
+
+    if isinstance(features.scale, Tensor) and features.kernel == "exp":  # given features, which only a CPU is
+        return False
+    m = 0 if features.omega is None else len(features.omega)
+    return q.numel() > 0 and k.shape[-2] > 0 and m <= MOST_FEATURES and max(k.shape[-1], v.shape[-1]) <= WIDEST
 
 
 def by_blocks(q: Tensor, k: Tensor, v: Tensor, features: Features) -> Tensor:
@@ -148,10 +159,8 @@ class Blockwise(torch.autograd.Function):
         (gradient,) = gradients
         q, k, v, omega, scale, y, normaliser, kept = ctx.saved_tensors
         features: Features = ctx.features._replace(omega=omega, scale=ctx.features.scale if scale is None else scale)
-        if torch.is_grad_enabled():  # gradients of gradients: through the equation
-            inputs = [tensor for tensor in (q, k, v) if tensor.requires_grad]
-            found = iter(torch.autograd.grad(reference(q, k, v, features), inputs, gradient, create_graph=True))
-            return *(next(found) if tensor.requires_grad else None for tensor in (q, k, v)), None
+        if torch.is_grad_enabled():
+            return *choice.through_equation(lambda q, k, v: reference(q, k, v, features), (q, k, v), gradient), None
         d_q, d_k, d_v = (torch.empty_like(tokens) for tokens in (q, k, v))
         with choice.without_autocast(k):
             for block in _blocks(k):
@@ -257,6 +266,37 @@ def _context(phi_k: Tensor, v: Tensor, features: Features) -> Tensor:
     if features.kernel == "softmax":
         products, sums = products.div_(sums), torch.ones_like(sums)
     return torch.cat([products, sums], dim=-1)
+
+
+def in_triton(q: Tensor, k: Tensor, v: Tensor, features: Features) -> Tensor:
+    """By `effvit.kernels.cuda`: up to 128 features and 64 columns, and one scale for all of these."""
+    return InTriton.apply(q, k, v, features.omega, features.kernel, features.eps, features.scale)
+
+
+class InTriton(torch.autograd.Function):
+    """Training keeps q, k, v and S of each head; features are computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, omega: Tensor | None, *rest: Any) -> Tensor:
+        from effvit.kernels.cuda.feature_attention import attend
+
+        ctx.rest = rest
+        y, state = attend(q, k, v, omega, *rest)
+        ctx.save_for_backward(q, k, v, omega, state)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        from effvit.kernels.cuda.feature_attention import attend_backward
+
+        q, k, v, omega, state = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            kernel, eps, scale = ctx.rest
+            features = Features(kernel, eps, omega, scale)
+            found = choice.through_equation(lambda q, k, v: reference(q, k, v, features), (q, k, v), gradients[0])
+        else:
+            found = attend_backward(*gradients, q, k, v, omega, state, *ctx.rest)
+        return *found, None, None, None, None
 
 
 FORMS = {"by blocks": by_blocks}

@@ -3,10 +3,13 @@
 Razavi et al. 2014, as Nyströmformer uses it (Xiong et al. 2021, arXiv 2102.03902, eq. 11).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from effvit import policy
+from effvit.kernels import choice
 
 MOST_ITERATIONS = 20
 """From here on float32 gains nothing, and what it rounded away grows by 13/4 a step, out of range from some 27 on."""
@@ -26,8 +29,18 @@ def reference(a: Tensor, iterations: int) -> Tensor:
 
 
 def pseudo_inverse(a: Tensor, iterations: int) -> Tensor:
-    """`reference` with each difference taken inside a product."""
-    return reference(a, iterations) if policy.ONLY_REFERENCE else with_addends(a, iterations)
+    """`reference` with each difference taken inside a product, or by Triton."""
+    if policy.ONLY_REFERENCE:
+        return reference(a, iterations)
+    if choice.on_cuda(a) and a.dtype == torch.float32 and a.numel() and _suits_triton(a):
+        return InTriton.apply(a, iterations)
+    return with_addends(a, iterations)
+
+
+def _suits_triton(a: Tensor) -> bool:
+    from effvit.kernels.cuda.pseudo_inverse import LARGEST
+
+    return a.shape[-1] <= LARGEST
 
 
 def with_addends(a: Tensor, iterations: int) -> Tensor:
@@ -41,6 +54,27 @@ def with_addends(a: Tensor, iterations: int) -> Tensor:
         bracket = torch.baddbmm(13 * identity, az, bracket, alpha=-1)
         z = torch.baddbmm(identity, z, bracket, beta=0, alpha=0.25)
     return z.view(shape)
+
+
+class InTriton(torch.autograd.Function):
+    """By `effvit.kernels.cuda`: float32, up to 64 rows. Training keeps A; the iterates are computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, iterations: int) -> Tensor:
+        from effvit.kernels.cuda.pseudo_inverse import invert
+
+        ctx.iterations = iterations
+        ctx.save_for_backward(a)
+        return invert(a, iterations)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        from effvit.kernels.cuda.pseudo_inverse import invert_backward
+
+        (a,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *choice.through_equation(lambda a: reference(a, ctx.iterations), (a,), *gradients), None
+        return invert_backward(*gradients, a, ctx.iterations), None
 
 
 FORMS = {"with addends": with_addends}

@@ -20,9 +20,11 @@ def reference(x: Tensor, kernels: Tensor) -> Tensor:
 
 @choice.primitive
 def token_convolution(x: Tensor, kernels: Tensor) -> Tensor:
-    """`reference` by PyTorch's convolutions."""
+    """`reference` by PyTorch's convolutions, or by Triton."""
     if policy.ONLY_REFERENCE:
         return reference(x, kernels)
+    if choice.on_cuda(x, kernels) and x.dtype == kernels.dtype and x.numel():
+        return InTriton.apply(x, kernels)
     return FastBackward.apply(x, kernels) if choice.on_cpu(x, kernels) else convolve(x, kernels)
 
 
@@ -60,6 +62,26 @@ class FastBackward(torch.autograd.Function):
         rows, d_rows = (tokens.transpose(1, 2)[..., None] for tokens in (x, gradient))
         d_kernels = conv2d_weight(rows, (channels, 1, w, 1), d_rows, padding=(w // 2, 0), groups=channels)
         return d_x, d_kernels[:, 0, :, 0]
+
+
+class InTriton(torch.autograd.Function):
+    """By `effvit.kernels.cuda`, which need no image and no order of memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernels: Tensor) -> Tensor:
+        from effvit.kernels.cuda.token_convolution import convolution
+
+        ctx.save_for_backward(x, kernels)
+        return convolution(x, kernels)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        from effvit.kernels.cuda.token_convolution import convolution_backward
+
+        x, kernels = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return tuple(choice.through_equation(reference, (x, kernels), *gradients))
+        return convolution_backward(*gradients, x, kernels)
 
 
 FORMS = {"torch": convolve, "fast backward": FastBackward.apply}

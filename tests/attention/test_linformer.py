@@ -3,9 +3,11 @@ import math
 import pytest
 import torch
 from mechanisms import copy_maps, qkv_of
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from effvit import ViT, ViTConfig, build_attention, load_model
 from effvit.errors import UserError
+from effvit.kernels.token_projection import at_once
 from effvit.model.checkpoint import save_model
 from effvit.model.resize import resize_projection
 
@@ -169,3 +171,18 @@ def test_projecting_before_the_maps_saves_2_n_minus_k_c_squared():
 def test_it_takes_over_the_maps_of_fused():
     fused = build_attention("fused", 12, 3, (3, 4))
     assert torch.equal(copy_maps(fused, linformer()).qkv.weight, fused.qkv.weight)
+
+
+def test_a_projection_is_rounded_once_and_not_for_every_sample():
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            y = function(*args, **(kwargs or {}))
+            if function is torch.ops.aten._to_copy.default:
+                sizes.append(y.numel())
+            return y
+
+    sizes, e, x = [], torch.randn(3, 10), torch.randn(4, 10, 6, dtype=torch.bfloat16)
+    with torch.autocast("cpu"), Casts():
+        (y,) = at_once(x, e)
+    assert sizes == [30]
+    assert torch.equal(y, torch.bmm(e.bfloat16().expand(4, -1, -1), x))

@@ -1,0 +1,262 @@
+"""Kernels of effvit.kernels.cuda give the outputs and gradients of their references in float64.
+
+Run by `test_triton.py` in a process of its own, with TRITON_INTERPRET=1 set before Triton is imported. On a machine
+with a GPU, `pytest tests/kernels/numerics_of_triton.py` runs the same on it.
+"""
+
+import importlib
+import os
+from collections import Counter
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from effvit import build_attention, policy
+from effvit.kernels import choice, feature_attention, pseudo_inverse, token_convolution
+from effvit.kernels.cuda import feature_attention as in_cuda
+from effvit.kernels.feature_attention import Features
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") else "cuda"
+
+
+@pytest.fixture(autouse=True)
+def chosen(monkeypatch):
+    """Triton's forms run on this device in place of a CPU's, products are exact, and 45 tokens have two parts."""
+    monkeypatch.setattr(policy, "TRITON_ON", DEVICE)
+    monkeypatch.setattr(choice, "on_cpu", lambda *tensors: False)
+    monkeypatch.setattr(in_cuda, "_SUMMED", 32)
+    monkeypatch.setattr(in_cuda, "_APART", 32)
+    with policy.kept():
+        torch.backends.cuda.matmul.allow_tf32 = False
+        yield
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """How often each operator of Triton's was called."""
+    count = Counter()
+    for module, names in (
+        ("feature_attention", ("attend", "attend_backward")),
+        ("pseudo_inverse", ("invert", "invert_backward")),
+        ("token_convolution", ("convolution", "convolution_backward")),
+    ):
+        for name in names:
+            place = f"effvit.kernels.cuda.{module}.{name}"
+            operator = getattr(importlib.import_module(f"effvit.kernels.cuda.{module}"), name)
+
+            def call(*args, operator=operator, name=name):
+                count[name] += 1
+                return operator(*args)
+
+            monkeypatch.setattr(place, call)
+    return count
+
+
+def drawn(*shapes, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype) for shape in shapes]
+
+
+def output_and_gradients(form, tensors):
+    inputs = [tensor.detach().requires_grad_() for tensor in tensors]
+    y = form(*inputs)
+    gradient = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return [y, *torch.autograd.grad(y, inputs, gradient.to(y.device, y.dtype))]
+
+
+def assert_equal(form, reference, tensors):
+    """Within 20 roundings, as all forms."""
+    actual = output_and_gradients(form, tensors)
+    expected = output_and_gradients(reference, [tensor.double() for tensor in tensors])
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == tensors[0].dtype
+        error = (a.double() - e).norm().item() / max(e.norm().item(), e.numel() ** 0.5)
+        assert error < 20 * torch.finfo(a.dtype).eps
+
+
+def features(kernel, d, m):
+    omega = None if m is None else torch.randn(m, d, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    return Features(kernel, 0.0 if kernel in ("softmax", "identity") else 1e-2, omega, d**-0.25 if m else 1.0)
+
+
+def heads(d, e, dtype=torch.float32, b=1):
+    """Queries, keys and values of two heads, which lie next to one another as a map of tokens leaves them."""
+    return [x.transpose(1, 2) for x in drawn((b, 37, 2, d), (b, 45, 2, d), (b, 45, 2, e), dtype=dtype)]
+
+
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("kernel", "d", "m", "dtype"),
+    [
+        *[("exp", 12, 20, FLOAT32), ("exp", 16, 128, FLOAT32), ("exp", 64, 33, FLOAT32), ("exp", 12, 40, BFLOAT16)],
+        *[("relu", 32, 11, FLOAT32), ("relu", 64, 64, BFLOAT16), ("elu", 12, None, FLOAT32), ("elu", 16, 5, FLOAT32)],
+        *[("elu", 64, None, BFLOAT16), ("softmax", 32, None, FLOAT32), ("softmax", 64, None, FLOAT32)],
+        *[("softmax", 12, 40, BFLOAT16), ("identity", 12, None, FLOAT32), ("identity", 64, None, BFLOAT16)],
+    ],
+)
+def test_attention_by_features(kernel, d, m, dtype):
+    q, k, v = heads(d, 10 if d == 12 else d, dtype)
+    if kernel == "identity":
+        q, k = q.abs() + 0.1, k.abs() + 0.1
+    phi = features(kernel, d, m)
+    exact = phi._replace(omega=None if phi.omega is None else phi.omega.double())
+    assert_equal(
+        lambda *x: feature_attention.in_triton(*x, phi),
+        lambda *x: feature_attention.reference(*x, exact),
+        [q, k, v],
+    )
+
+
+@pytest.mark.parametrize("kernel", ["exp", "softmax"])
+def test_exponents_far_apart_neither_overflow_nor_vanish(kernel):
+    q, k, v = heads(12, 12)
+    k[:, :, 40:] *= 30  # the largest of all are in the last block
+    phi = features(kernel, 12, 20)
+    y = feature_attention.in_triton(q, k, v, phi)
+    expected = feature_attention.reference(q.double(), k.double(), v.double(), phi._replace(omega=phi.omega.double()))
+    assert (y - expected).norm() < 2e-5 * expected.norm()
+
+
+def test_a_sample_does_not_depend_on_its_batch_and_two_runs_are_equal():
+    tensors, phi = heads(12, 12, b=2), features("exp", 12, 20)
+    together = feature_attention.in_triton(*tensors, phi)
+    assert torch.equal(together, feature_attention.in_triton(*tensors, phi))
+    assert torch.equal(together[1:], feature_attention.in_triton(*(x[1:] for x in tensors), phi))
+
+
+def test_sums_and_values_of_another_precision_than_queries():
+    q, k, v = heads(16, 16)
+    y = feature_attention.in_triton(q.abs(), k.abs(), v.bfloat16(), features("identity", 16, None))
+    expected = feature_attention.reference(
+        q.double().abs(), k.double().abs(), v.bfloat16().double(), features("identity", 16, None)
+    )
+    assert y.dtype == torch.bfloat16
+    assert (y.double() - expected).norm() < 2**-7 * expected.norm()
+
+
+@pytest.mark.parametrize(("m", "number", "iterations"), [(1, 1, 3), (7, 2, 4), (33, 1, 2), (64, 1, 1)])
+def test_pseudo_inverse(m, number, iterations):
+    (a,) = drawn((number, 1, m, m))
+    assert_equal(
+        lambda a: pseudo_inverse.InTriton.apply(a, iterations),
+        lambda a: pseudo_inverse.reference(a, iterations),
+        [a.softmax(dim=-1)],
+    )
+
+
+def test_columns_of_equal_sums_share_the_gradient_of_the_largest():
+    a = torch.full((1, 4, 4), 0.25, device=DEVICE) + torch.eye(4, device=DEVICE)
+    assert_equal(lambda a: pseudo_inverse.InTriton.apply(a, 2), lambda a: pseudo_inverse.reference(a, 2), [a])
+
+
+@pytest.mark.parametrize(
+    ("b", "n", "c", "w", "dtype"),
+    [
+        (2, 21, 4, 5, FLOAT32),
+        (3, 3, 2, 7, FLOAT32),
+        (1, 40, 40, 33, FLOAT32),
+        (1, 5, 3, 1, FLOAT32),
+        (2, 21, 4, 5, BFLOAT16),
+    ],
+)
+def test_convolution_over_tokens(b, n, c, w, dtype):
+    x, kernels = drawn((b, n, c), (c, w), dtype=dtype)
+    assert_equal(token_convolution.InTriton.apply, token_convolution.reference, [x, kernels])
+
+
+def test_sums_of_a_long_sequence_are_joined(monkeypatch):
+    monkeypatch.setattr("effvit.kernels.cuda.token_convolution._SUMMED", 16)
+    assert_equal(token_convolution.InTriton.apply, token_convolution.reference, drawn((2, 45, 3), (3, 65)))
+
+
+OPTIONS = {
+    "performer": {"num_features": 20},
+    "linear": {},
+    "focused": {},
+    "hybrid": {"window_size": 2, "branches": ["regional", "linear"]},
+    "nystromformer": {"num_landmarks": 5, "pinv_iterations": 1, "conv_kernel_size": 3},
+}
+
+
+def mechanism(name):
+    torch.manual_seed(0)
+    return build_attention(name, dim=24, num_heads=2, grid_size=(3, 4), **OPTIONS[name]).to(DEVICE)
+
+
+EXPECTED = {
+    "performer": ("attend", "attend_backward"),
+    "linear": ("attend", "attend_backward"),
+    "focused": ("attend", "attend_backward"),
+    "hybrid": ("attend", "attend_backward"),
+    "nystromformer": ("invert", "invert_backward", "convolution", "convolution_backward"),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_mechanisms_use_them_once_a_step(name, launched, monkeypatch):
+    module, (x,) = mechanism(name), drawn((2, 13, 24))
+    parameters = list(module.parameters())
+    y = module(x)
+    gradients = torch.autograd.grad(y.sin().sum(), parameters)
+    assert launched == dict.fromkeys(EXPECTED[name], 1)
+    monkeypatch.setattr(policy, "TRITON_ON", None)
+    torch.testing.assert_close(y, module(x), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(gradients, torch.autograd.grad(module(x).sin().sum(), parameters), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["performer", "nystromformer"])
+def test_a_compiled_step_has_them_as_operators_and_no_break(name):
+    from torch._dynamo.backends.common import aot_autograd
+
+    module, (x,) = mechanism(name), drawn((2, 13, 24))
+    parameters, graphs = list(module.parameters()), []
+
+    def note(graph, _):
+        graphs.append({str(node.target).split(".")[1] for node in graph.graph.nodes if "effvit" in str(node.target)})
+        return graph
+
+    compiled = torch.compile(module, backend=aot_autograd(fw_compiler=note), fullgraph=True)
+    y = compiled(x)
+    gradients = torch.autograd.grad(y.sin().sum(), parameters)
+    operators = {"performer": {"feature_attention"}, "nystromformer": {"pseudo_inverse", "token_convolution"}}[name]
+    assert graphs == [operators, {f"{operator}_backward" for operator in operators}]
+    expected = module(x)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected.sin().sum(), parameters))
+
+
+def test_exporters_and_functional_transforms_are_given_the_equations(launched):
+    module, (x, tangent) = mechanism("performer").eval(), drawn((1, 13, 24), (1, 13, 24))
+    program = torch.export.export(module, (x,))
+    assert not [node for node in program.graph.nodes if "effvit" in str(node.target)]
+    _, along = torch.func.jvp(module, (x,), (tangent,))
+    gradient = torch.func.grad(lambda x: module(x).sin().sum())(x)
+    torch.func.vmap(module)(x[None])
+    assert not launched
+    # With them: of the same function, by a difference and by a step.
+    step = 1e-2
+    torch.testing.assert_close(
+        along, (module(x + step * tangent) - module(x - step * tangent)) / (2 * step), atol=1e-2, rtol=1e-2
+    )
+    x.requires_grad_()
+    torch.testing.assert_close(gradient, torch.autograd.grad(module(x).sin().sum(), x)[0], atol=1e-4, rtol=1e-3)
+    assert launched
+
+
+@pytest.mark.parametrize("name", ["performer", "nystromformer"])
+def test_gradients_of_gradients(name, launched, monkeypatch):
+    module, (x,) = mechanism(name), drawn((1, 13, 24))
+    x.requires_grad_()
+
+    def second():
+        with sdpa_kernel(SDPBackend.MATH):
+            (gradient,) = torch.autograd.grad(module(x).sin().sum(), x, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), x)[0]
+
+    actual = second()
+    assert launched
+    monkeypatch.setattr(policy, "TRITON_ON", None)
+    torch.testing.assert_close(actual, second(), atol=1e-3, rtol=1e-3)
