@@ -24,8 +24,8 @@ _ASKED = os.environ.get("EFFVIT_KERNELS", "")
 if _ASKED not in ("", "reference"):
     raise UserError(f"EFFVIT_KERNELS={_ASKED}: expected reference, or nothing for the fastest forms")
 ONLY_REFERENCE = _ASKED == "reference"
-TRITON_ON = "cuda" if find_spec("triton") else None
-"""Kind of device on which kernels of `effvit.kernels.cuda` run; where there is no Triton, none."""
+TRITON_ON = "cuda" if find_spec("triton") and torch.version.hip is None else None
+"""Kind of device on which kernels of `effvit.kernels.cuda` run: GPUs of NVIDIA, and none without Triton."""
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 # PyTorch sends products of a linear map to MKL, which measures about half of oneDNN's speed at a ViT's shapes on an AMD

@@ -8,6 +8,7 @@ import importlib
 import os
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -22,7 +23,7 @@ DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") else "cuda"
 
 @pytest.fixture(autouse=True)
 def chosen(monkeypatch):
-    """Triton's forms run on this device in place of a CPU's, products are exact, and 45 tokens have two parts."""
+    """Triton's forms run on this device in place of a CPU's, products are exact, and 35 tokens have two parts."""
     monkeypatch.setattr(policy, "TRITON_ON", DEVICE)
     monkeypatch.setattr(choice, "on_cpu", lambda *tensors: False)
     monkeypatch.setattr(in_cuda, "_SUMMED", 32)
@@ -30,6 +31,23 @@ def chosen(monkeypatch):
     with policy.kept():
         torch.backends.cuda.matmul.allow_tf32 = False
         yield
+
+
+@pytest.fixture(autouse=True)
+def tensor_cores(monkeypatch):
+    """Products in the interpreter cut factors to TF32, 10 bits of float32's 23, as a GPU's do."""
+    if DEVICE == "cuda":
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    product = InterpreterBuilder.create_dot
+
+    def cut(factor):
+        return TensorHandle((factor.data.view(np.int32) & -(2**13)).view(np.float32), factor.dtype)
+
+    monkeypatch.setattr(
+        InterpreterBuilder, "create_dot", lambda self, a, b, *rest: product(self, cut(a), cut(b), *rest)
+    )
 
 
 @pytest.fixture
@@ -82,7 +100,7 @@ def features(kernel, d, m):
 
 def heads(d, e, dtype=torch.float32, b=1):
     """Queries, keys and values of two heads, which lie next to one another as a map of tokens leaves them."""
-    return [x.transpose(1, 2) for x in drawn((b, 37, 2, d), (b, 45, 2, d), (b, 45, 2, e), dtype=dtype)]
+    return [x.transpose(1, 2) for x in drawn((b, 19, 2, d), (b, 35, 2, d), (b, 35, 2, e), dtype=dtype)]
 
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
@@ -110,10 +128,18 @@ def test_attention_by_features(kernel, d, m, dtype):
     )
 
 
+def test_products_of_float32_are_rounded_to_tf32_where_pytorch_may():
+    tensors, phi = heads(16, 16), features("elu", 16, None)
+    exact = feature_attention.in_triton(*tensors, phi)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    rounded = feature_attention.in_triton(*tensors, phi)
+    assert 2**-16 < (rounded - exact).norm() / exact.norm() < 2**-9
+
+
 @pytest.mark.parametrize("kernel", ["exp", "softmax"])
 def test_exponents_far_apart_neither_overflow_nor_vanish(kernel):
     q, k, v = heads(12, 12)
-    k[:, :, 40:] *= 30  # the largest of all are in the last block
+    k[:, :, 33:] *= 30  # the largest of all are in the last block
     phi = features(kernel, 12, 20)
     y = feature_attention.in_triton(q, k, v, phi)
     expected = feature_attention.reference(q.double(), k.double(), v.double(), phi._replace(omega=phi.omega.double()))

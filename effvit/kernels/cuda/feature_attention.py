@@ -367,7 +367,8 @@ def _options(kernel: str, omega: Tensor | None, q: Tensor, k: Tensor, v: Tensor)
     # A factor in two parts takes twice the registers.
     rows = _ROWS // 2 if exact else _ROWS
     options = {"KERNEL": kernel, "OMEGA": omega is not None, "EXACT": exact, "ROWS": rows}
-    return sides | options | {"num_stages": 1}
+    # All registers that a thread may have: with fewer, two programs share a multiprocessor, and some numbers spill.
+    return sides | options | {"num_stages": 1, "maxnreg": 255}
 
 
 @torch.library.custom_op("effvit::feature_attention", mutates_args=())
