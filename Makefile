@@ -81,7 +81,7 @@ PARTS ?=
 MACHINES := $(if $(filter cpu,$(DEVICE)),outputs,docs/machines)
 
 test-gpu: env ## the tests of tests/gpu, 5 minutes on a GPU; DEVICE=cpu is a dry run. writes tests.json
-	$(BIN)/pytest tests/gpu --device $(DEVICE) --gpu-report $(MACHINES)
+	$(BIN)/pytest tests/gpu $(if $(filter-out cpu,$(DEVICE)),tests/kernels/numerics_of_triton.py) --device $(DEVICE) --gpu-report $(MACHINES)
 
 study-gpu: env ## what a GPU can say in 20 minutes, as CSVs in docs/machines; PARTS='blocks cells', JOBS=n, DEVICE=cpu
 	$(BIN)/python -m stages.study_gpu --device $(DEVICE) --output-dir $(MACHINES) $(if $(filter-out 1,$(JOBS)),--jobs $(JOBS)) $(PARTS)
