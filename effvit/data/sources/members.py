@@ -101,17 +101,14 @@ def list_tar(path: Path, start: int = 0, size: int | None = None) -> Iterator[Me
     Raises:
         UserError: it is cut short or damaged; a member is a link, a device or in pieces, or leads out of its folder.
     """
-    with path.open("rb") as file:
+    with path.open("rb") as file, reading(path, "damaged or unsafe tar archive"):
         end = start + size if size is not None else file.seek(0, io.SEEK_END)
         file.seek(start)
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                while (member := tar.next()) is not None:
-                    tar.members.clear()  # type: ignore[attr-defined]  # or they would pile up: a kilobyte each
-                    yield _checked_member(member, end)
-                _check_end(file, tar.offset, end)
-        except tarfile.TarError as error:
-            raise UserError(f"{path}: damaged or unsafe tar archive ({error}); fetch or make it again") from error
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # or they would pile up: a kilobyte each
+                yield _checked_member(member, end)
+            _check_end(file, tar.offset, end)
 
 
 def _check_end(file: IO[bytes], at: int, end: int) -> None:

@@ -192,3 +192,22 @@ def test_tar_that_continues_after_its_end_is_refused(tmp_path):
     path.write_bytes(path.read_bytes() * 2)
     with pytest.raises(UserError, match=r"a\.tar: .*more follows after its end"):
         folder(path, 8)
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_flipped_bytes_are_one_line_or_change_nothing_that_is_checked(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    (sets.as_zip if kind == "zip" else sets.as_tar)(PICTURES, path)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    region = range(whole.index(b"PK\1\2"), len(whole)) if kind == "zip" else range(512)
+    refused = 0
+    for _ in range(100):
+        content = bytearray(whole)
+        content[rng.choice(region)] = rng.integers(256)
+        path.write_bytes(content)
+        try:
+            folder(path, 8).train.images.read(0)
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 20

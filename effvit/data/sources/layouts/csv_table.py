@@ -72,7 +72,8 @@ def csv_table(tree: Tree, choices: Choices) -> Layout | str | None:
     images = find_images(tree) if files else Images({})
     if not images.paths:
         return None
-    found = [table for file in files if (table := _read(tree, file, choices)) is not None]
+    read_files = {file: _read(tree, file, choices) for file in files}
+    found = [table for table in read_files.values() if table is not None]
     if not found:
         header = ", ".join(_lines(tree, files[0])[0][1])
         why = (
@@ -86,6 +87,8 @@ def csv_table(tree: Tree, choices: Choices) -> Layout | str | None:
     listing, used = _listing(tree, tables, images)
     said = ", ".join(f"{table.file} (columns {column} and {table.header[table.label]})" for table, column in used)
     said += "".join(f", {table.file} not read (of no part)" for table in found if table not in tables)
+    without = [file for file, table in read_files.items() if table is None and part_of(file)]
+    said += "".join(f", {file} not read (no columns of images and labels)" for file in without)
     labelled = {row.path for rows in listing.values() for row in rows}
     for part in [part for part, rows in listing.items() if has_no_labels(part, {row.label for row in rows})]:
         said += f", {part} not read ({len(listing.pop(part)):,} rows without labels)"

@@ -74,7 +74,9 @@ def webdataset(tree: Tree, choices: Choices) -> Layout | None:
             )
     found = {value for samples in read.values() for value in samples.labels}
     if len({type(value) for value in found}) > 1:
-        raise UserError(f"{tree.root}: some labels are numbers and some are names; expected one or the other")
+        raise UserError(
+            f"{tree.root / (tree.only or '')}: some labels are numbers and some are names; expected one or the other"
+        )
     classes = tuple(sorted(map(str, found), key=class_order))
 
     def take(wanted: tuple[str, ...]) -> dict[str, Split]:

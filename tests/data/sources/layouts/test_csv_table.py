@@ -212,6 +212,8 @@ def test_test_without_labels_does_not_hide_validation(tmp_path):
     source = folder(tmp_path, 8)
     assert source.test.images.name(0) == "val/val0.png"
     assert source.description.endswith(", test not read (4 rows without labels)")
+    sets.write(tmp_path / "test.csv", "id\ntest0\n")
+    assert folder(tmp_path, 8).description.endswith(", test.csv not read (no columns of images and labels)")
 
 
 @pytest.mark.parametrize("name", [" label", "LABEL"])
