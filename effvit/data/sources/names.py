@@ -11,8 +11,9 @@ from effvit.errors import UserError
 TRAIN, VALIDATION, TEST, WHOLE = "train", "validation", "test", "whole"
 _PART = re.compile(r"(?<![A-Za-z])(?:(?i:(train(?:ing)?)|(val(?:id(?:ation)?)?)|(test(?:ing)?)))(?![a-z])")
 _SHARD = re.compile(r"(\d+)-of-(\d+)[^/]*$")
-_NUMBER = re.compile(r"-?[0-9]{1,18}")
+_NUMBER = re.compile(r"-?[0-9]{1,19}")
 _NO_LABEL = frozenset((None, "", -1, "-1"))
+_SIGNS = frozenset((-1, 1, "-1", "1"))
 
 
 def part_of(name: str) -> str | None:
@@ -54,6 +55,12 @@ def find_column(wanted: str, columns: Sequence[str]) -> int | None:
 def has_no_labels(part: str, labels: Collection[object]) -> bool:
     """Whether a part is one to predict: it is no training part, and all its ``labels`` are missing, empty or -1."""
     return part in (TEST, VALIDATION) and _NO_LABEL.issuperset(labels)
+
+
+def classes_among(labels: Iterable[object]) -> set[object]:
+    """Those ``labels`` that are classes: neither missing nor empty, nor -1, unless all classes are -1 and 1."""
+    found = set(labels) - {None, ""}
+    return found if found <= _SIGNS else found - _NO_LABEL
 
 
 def number_in(text: str) -> int | None:

@@ -13,7 +13,7 @@ from effvit.data.sources.base import Split
 from effvit.data.sources.layout import Choices, Layout
 from effvit.data.sources.layouts.class_folders import has_class_folders
 from effvit.data.sources.layouts.csv_images import TABLES, Images, choose_column, find_images
-from effvit.data.sources.names import TRAIN, WHOLE, class_order, find_column, has_no_labels, part_of
+from effvit.data.sources.names import TRAIN, WHOLE, class_order, classes_among, find_column, has_no_labels, part_of
 from effvit.data.sources.tree import Tree, join
 from effvit.errors import UserError, did_you_mean
 
@@ -93,9 +93,9 @@ def csv_table(tree: Tree, choices: Choices) -> Layout | str | None:
     for part in [part for part, rows in listing.items() if has_no_labels(part, {row.label for row in rows})]:
         said += f", {part} not read ({len(listing.pop(part)):,} rows without labels)"
     rows = [row for rows in listing.values() for row in rows]
-    if row := next((row for row in rows if not row.label), None):
+    classes = classes_among(row.label for row in rows)
+    if row := next((row for row in rows if row.label not in classes), None):
         raise UserError(f"{row.where} has no class")
-    classes = sorted({row.label for row in rows}, key=class_order)
     unnamed = sum(path not in labelled for path in images.paths)
 
     def read(wanted: tuple[str, ...]) -> dict[str, Split]:
@@ -108,7 +108,12 @@ def csv_table(tree: Tree, choices: Choices) -> Layout | str | None:
             splits[part] = Split(labels, tree.originals([path for _, path in chosen]), notes)
         return splits
 
-    return Layout(f"images and {said}", tuple(classes), read, takes=("image_column", "label_column"))
+    return Layout(
+        f"images and {said}",
+        tuple(sorted(map(str, classes), key=class_order)),
+        read,
+        takes=("image_column", "label_column"),
+    )
 
 
 def _tables(tree: Tree) -> list[str]:

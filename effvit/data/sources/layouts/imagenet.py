@@ -14,6 +14,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -78,7 +79,7 @@ def imagenet(tree: Tree, choices: Choices) -> Layout | None:
                 f"{inner.root}: train has no class {strangers[0]!r} of val{more}; classes=FILE takes only those in "
                 "a file"
             )
-        return {TRAIN: train.read(wanted), TEST: val.read(labels, wanted)}
+        return {TRAIN: train.read(wanted), TEST: val.read(labels, wanted, inner.root)}
 
     return Layout(f"ImageNet, {train.described}, {val.described} with {said}", classes, read, titles)
 
@@ -135,12 +136,15 @@ class _Flat:
             raise UserError(f"{unknown}: no ground truth for this image of val")
         return found
 
-    def read(self, labels: Mapping[str, str], wanted: Sequence[str]) -> Split:
+    def read(self, labels: Mapping[str, str], wanted: Sequence[str], root: Path) -> Split:
         found = self.stems(labels)
         listing: dict[str, list[str]] = {name: [] for name in wanted}
         stems = sorted(stem for stem, label in labels.items() if label in listing)
         if missing := [stem for stem in stems if stem not in found]:
-            raise UserError(f"{self.described}: {missing[0]} is missing, as are {len(missing) - 1:,} more")
+            raise UserError(
+                f"{root}: of the {len(stems):,} images of val in the ground truth {len(missing):,} are missing, the "
+                f"first is {missing[0]}; fetch them"
+            )
         for stem in stems:
             listing[labels[stem]].append(found[stem])
         numbers = np.repeat(np.arange(len(wanted), dtype=np.int64), [len(files) for files in listing.values()])

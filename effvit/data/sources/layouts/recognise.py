@@ -67,7 +67,7 @@ def open_root(root: Path) -> Tree:
 
 
 def _recognise(tree: Tree, choices: Choices, image_size: int) -> Layout | str | None:
-    """The layout, or the last of the reasons why there is none, which is that of what comes closest."""
+    """The layout, or why there is none: what the last that comes close says, and what `whole_folders` does."""
     holding: tuple[Recogniser, ...] = (partial(arrays, image_size=image_size), tables, webdataset)
     by_columns = choices.image_column or choices.label_column
     ordered = (csv_table, *_FOLDERS) if by_columns else (*_FOLDERS, csv_table)
@@ -81,5 +81,5 @@ def _recognise(tree: Tree, choices: Choices, image_size: int) -> Layout | str | 
                     "move one elsewhere"
                 )
             return replace(found, tree=tree)
-        why = found or why
+        why = "; ".join(filter(None, (why, found))) if recogniser is whole_folders else found or why
     return why

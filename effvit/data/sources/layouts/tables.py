@@ -24,7 +24,7 @@ from effvit.data.sources.layouts.columns import (
     may_be_label,
     read_schema,
 )
-from effvit.data.sources.names import WHOLE, check_shards, has_no_labels, part_of
+from effvit.data.sources.names import WHOLE, check_shards, class_order, classes_among, has_no_labels, part_of
 from effvit.data.sources.reading import reading
 from effvit.data.sources.rows import Rows, is_parquet, open_arrow
 from effvit.data.sources.tree import Directory, Kind, Tree, join
@@ -180,10 +180,8 @@ def _classes(labels: Mapping[str, _Labels], column: str, root: Path) -> tuple[tu
             f"{root / without[0]}: has no names of its classes in the schema, as {other} has; save it again"
         )
     if without:
-        found = set().union(*(of_file.distinct for of_file in labels.values())) - {None, ""}
-        classes = tuple(
-            map(str, sorted(found) if all(isinstance(each, int) for each in found) else sorted(map(str, found)))
-        )
+        found = classes_among(set().union(*(of_file.distinct for of_file in labels.values())))
+        classes = tuple(sorted(map(str, found), key=class_order))
     else:
         classes = tuple(dict.fromkeys(name for of_file in labels.values() for name in of_file.names or ()))
     codes = {file: _codes(of_file, classes, column, root / file) for file, of_file in labels.items()}

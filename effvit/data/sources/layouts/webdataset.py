@@ -16,7 +16,7 @@ from effvit.data.sources.base import Split
 from effvit.data.sources.images import SUFFIXES
 from effvit.data.sources.layout import Choices, Layout
 from effvit.data.sources.members import TarMembers, list_tar
-from effvit.data.sources.names import WHOLE, check_shards, class_order, has_no_labels, number_in, part_of
+from effvit.data.sources.names import WHOLE, check_shards, class_order, classes_among, has_no_labels, number_in, part_of
 from effvit.data.sources.reading import reading
 from effvit.data.sources.tree import Directory, Tree, is_litter_path, join
 from effvit.errors import UserError, did_you_mean
@@ -65,14 +65,11 @@ def webdataset(tree: Tree, choices: Choices) -> Layout | None:
     unread = ""
     for part in [part for part, samples in read.items() if has_no_labels(part, samples.labels)]:
         unread += f", {part} not read ({len(read.pop(part).labels):,} images without labels)"
+    found = classes_among(label for samples in read.values() for label in samples.labels)
     for part, samples in read.items():
-        if None in samples.labels:
-            first = samples.labels.index(None)
-            where = tree.root / parts[part][samples.places[first][0]] / samples.names[first]
-            raise UserError(
-                f"{where}: {samples.labels.count(None):,} images of {part} have no label, as .cls, or .json with one"
-            )
-    found = {value for samples in read.values() for value in samples.labels}
+        if without := [index for index, label in enumerate(samples.labels) if label not in found]:
+            where = tree.root / parts[part][samples.places[without[0]][0]] / samples.names[without[0]]
+            raise UserError(f"{where}: {len(without):,} images of {part} have no label, as .cls, or .json with one")
     if len({type(value) for value in found}) > 1:
         raise UserError(
             f"{tree.root / (tree.only or '')}: some labels are numbers and some are names; expected one or the other"

@@ -88,6 +88,7 @@ def test_labels_that_are_numbers_are_in_their_order(tmp_path):
         ("id,label\n0,a\n1,b\n7,a\n", SPLIT, r"labels\.csv: line 4 names '7' in the column 'id', .* \(1 of 3 rows\)"),
         ("id,label\n0,a\n1\n", SPLIT, r"labels\.csv: line 3 has 1 fields for 2 columns"),
         ("id,label\n\n0,a\n\n1,\n", SPLIT, r"labels\.csv: line 5 has no class"),
+        ("id,label\n0,1\n1,0\n2,-1\n", SPLIT, r"labels\.csv: line 4 has no class"),
         ("id,label\n0,a\n0,b\n", SPLIT, r"images/0\.png has several classes, as with multi-label images"),
         ("id,label\n0,a\n0,a\n", SPLIT, r"images/0\.png has several rows"),
         ("id,label\n", SPLIT, r"labels\.csv: has no rows"),

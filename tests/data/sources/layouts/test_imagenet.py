@@ -189,7 +189,9 @@ def test_image_of_val_that_is_missing_is_named(tmp_path):
     root = flat_with_csv(tmp_path / "x")
     name = PICTURES["val"][2].name
     (root / "val" / name).unlink()
-    with pytest.raises(UserError, match=rf"{name.partition('.')[0]} is missing, as are 0 more"):
+    with pytest.raises(
+        UserError, match=rf"of the 6 images .* 1 are missing, the first is {name.partition('.')[0]}; fetch"
+    ):
         folder(root, 8)
 
 

@@ -193,6 +193,7 @@ LABELS = pa.array([0, 1] * 6)
             {"label_column": "label"},
             "label_column=label: in .* it is list<.*, expected one class for each row",
         ),
+        ({"image": images(), "label": pa.array([0, -1, 1] * 4)}, {}, r"\.parquet\[1\]: no label in the column 'label'"),
         ({"image": images(), "label": pa.array([0, None] * 6)}, {}, r"\.parquet\[1\]: no label in the column 'label'"),
         ({"image": images([]), "label": pa.array([], pa.int64())}, {}, "expected at least 2 classes, found 0"),
         ({"image": images(), "label": pa.array([7] * 12)}, {}, "expected at least 2 classes, found 1 .'7'"),

@@ -69,6 +69,10 @@ def test_one_shard_as_root_is_divided_by_a_share(tmp_path):
     ("members", "message"),
     [
         ([("1.cls", b"0")], r"train\.tar: 1 samples have no image, the first is '1'"),
+        (
+            [("1.png", PNG), ("1.cls", b"-1"), ("2.png", PNG), ("2.cls", b"2")],
+            r"train\.tar/1\.png: 1 images of train have",
+        ),
         ([("1.png", PNG)], r"train\.tar/1\.png: 1 images of train have no label"),
         ([("1.png", PNG), ("1.jpg", PNG), ("1.cls", b"0")], "sample '1' has two images"),
         ([("1.png", PNG), ("1.cls", b"")], r"1\.cls: expected a label, as number or name"),
