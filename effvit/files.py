@@ -89,12 +89,19 @@ def check_apart(output_dir: Path, *inputs: Path) -> None:
 
 
 def replace_dir(aside: Path, final: Path) -> None:
-    """Put the directory ``aside`` in the place of ``final``, whatever is there."""
+    """Put the directory ``aside`` in the place of ``final``, whatever is there.
+
+    What was there is renamed before it is removed: a kill leaves one of the two whole, or neither in that place.
+    """
+    old = final.with_name(f".{final.name}.replaced")
+    if old.is_dir():  # of a run that was killed
+        shutil.rmtree(old)
     if final.is_symlink() or final.is_file():
         final.unlink()
     elif final.exists():
-        shutil.rmtree(final)
+        final.replace(old)
     aside.replace(final)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

@@ -2,6 +2,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -206,3 +207,29 @@ def test_earlier_results_and_empty_directories_are_replaced(tmp_path):
         with staged_dir(tmp_path / name, ("result.json", "result")) as aside:
             (aside / "result").touch()
         assert names(tmp_path / name) == ["result"]
+
+
+def test_a_kill_while_one_is_replaced_leaves_nothing_half(tmp_path, monkeypatch):
+    """Each step of the replacement is the last: the next run finds the old, the new or nothing in that place."""
+    for last in range(3):
+        final = tmp_path / f"{last}"
+        with staged_dir(final, ("a", "*")) as aside:
+            (aside / "a").touch()
+            (aside / "b").touch()
+        steps, rename, remove = [], Path.replace, shutil.rmtree
+
+        def step(act, *args, steps=steps, last=last, **options):
+            steps.append(act)
+            if len(steps) > last:
+                raise SystemExit  # nothing after it happens
+            return act(*args, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", lambda *args, step=step, rename=rename: step(rename, *args))
+            patch.setattr(shutil, "rmtree", lambda *args, step=step, remove=remove, **o: step(remove, *args, **o))
+            with pytest.raises(SystemExit), staged_dir(final, ("a", "*")) as aside:
+                (aside / "a").touch()
+        assert not final.exists() or names(final) in (["a", "b"], ["a"])
+        with staged_dir(final, ("a", "*")) as aside:
+            (aside / "a").touch()
+        assert names(final) == ["a"] and not (tmp_path / f".{last}.replaced").exists()

@@ -32,7 +32,8 @@ def prepare(
         name: one of `effvit.data.sources.available_datasets`.
         root: directory, archive or file with the originals; None for the default of the source.
         image_size: height and width of the prepared images in pixels.
-        output_dir: replaced as a whole; must be absent, empty, or a prepared data set, and hold none of the originals.
+        output_dir: replaced as a whole; must be absent, empty, or a prepared data set, and neither hold the
+            originals nor be among them.
         classes: a file with the classes to take, one a line; all by default.
         num_classes: how many classes are expected; None for any number.
         skip_damaged: leave damaged images out, with a count in ``notes`` and a list in ``damaged.csv``.
@@ -56,7 +57,10 @@ def prepare(
     if name != "digits":  # which are in a package
         if name == "folder" and root is None and not default_root(name).exists():
             raise UserError("root: missing; expected the folder with train/<class>/ and test/<class>/ or val/<class>/")
-        check_apart(output_dir, root or default_root(name), *filter(None, [classes]))
+        originals = root or default_root(name)
+        check_apart(output_dir, originals, *filter(None, [classes]))
+        if originals.is_dir() and output_dir.resolve().is_relative_to(originals.resolve()):
+            raise UserError(f"{output_dir}: is in root={originals}, and would pass for originals; name another output")
     check_replaceable(output_dir, FILES)
     source = open_source(name, root, image_size, choices)
     if num_classes not in (None, len(source.classes)):

@@ -43,4 +43,6 @@ def report_damaged(work: Path, parts: Sequence[tuple[object, Mapping[int, str]]]
         first = "; ".join(f"{root / name}: {reason}" for root, name, reason in rows[:_MOST_NAMED])
         more = f"; and {len(rows) - _MOST_NAMED:,} more" if len(rows) > _MOST_NAMED else ""
         count = "1 image is" if len(rows) == 1 else f"{len(rows):,} images are"
-        raise UserError(f"{count} damaged, listed in {path} (--skip-damaged leaves them out): {first}{more}")
+        raise UserError(
+            f"{count} damaged, listed in {path} (effvit prepare --skip-damaged leaves them out): {first}{more}"
+        )

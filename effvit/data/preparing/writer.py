@@ -168,7 +168,8 @@ def _write_lists(
         if isinstance(part.split.images, Originals):
             write_files(files_path(data, part.stored), map(part.name, part.rows.tolist()))
         left_out = Counter({f"damaged images left out, see {DAMAGED_FILE}": len(part.tally.damaged)})
-        notes[part.stored] = part.split.notes + part.tally.notes + left_out
+        without = Counter({"classes without an image": len(set(range(len(classes))) - set(labels.tolist()))})
+        notes[part.stored] = part.split.notes + part.tally.notes + left_out + without
         digests = np.frombuffer(part.tally.digests, np.uint8).reshape(-1, DIGEST_BYTES)[part.rows]
         which = np.full(len(labels), SPLITS.index(part.stored), dtype=np.int8)
         if part.stored == "train":

@@ -40,7 +40,7 @@ class Originals(Protocol):
         """The images at the indices ``rows``, in that order."""
 
     def stamp(self) -> list[Any]:
-        """What changes when an image does, as JSON: files by name, size and time, rows by number."""
+        """What changes when an image does, as JSON: the root, files by name, size and time, rows by number."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Files:
         return Files(self.root, tuple(self.paths[row] for row in rows))
 
     def stamp(self) -> list[Any]:
-        return [stamp_of(self.root, path) for path in self.paths]
+        return [str(self.root.absolute()), *(stamp_of(self.root, path) for path in self.paths)]
 
 
 def stamp_of(root: Path, path: str) -> list[Any]:

@@ -1,6 +1,5 @@
 """ImageNet-100: a hundred classes of ImageNet-1k, in any layout that is recognised."""
 
-from codecs import BOM_UTF8
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
@@ -11,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from effvit.data.sources.base import Source, default_root
 from effvit.data.sources.layout import BY_CONTENT, Choices, build_source, read_class_list
 from effvit.data.sources.layouts.recognise import recognise
+from effvit.data.sources.tree import Tree
 from effvit.errors import UserError
 
 _NUM_CLASSES = 100
@@ -34,8 +34,8 @@ def imagenet100(root: Path | None, image_size: int, choices: Choices = BY_CONTEN
         wanted = _the_usual(layout.classes, root)
     if wanted is not None:
         layout = replace(layout, description=f"{layout.description}, {len(wanted)} classes from a list")
-    if titles := _read_titles(root / _LABELS):
-        layout = replace(layout, titles=titles)
+    if layout.tree and layout.tree.has(_LABELS):
+        layout = replace(layout, titles=_read_titles(layout.tree))
     return build_source(layout, root, choices, wanted)
 
 
@@ -54,10 +54,8 @@ def _the_usual(classes: Sequence[str], root: Path) -> tuple[str, ...]:
     return wanted
 
 
-def _read_titles(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        return {}
+def _read_titles(tree: Tree) -> dict[str, str]:
     try:
-        return TypeAdapter(dict[str, str]).validate_json(path.read_bytes().removeprefix(BOM_UTF8))
+        return TypeAdapter(dict[str, str]).validate_json(tree.read_text(_LABELS))
     except ValidationError as error:
-        raise UserError(f"{path}: expected a JSON object of WNIDs and names") from error
+        raise UserError(f"{tree.root / _LABELS}: expected a JSON object of WNIDs and names") from error

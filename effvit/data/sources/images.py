@@ -16,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from effvit.data.loading.encoded import decode
 from effvit.data.loading.views import cut_strip, evaluation_view, resize_shorter, shorter_side
+from effvit.data.sources.reading import raise_systems
 from effvit.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
@@ -114,7 +115,7 @@ def is_image(name: str, open_file: Callable[[], IO[bytes]]) -> bool:
     except Image.DecompressionBombError:
         return True
     except Exception as error:  # it begins like one, and reading it will tell what is wrong with it
-        _raise_systems(error)
+        raise_systems(error)
         with open_file() as file:
             mark = file.read(8)
         # The marks of BMP and PPM begin many a text. AVIF's is also that of HEIC.
@@ -155,7 +156,7 @@ def _read(content: bytes, name: str, side: int) -> _File:
             image = _to_rgb(image)
         return _File(image, size, done, ready)
     except Exception as error:  # decoders raise anything from SyntaxError to struct.error on damaged files
-        _raise_systems(error)
+        raise_systems(error)
         raise UserError(f"{name}: {_reason(error, content)}") from error
 
 
@@ -175,7 +176,7 @@ def _has_more_frames(image: Image.Image, content: bytes) -> bool:
     try:  # to look for a second frame Pillow gives up the first one, and that second one may be damaged
         return getattr(Image.open(io.BytesIO(content), formats=("GIF",)), "is_animated", False)
     except Exception as error:
-        _raise_systems(error)
+        raise_systems(error)
         return True
 
 
@@ -187,19 +188,13 @@ def _turn(image: Image.Image, done: list[str]) -> Image.Transpose | None:
             Image.Exif().load(image.info["exif"])
         return _TURNS.get(exif.get(_ORIENTATION, 1))
     except Exception as error:  # anything, as in decoders
-        _raise_systems(error)
+        raise_systems(error)
         done.append("unreadable Exif ignored")
         return None
 
 
 def _suffix(name: str) -> str:
     return name[name.rfind(".") :].lower()
-
-
-def _raise_systems(error: Exception) -> None:
-    """Raise what is not the file's fault."""
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
-        raise error
 
 
 def fit(image: Image.Image, size: int) -> np.ndarray:

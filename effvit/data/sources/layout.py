@@ -1,7 +1,5 @@
 """What was recognised at a root, and how its parts become the splits of a source."""
 
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,11 +11,12 @@ import numpy as np
 from effvit.data.sources.base import Originals, Source, Split
 from effvit.data.sources.holdout import hold_out
 from effvit.data.sources.joined import join_originals
+from effvit.data.sources.names import TEST, TRAIN, VALIDATION, WHOLE, check_forms, other_form, show
+from effvit.data.sources.tree import Tree
 from effvit.errors import UserError, did_you_mean
 
-TRAIN, VALIDATION, TEST, WHOLE = "train", "validation", "test", "whole"
-_PART = re.compile(r"(?<![A-Za-z])(?:(?i:(train(?:ing)?)|(val(?:id(?:ation)?)?)|(test(?:ing)?)))(?![a-z])")
 _LARGEST_SHARE = 0.5
+_FOR_SOME = ("label_level", "image_column", "label_column")  # choices that not every layout takes
 
 
 @dataclass(frozen=True)
@@ -52,13 +51,16 @@ class Layout:
 
     ``read`` takes the classes wanted, some of ``classes`` in their order, and returns the parts that are there: train,
     validation, test, or the whole where there is no split. Labels are indices into the classes wanted. ``titles`` are
-    what classes are called where their names are codes.
+    what classes are called where their names are codes. ``takes`` are the choices that matter to it, among label_level,
+    image_column and label_column. ``tree`` is where it was recognised.
     """
 
     description: str
     classes: tuple[str, ...]
     read: Callable[[tuple[str, ...]], dict[str, Split]]
     titles: Mapping[str, str] = field(default_factory=dict)
+    takes: tuple[str, ...] = ()
+    tree: Tree | None = None
 
 
 def read_class_list(path: Path) -> tuple[str, ...]:
@@ -76,14 +78,6 @@ def read_class_list(path: Path) -> tuple[str, ...]:
     return names
 
 
-def part_of(name: str) -> str | None:
-    """Which part the name of a file or folder says: ``train-00000-of-00002.parquet``, ``valid``, ``testing``."""
-    match = _PART.search(name)
-    if match is None:
-        return None
-    return (TRAIN, VALIDATION, TEST)[match.lastindex - 1] if match.lastindex else None
-
-
 def build_source(layout: Layout, root: Path, choices: Choices, wanted: Sequence[str] | None = None) -> Source:
     """The source of a layout found at ``root``, with the classes ``wanted`` or all, in the layout's order.
 
@@ -91,9 +85,12 @@ def build_source(layout: Layout, root: Path, choices: Choices, wanted: Sequence[
     ``test_share`` of each class by `hold_out`. A validation part next to a test part is the validation split.
 
     Raises:
-        UserError: a class that is wanted is not there; fewer than two classes; no training part, or no test part and no
-            share; a share where there is a test part.
+        UserError: a choice that does nothing there; a class that is wanted is not there, or is there in two Unicode
+            forms; fewer than two classes; no training part, or no test part and no share; a share where there is a test
+            part.
     """
+    _check_choices(layout, choices)
+    check_forms(layout.classes, root)
     if not wanted:
         chosen = layout.classes
     else:
@@ -122,9 +119,10 @@ def build_source(layout: Layout, root: Path, choices: Choices, wanted: Sequence[
         )
     train, validation = _training(parts, root), None
     if TEST not in parts and VALIDATION not in parts:
+        divided = ", or test_share=0.2 to hold out a fifth of each class as test split"
         raise UserError(
-            f"root={root}: found training images and no test or validation part ({description}); add it, or "
-            "test_share=0.2 to hold out a fifth of each class as test split"
+            f"root={root}: found training images and no test or validation part with labels ({description}); add it"
+            f"{divided if isinstance(train.images, Originals) else ''}"
         )
     if TEST in parts and VALIDATION in parts:
         start = len(train.labels)
@@ -132,6 +130,13 @@ def build_source(layout: Layout, root: Path, choices: Choices, wanted: Sequence[
         validation = np.arange(start, len(train.labels), dtype=np.int64)
     test = parts[TEST] if TEST in parts else parts[VALIDATION]
     return Source(description, show(chosen, layout.titles), train, test, validation)
+
+
+def _check_choices(layout: Layout, choices: Choices) -> None:
+    for name in _FOR_SOME:
+        value = getattr(choices, name)
+        if name not in layout.takes and value != getattr(BY_CONTENT, name):
+            raise UserError(f"{name}={value}: does nothing for {layout.description}; leave it out")
 
 
 def _training(parts: Mapping[str, Split], root: Path) -> Split:
@@ -147,10 +152,17 @@ def _named(names: Sequence[str]) -> str:
 def _divide(whole: Split, share: float, classes: Sequence[str], root: Path) -> tuple[Split, Split]:
     if not isinstance(whole.images, Originals):
         raise UserError(f"test_share={share}: {root} holds arrays, which are not divided")
-    for name, count in zip(classes, np.bincount(whole.labels, minlength=len(classes)), strict=True):
+    counts = np.bincount(whole.labels, minlength=len(classes))
+    for name, count in zip(classes, counts, strict=True):
         if count < 3:
             raise UserError(f"class {name!r} has {count} images, expected at least 3 (for train, validation and test)")
     kept, held = hold_out(whole.labels, every=1 / share)
+    for name, count, left in zip(classes, counts, np.bincount(whole.labels[kept]), strict=True):
+        if left < 2:
+            raise UserError(
+                f"test_share={share}: of the {count} images of class {name!r} it leaves {left}, expected at least 2 "
+                "(for train and validation); lower it or add images"
+            )
     return (
         Split(whole.labels[kept], whole.images.take(kept), whole.notes),
         Split(whole.labels[held], whole.images.take(held)),
@@ -164,35 +176,3 @@ def _joined(first: Split, second: Split) -> Split:
     else:
         images = chain(first.images, second.images)  # type: ignore[arg-type]
     return Split(np.concatenate([first.labels, second.labels]), images, first.notes + second.notes)
-
-
-def show(names: Sequence[str], titles: Mapping[str, str]) -> tuple[str, ...]:
-    """Classes by their titles: the first of several synonyms, with the name where two share it or there is none."""
-    first = [titles.get(name, "").split(",")[0].strip() or name for name in names]
-    counts = Counter(first)
-    return tuple(title if counts[title] == 1 else f"{title} ({name})" for name, title in zip(names, first, strict=True))
-
-
-def other_form(name: str, names: Iterable[str]) -> str:
-    """What to say where ``name`` is there in another Unicode form, which looks the same; nothing where it is not."""
-    for other in names:
-        if other != name and _composed(other) == _composed(name):
-            return f": one is in the Unicode form {_form(name)}, the other in {_form(other)}; rename one of them"
-    return ""
-
-
-def check_forms(names: Sequence[str], root: Path) -> None:
-    """Raise `UserError` where two names of classes differ in nothing but their Unicode form."""
-    seen: dict[str, str] = {}
-    for name in names:
-        twin = seen.setdefault(_composed(name), name)
-        if twin != name:
-            raise UserError(f"{root}: class {name!r} is there twice{other_form(name, [twin])}")
-
-
-def _composed(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
-
-
-def _form(name: str) -> str:
-    return next((form for form in ("NFC", "NFD") if unicodedata.is_normalized(form, name)), "neither NFC nor NFD")

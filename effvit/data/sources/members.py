@@ -5,6 +5,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -13,16 +14,21 @@ import numpy as np
 
 from effvit.data.sources.archive import leads_out
 from effvit.data.sources.base import stamp_of
+from effvit.data.sources.reading import reading
 from effvit.errors import UserError
 
 LARGEST_MEMBER = 2**28
 """Bytes of one image in an archive, which is read as a whole."""
-_BLOCK = 512  # of a tar
+_BLOCK, _CHUNK = 512, 2**20  # bytes of a tar
 _LARGEST_RATIO, _ALWAYS_ALLOWED = 100, 2**30  # of a zip's declared content; images hardly shrink
 _LOCAL_HEADER = b"PK\3\4"
 _LOCAL_BYTES = 30
 _UNIX, _TYPE, _LINK = 3, 0o170000, 0o120000
-_ENCRYPTED = 1
+_ENCRYPTED, _UTF8 = 1, 0x800  # flags of a zip
+
+
+class TooLarge(UserError):
+    """A member of an archive is larger than `LARGEST_MEMBER`."""
 
 
 class Member(NamedTuple):
@@ -58,7 +64,7 @@ class TarMembers:
     def stamp(self) -> list[Any]:
         used = np.unique(self.places[:, 0]).tolist()
         archives = [stamp_of(self.root, self.archives[number]) for number in used]
-        return [archives, self.names, self.places.tolist()]
+        return [str(self.root.absolute()), archives, self.names, self.places.tolist()]
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ class ZipMembers:
         return ZipMembers(self.root, tuple(self.names[row] for row in rows), self.places[rows])
 
     def stamp(self) -> list[Any]:
-        return [stamp_of(self.root, ""), self.names, self.places.tolist()]
+        return [str(self.root.absolute()), stamp_of(self.root, ""), self.names, self.places.tolist()]
 
 
 def list_tar(path: Path, start: int = 0, size: int | None = None) -> Iterator[Member]:
@@ -95,19 +101,26 @@ def list_tar(path: Path, start: int = 0, size: int | None = None) -> Iterator[Me
     Raises:
         UserError: it is cut short or damaged; a member is a link, a device or in pieces, or leads out of its folder.
     """
-    with path.open("rb") as file:
+    with path.open("rb") as file, reading(path, "damaged or unsafe tar archive"):
         end = start + size if size is not None else file.seek(0, io.SEEK_END)
         file.seek(start)
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                while (member := tar.next()) is not None:
-                    tar.members.clear()  # type: ignore[attr-defined]  # or they would pile up: a kilobyte each
-                    yield _checked_member(member, end)
-                file.seek(tar.offset)
-                if file.read(min(_BLOCK, max(end - tar.offset, 0))).strip(b"\0"):
-                    raise tarfile.TarError(f"no header at byte {tar.offset:,}")
-        except tarfile.TarError as error:
-            raise UserError(f"{path}: damaged or unsafe tar archive ({error}); fetch or make it again") from error
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # or they would pile up: a kilobyte each
+                yield _checked_member(member, end)
+            _check_end(file, tar.offset, end)
+
+
+def _check_end(file: IO[bytes], at: int, end: int) -> None:
+    """Raise ``TarError`` unless from byte ``at`` on there are zeros, and no less than a block: the mark of the end."""
+    file.seek(at)
+    if file.read(min(_BLOCK, max(end - at, 0))).strip(b"\0"):
+        raise tarfile.TarError(f"no header at byte {at:,}")
+    if at >= end:
+        raise tarfile.TarError("it has no mark of its end, as one that is cut short")
+    while (left := end - file.tell()) > 0 and (chunk := file.read(min(_CHUNK, left))):
+        if chunk.strip(b"\0"):
+            raise tarfile.TarError("more follows after its end, as in archives joined into one file")
 
 
 def _checked_member(member: tarfile.TarInfo, end: int) -> Member:
@@ -129,11 +142,8 @@ def list_zip(path: Path) -> Iterator[Member]:
         UserError: it is damaged or declares far more than it can hold; a member is a link or encrypted, needs another
             method than deflate, or leads out of its folder.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: damaged zip archive ({error}); fetch or make it again") from error
+    with reading(path, "damaged zip archive"), zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
     total = sum(member.file_size for member in members)
     if total > max(_ALWAYS_ALLOWED, _LARGEST_RATIO * path.stat().st_size):
         raise UserError(f"{path}: refused, as it declares {total:,} bytes in an archive of {path.stat().st_size:,}")
@@ -141,9 +151,17 @@ def list_zip(path: Path) -> Iterator[Member]:
         if problem := _problem_of(member):
             raise UserError(f"{path}: refused to read it ({member.filename!r} {problem})")
         yield Member(
-            member.filename,
+            _name_of(member),
             (member.header_offset, member.compress_size, member.file_size, member.compress_type, member.CRC),
         )
+
+
+def _name_of(member: zipfile.ZipInfo) -> str:
+    """The name in UTF-8, which many programs write without the flag that says so; else in DOS's code page."""
+    if not member.flag_bits & _UTF8:
+        with suppress(UnicodeError):
+            return member.filename.encode("cp437").decode("utf-8")
+    return member.filename
 
 
 def _problem_of(member: zipfile.ZipInfo) -> str | None:
@@ -194,4 +212,4 @@ def _read_at(file: IO[bytes], offset: int, size: int, path: Path) -> bytes:
 
 def _check_size(size: int, path: Path) -> None:
     if size > LARGEST_MEMBER:
-        raise UserError(f"{path}: has {size:,} bytes, more than the {LARGEST_MEMBER:,} allowed in an archive")
+        raise TooLarge(f"{path}: has {size:,} bytes, more than the {LARGEST_MEMBER:,} allowed in an archive")

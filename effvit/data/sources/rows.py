@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from effvit.data.sources.base import stamp_of
+from effvit.data.sources.reading import reading
 from effvit.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,12 +37,8 @@ class Rows:
         return f"{self.file}[{self.rows[index]}]"
 
     def read(self, index: int) -> bytes:
-        try:
+        with reading(self.root / self.name(index)):
             value = _cursor(self.root / self.file, self.column, self._version).value(int(self.rows[index]))
-        except (OSError, ValueError) as error:  # pyarrow's errors are both
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            raise UserError(f"{self.root / self.name(index)}: damaged file ({one_line(error)})") from error
         path = value.get("path") if isinstance(value, dict) else None
         content = value.get("bytes") if isinstance(value, dict) else value
         if content is None:
@@ -53,7 +50,7 @@ class Rows:
         return Rows(self.root, self.file, self.column, self.rows[rows])
 
     def stamp(self) -> list[Any]:
-        return [stamp_of(self.root, self.file), self.column, self.rows.tolist()]
+        return [str(self.root.absolute()), stamp_of(self.root, self.file), self.column, self.rows.tolist()]
 
     @cached_property
     def _version(self) -> tuple[Any, ...]:
@@ -135,8 +132,3 @@ def open_arrow(path: Path) -> "pa.Table":
 def is_parquet(path: Path) -> bool:
     """Whether a file is named as Parquet."""
     return path.suffix.lower() in (".parquet", ".pq")
-
-
-def one_line(error: Exception) -> str:
-    """The first line of an error's message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

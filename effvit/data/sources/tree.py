@@ -108,6 +108,11 @@ def is_litter(name: str) -> bool:
     return name.startswith(".") or name.lower() in _LITTER
 
 
+def is_litter_path(path: str) -> bool:
+    """Whether a file, or a folder that it is in, is litter."""
+    return any(is_litter(part) for part in path.split("/") if part != ".")
+
+
 def join(*parts: str) -> str:
     """A path of a tree from its parts, of which any may be empty."""
     return "/".join(filter(None, parts))
@@ -115,10 +120,18 @@ def join(*parts: str) -> str:
 
 @dataclass(frozen=True)
 class Directory(Tree):
-    """A directory; with ``only``, as if there were no more in it than the file of that name."""
+    """The folder ``prefix`` below ``top``, from which images are named.
 
-    root: Path
+    With ``only``, as if there were no more in it than the file of that name.
+    """
+
+    top: Path
+    prefix: str = ""
     only: str | None = None
+
+    @property
+    def root(self) -> Path:  # type: ignore[override]
+        return self.top / self.prefix
 
     def scan(self, path: str = "") -> list[Entry]:
         try:
@@ -135,10 +148,14 @@ class Directory(Tree):
         return (self.root / path).open("rb")
 
     def originals(self, paths: Sequence[str]) -> Files:
-        return Files(self.root, tuple(paths))
+        return Files(self.top, tuple(map(self.from_top, paths)))
 
     def within(self, path: str) -> "Directory":
-        return Directory(self.root / path)
+        return Directory(self.top, self.from_top(path))
+
+    def from_top(self, path: str) -> str:
+        """A path of this tree as one below ``top``."""
+        return join(self.prefix, path)
 
 
 def _kind(entry: "os.DirEntry[str]") -> Kind:

@@ -434,3 +434,37 @@ def test_record_that_is_not_whole_counts_as_none(tmp_path, tree, written, spoil)
     written.clear()
     prepare("folder", tree, 16, tmp_path / "out")
     assert written[0] == "train-000000000"
+
+
+def test_shards_of_another_root_are_not_taken_though_names_sizes_and_times_agree(tmp_path):
+    for name, level in (("a", 10), ("b", 200)):
+        for split in ("train", "val"):
+            for label in ("x", "y"):
+                for index in range(3):
+                    path = tmp_path / name / split / label / f"{index}.bmp"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    Image.new("RGB", (8, 8), (level, 0, 0)).save(path)
+                    os.utime(path, ns=(0, 0))
+    broken = tmp_path / "a" / "val" / "x" / "0.bmp"
+    broken.write_bytes(b"BM")
+    with pytest.raises(UserError, match="damaged"):
+        prepare("folder", tmp_path / "a", 8, tmp_path / "out")
+    assert list(tmp_path.glob(".out.partial/done/train-*.json"))
+    data = prepare("folder", tmp_path / "b", 8, tmp_path / "out")
+    assert set(data.split("train")[0][:].ravel()) == {0, 200}
+
+
+def test_output_among_the_originals_is_refused(tree):
+    with pytest.raises(UserError, match=r"x/out: is in root=.*, and would pass for originals; name another output"):
+        prepare("folder", tree, 8, tree / "x" / "out")
+
+
+def test_class_without_a_test_image_is_counted(tmp_path):
+    rows = ["id,label,split", *(f"{i},{'abc'[i % 3]},train" for i in range(9)), "9,a,test"]
+    for number in range(10):
+        path = tmp_path / "in" / "images" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(number, 8))
+    (tmp_path / "in" / "labels.csv").write_text("\n".join(rows))
+    data = prepare("folder", tmp_path / "in", 8, tmp_path / "out")
+    assert data.notes["test"]["classes without an image"] == 2 and "classes without an image" not in data.notes["train"]

@@ -1,7 +1,9 @@
 import itertools
 import json
 import shutil
+from pathlib import Path
 
+import image_sets as sets
 import numpy as np
 import pytest
 from PIL import Image
@@ -130,3 +132,12 @@ def test_default_root_is_below_effvit_data(monkeypatch, tmp_path, tree):
     tree.rename(tmp_path / "imagenet100")
     monkeypatch.setenv("EFFVIT_DATA", str(tmp_path))
     assert len(imagenet100(None, 8).classes) == 4
+
+
+def test_names_are_found_where_the_images_are(tmp_path):
+    for place in ("x", "y/inner"):
+        root = sets.as_tree(sets.make_pictures(train=4, val=2), tmp_path / place)
+        sets.write(root / "Labels.json", json.dumps({"ant": "an ant, insect"}))
+    archive = shutil.make_archive(str(tmp_path / "z"), "zip", tmp_path / "x")
+    for root in (tmp_path / "x", tmp_path / "y", Path(archive)):
+        assert imagenet100(root, 8).classes == ("an ant", "bee", "cat")

@@ -153,3 +153,61 @@ def test_members_are_those_of_zipfile_and_tarfile(tmp_path):
         truth = {member.name: tar.extractfile(member).read() for member in tar}
     lot = open_tar(path).originals(list(truth)).take(np.arange(len(truth))[::-1])
     assert {lot.name(row): lot.read(row) for row in range(len(lot))} == truth
+
+
+class Unflagged(zipfile.ZipInfo):
+    """A name in UTF-8 without the flag that says so, as several programs write it."""
+
+    def _encodeFilenameFlags(self):
+        return self.filename.encode(), 0
+
+
+def test_names_in_utf_8_without_the_flag(tmp_path):
+    names = ("caf\u00e9", "\u732b", "tea")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for part in ("train", "test"):
+            for name in names:
+                archive.writestr(Unflagged(f"{part}/{name}/1.png"), PNG)
+    assert folder(tmp_path / "a.zip", 8).classes == ("caf\u00e9", "tea", "\u732b")
+
+
+def test_names_of_dos_stay_as_they_are(tmp_path):
+    path = zipped(tmp_path / "a.zip", *(f"{part}/caf_/1.png" for part in ("train", "test")))
+    path.write_bytes(path.read_bytes().replace(b"caf_", b"caf\x82"))
+    assert folder(path, 8).classes == ("ant", "bee", "caf\u00e9", "cat")
+
+
+def test_large_file_next_to_the_images_is_ignored_as_in_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(members, "LARGEST_MEMBER", 20_000)
+    path = sets.as_zip(PICTURES, tmp_path / "a.zip")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("train/ant/movie.mp4", bytes(20_001))
+    source = folder(path, 8)
+    assert len(source.train.labels) == 12
+    assert [count for what, count in source.train.notes.items() if what.startswith("files that are no")] == [1]
+
+
+def test_tar_that_continues_after_its_end_is_refused(tmp_path):
+    path = sets.as_tar(PICTURES, tmp_path / "a.tar")
+    path.write_bytes(path.read_bytes() * 2)
+    with pytest.raises(UserError, match=r"a\.tar: .*more follows after its end"):
+        folder(path, 8)
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_flipped_bytes_are_one_line_or_change_nothing_that_is_checked(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    (sets.as_zip if kind == "zip" else sets.as_tar)(PICTURES, path)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    region = range(whole.index(b"PK\1\2"), len(whole)) if kind == "zip" else range(512)
+    refused = 0
+    for _ in range(100):
+        content = bytearray(whole)
+        content[rng.choice(region)] = rng.integers(256)
+        path.write_bytes(content)
+        try:
+            folder(path, 8).train.images.read(0)
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 20

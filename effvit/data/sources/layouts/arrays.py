@@ -1,7 +1,6 @@
 """Images as arrays in one ``.npz``: MedMNIST's ``train_images``, ``val_images`` ..., or ``x_train``, ``y_train``."""
 
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,9 @@ from PIL import Image
 
 from effvit.data.sources.base import Split
 from effvit.data.sources.images import fit
-from effvit.data.sources.layout import TEST, TRAIN, VALIDATION, Choices, Layout
+from effvit.data.sources.layout import Choices, Layout
+from effvit.data.sources.names import TEST, TRAIN, VALIDATION
+from effvit.data.sources.reading import reading
 from effvit.data.sources.tree import Directory, Tree
 from effvit.errors import UserError
 
@@ -25,46 +26,52 @@ _KEYS = {
 }
 
 
-def arrays(tree: Tree, choices: Choices, image_size: int) -> Layout | None:
-    """Recognise a single ``.npz`` with images and labels of each part.
+def arrays(tree: Tree, choices: Choices, image_size: int) -> Layout | str | None:
+    """Recognise a single ``.npz`` with images and labels of each part; of one with other arrays, return what it has.
 
     Images are uint8 ``(n, H, W)`` or ``(n, H, W, 1 or 3)``, labels integers ``(n,)`` or ``(n, 1)``. They are read one
-    by one, and never unpickled.
+    by one, and never unpickled. A part without labels is left out, and the description says so.
     """
     if not isinstance(tree, Directory):
         return None
-    files = [name for name in tree.files() if name.lower().endswith(".npz")]
+    found = {name: _names(tree.root / name) for name in tree.files() if name.lower().endswith(".npz")}
+    files = [name for name, names in found.items() if any(set(pair) <= set(names) for pair in _KEYS[TRAIN])]
     if len(files) > 1:
         raise UserError(
             f"root={tree.root}: holds {len(files)} .npz files; name one as root, as root={tree.root / files[0]}"
         )
     if not files:
-        return None
-    path = tree.root / files[0]
-    names = _names(path)
-    chosen = {part: pair for part, pairs in _KEYS.items() for pair in pairs if pair[0] in names and pair[1] in names}
-    if TRAIN not in chosen:
-        raise UserError(
-            f"{path}: has the arrays {', '.join(names) or 'none'}; expected train_images, train_labels, test_images, "
-            "test_labels, as MedMNIST has them"
-        )
+        return next((_other_arrays(*pair) for pair in found.items()), None)
+    path, names = tree.root / files[0], found[files[0]]
+    chosen = {part: pair for part, pairs in _KEYS.items() for pair in pairs if set(pair) <= set(names)}
+    unread = [
+        f", {images} not read (no {labels})"
+        for part, pairs in _KEYS.items()
+        for images, labels in pairs
+        if images in names and part not in chosen
+    ]
     labels = {part: _labels(path, pair[1]) for part, pair in chosen.items()}
     for part, (name, _) in chosen.items():
         _check_images(path, name, len(labels[part]))
-    found = np.unique(np.concatenate(list(labels.values()))).tolist()
+    classes = np.unique(np.concatenate(list(labels.values()))).tolist()
 
     def read(wanted: tuple[str, ...]) -> dict[str, Split]:
         return {part: _split(path, name, image_size, labels[part], wanted) for part, (name, _) in chosen.items()}
 
-    return Layout(f"arrays {', '.join(pair[0] for pair in chosen.values())} of an .npz", tuple(map(str, found)), read)
+    described = f"arrays {', '.join(pair[0] for pair in chosen.values())} of an .npz{''.join(unread)}"
+    return Layout(described, tuple(map(str, classes)), read)
 
 
 def _names(path: Path) -> list[str]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return [name.removesuffix(".npy") for name in archive.namelist()]
-    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-        raise UserError(f"{path}: damaged or not an .npz ({error}); fetch it again") from error
+    with reading(path, "damaged or not an .npz"), zipfile.ZipFile(path) as archive:
+        return [name.removesuffix(".npy") for name in archive.namelist()]
+
+
+def _other_arrays(file: str, names: Sequence[str]) -> str:
+    return (
+        f"{file} has the arrays {', '.join(names) or 'none'}; expected train_images, train_labels, test_images, "
+        "test_labels, as MedMNIST has them"
+    )
 
 
 def _labels(path: Path, name: str) -> np.ndarray:
@@ -82,7 +89,7 @@ def _check_images(path: Path, name: str, count: int) -> None:
     with _open(path, name) as (_, shape, kind):
         pass
     channels = shape[3] if len(shape) == 4 else 1
-    if kind != np.uint8 or len(shape) not in (3, 4) or channels not in (1, 3):
+    if kind != np.uint8 or len(shape) not in (3, 4) or channels not in (1, 3) or min(shape) < 1:
         raise UserError(f"{path}: {name} is {kind} {shape}, expected uint8 (n, H, W), (n, H, W, 1) or (n, H, W, 3)")
     if shape[0] != count:
         raise UserError(f"{path}: {name} has {shape[0]} images for {count} labels")
@@ -121,18 +128,17 @@ def _split(path: Path, name: str, size: int, labels: np.ndarray, wanted: Sequenc
 @contextmanager
 def _open(path: Path, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype]]:
     """The data of an array in the ``.npz``, its shape and type; raises `UserError` where it is damaged."""
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, kind = read(file)
-            if kind.hasobject or (fortran and len(shape) > 1):
-                raise ValueError(f"{name} holds objects or is in Fortran order")
-            yield file, shape, kind
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: damaged or not an array of numbers ({error}); fetch it again") from error
+    with (
+        reading(path, "damaged or not an array of numbers"),
+        zipfile.ZipFile(path) as archive,
+        archive.open(f"{name}.npy") as file,
+    ):
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, kind = read(file)
+        if kind.hasobject or (fortran and len(shape) > 1):
+            raise ValueError(f"{name} holds objects or is in Fortran order")
+        yield file, shape, kind
 
 
 def _read(file: IO[bytes], size: int, path: Path, name: str) -> bytes:

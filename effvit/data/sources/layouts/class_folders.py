@@ -9,7 +9,9 @@ import numpy as np
 
 from effvit.data.sources.base import Split
 from effvit.data.sources.images import FORMATS, FORMATS_TEXT, is_image
-from effvit.data.sources.layout import TEST, TRAIN, VALIDATION, WHOLE, Choices, Layout, check_forms, other_form
+from effvit.data.sources.layout import Choices, Layout
+from effvit.data.sources.members import TooLarge
+from effvit.data.sources.names import TEST, TRAIN, VALIDATION, WHOLE, other_form
 from effvit.data.sources.tree import Kind, Tree, join
 from effvit.errors import UserError, did_you_mean
 
@@ -19,14 +21,15 @@ _NAMES = {
     TEST: ("test", "testing"),
 }
 _NUMBERED = re.compile(r"\.X\d*")  # Kaggle's ImageNet-100: train.X1 to train.X4 and val.X
+_WNID = re.compile(r"n\d{8}")
 _DEEPEST = 16
 
 Listing = dict[str, list[str]]
 """The files of each class as paths of the tree, classes and files in sorted order."""
 
 
-def split_folders(tree: Tree, choices: Choices) -> Layout | None:
-    """Recognise ``train/<class>`` and at least one more part.
+def split_folders(tree: Tree, choices: Choices) -> Layout | str | None:
+    """Recognise ``train/<class>`` and at least one more part; without one, return what is missing.
 
     A test or validation part without folders of classes has no labels. It is left out, and the description says so,
     unless no other is there.
@@ -37,12 +40,11 @@ def split_folders(tree: Tree, choices: Choices) -> Layout | None:
     train = set(class_names(tree, parts[TRAIN], choices.label_level))
     unread = {part: parts.pop(part) for part in (VALIDATION, TEST) if _has_no_labels(tree, parts.get(part, []), train)}
     if unread and len(parts) == 1 and choices.test_share is None:
-        raise UserError(_unlabelled(tree, *next(iter(unread.values()))))
+        return _unlabelled(tree, next(iter(unread.values()))[0], train)
     if len(parts) == 1 and choices.test_share is None:
-        raise UserError(_no_test(tree, parts[TRAIN]))
+        return _no_test(tree, parts[TRAIN])
     names = {part: class_names(tree, folders, choices.label_level) for part, folders in parts.items()}
     classes = sorted({name for found in names.values() for name in found})
-    check_forms(classes, tree.root)
     described = ", ".join(f"{folder}/<class>" for folders in parts.values() for folder in folders)
     for folders in unread.values():
         for folder in folders:
@@ -53,31 +55,38 @@ def split_folders(tree: Tree, choices: Choices) -> Layout | None:
         check_same_classes(tree, parts, names, wanted)
         return {part: list_split(tree, folders, wanted, choices.label_level) for part, folders in parts.items()}
 
-    return Layout(f"folder tree {described}{level}", tuple(classes), read)
+    return Layout(f"folder tree {described}{level}", tuple(classes), read, takes=("label_level",))
 
 
-def whole_folders(tree: Tree, choices: Choices) -> Layout | None:
-    """Recognise ``<class>/*`` without a split: at least two folders, each with images and without parts of its own."""
+def whole_folders(tree: Tree, choices: Choices) -> Layout | str | None:
+    """Recognise ``<class>/*`` without a split: at least two folders, each with images and without parts of its own.
+
+    Where only some of them have images, return which do not.
+    """
     folders = tree.folders()
-    if len(folders) < 2 or find_parts(tree):
+    if len(folders) < 2 or find_parts(tree) or any(find_parts(tree.within(folder)) for folder in folders):
         return None
-    if any(find_parts(tree.within(folder)) for folder in folders) or not all(
-        _has_image(tree, folder) for folder in folders
-    ):
-        return None
+    empty = [folder for folder in folders if not has_image(tree, folder)]
+    if empty:
+        others = [f"{folder}/" for folder in folders if folder not in empty]
+        if len(others) < 2:
+            return None
+        return (
+            f"{len(others)} folders have images ({', '.join(others[:3])}), and {empty[0]}/ has none; each must have "
+            "some to be a class, so move it away or fill it"
+        )
     classes = class_names(tree, [""], choices.label_level)
-    check_forms(classes, tree.root)
 
     def read(wanted: tuple[str, ...]) -> dict[str, Split]:
         return {WHOLE: list_split(tree, [""], wanted, choices.label_level)}
 
-    return Layout("folder tree <class>", tuple(classes), read)
+    return Layout("folder tree <class>", tuple(classes), read, takes=("label_level",))
 
 
 def has_class_folders(tree: Tree) -> bool:
     """Whether there is a folder with images in one for training."""
     train = find_parts(tree).get(TRAIN, [])
-    return any(_has_image(tree, join(folder, name)) for folder in train for name in tree.folders(folder))
+    return any(has_image(tree, join(folder, name)) for folder in train for name in tree.folders(folder))
 
 
 def find_parts(tree: Tree) -> dict[str, list[str]]:
@@ -99,11 +108,11 @@ def find_parts(tree: Tree) -> dict[str, list[str]]:
     return parts
 
 
-def class_names(tree: Tree, folders: Iterable[str], level: int = 1) -> list[str]:
+def class_names(tree: Tree, folders: Sequence[str], level: int = 1) -> list[str]:
     """Names of the folders ``level`` levels below ``folders``, sorted, each once.
 
     Raises:
-        UserError: of the folders at a deeper level two in different places share a name.
+        UserError: there is no folder so deep; of the folders at a deeper level two in different places share a name.
     """
     places: dict[str, str] = {}
     for top in folders:
@@ -118,6 +127,10 @@ def class_names(tree: Tree, folders: Iterable[str], level: int = 1) -> list[str]
                 )
             if places.setdefault(name, path) != path:
                 raise UserError(f"{tree.root / top}: class {name!r} is in {places[name]} and in {path}; rename one")
+    if level > 1 and not places:
+        raise UserError(
+            f"label_level={level}: {tree.root} has no folders {level} levels below {', '.join(folders) or '.'}"
+        )
     return sorted(places)
 
 
@@ -129,14 +142,19 @@ def _has_no_labels(tree: Tree, folders: Sequence[str], train: Collection[str]) -
     return not found or (len(found) == 1 and len(train) > 1 and not found & set(train))
 
 
-def _unlabelled(tree: Tree, folder: str) -> str:
+def _unlabelled(tree: Tree, folder: str, train: Collection[str]) -> str:
     count = sum(entry.kind is Kind.FILE for entry in tree.entries(folder))
     inside = tree.folders(folder)
     found = f"{count:,} files" if count else f"the folder {inside[0]}/" if inside else "nothing"
+    of_imagenet = any(map(_WNID.fullmatch, train))
+    instead = (
+        "for ImageNet's val, put LOC_val_solution.csv or ILSVRC2012_devkit_t12 next to it"
+        if of_imagenet
+        else "or add a CSV of its images and their classes"
+    )
     return (
-        f"root={tree.root}: {folder}/: expected a folder for each class, with its images; found {found}; "
-        "for ImageNet's val, put LOC_val_solution.csv or ILSVRC2012_devkit_t12 next to it; "
-        "to divide train/ instead, add test_share=0.2"
+        f"{folder}/: expected a folder for each class, with its images; found {found}; {instead}; to divide train/ "
+        "instead, add test_share=0.2"
     )
 
 
@@ -145,23 +163,25 @@ def _no_test(tree: Tree, train: Sequence[str]) -> str:
     meant = next(
         (f" (is {name}/ meant?)" for name in others if did_you_mean(name.lower(), ("test", "val", "valid"))), ""
     )
-    return (
-        f"root={tree.root}: found {train[0]}/ and no test/ or val/{meant}; add it, or test_share=0.2 to divide "
-        f"{train[0]}/"
-    )
+    return f"found {train[0]}/ and no test/ or val/{meant}; add it, or test_share=0.2 to divide {train[0]}/"
 
 
-def _has_image(tree: Tree, path: str, depth: int = 0) -> bool:
+def has_image(tree: Tree, path: str, depth: int = 0) -> bool:
+    """Whether there is an image in a folder or the folders in it."""
     entries = tree.entries(path)
-    if any(entry.kind is Kind.FILE and _is_image(tree, join(path, entry.name)) for entry in entries):
+    if any(entry.kind is Kind.FILE and is_image_in(tree, join(path, entry.name)) for entry in entries):
         return True
     return depth < _DEEPEST and any(
-        entry.kind is Kind.FOLDER and _has_image(tree, join(path, entry.name), depth + 1) for entry in entries
+        entry.kind is Kind.FOLDER and has_image(tree, join(path, entry.name), depth + 1) for entry in entries
     )
 
 
-def _is_image(tree: Tree, path: str) -> bool:
-    return is_image(path, partial(tree.open, path))
+def is_image_in(tree: Tree, path: str) -> bool:
+    """Whether a file of the tree is meant as an image; what is larger than any image in an archive is none."""
+    try:
+        return is_image(path, partial(tree.open, path))
+    except TooLarge:
+        return False
 
 
 def check_same_classes(
@@ -213,7 +233,7 @@ def list_classes(
                 if entry.kind is Kind.LINK:
                     raise UserError(f"{tree.root / path / entry.name}: a link that leads nowhere; mend or remove it")
                 if entry.kind is not Kind.FOLDER:
-                    if depth and _is_image(tree, join(path, entry.name)):
+                    if depth and is_image_in(tree, join(path, entry.name)):
                         raise UserError(
                             f"label_level={level}: {tree.root / path / entry.name} is an image above the folders of "
                             f"classes; label_level={depth} makes {path.rpartition('/')[2]} its class"
@@ -252,7 +272,7 @@ def _walk(tree: Tree, path: str, notes: Counter[str], found: Counter[str], depth
         elif entry.kind is not Kind.FILE:  # reading a FIFO, for one, never ends
             what = "a link that leads nowhere" if entry.kind is Kind.LINK else "something else"
             raise UserError(f"{tree.root / inner}: expected image files in a class's folder, found {what}")
-        elif _is_image(tree, inner):
+        elif is_image_in(tree, inner):
             found["nested"] += depth > 0
             yield inner
         else:

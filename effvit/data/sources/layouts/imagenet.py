@@ -13,18 +13,21 @@ import sys
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
 from effvit.data.sources.base import Originals, Split
 from effvit.data.sources.joined import join_originals
-from effvit.data.sources.layout import TEST, TRAIN, Choices, Layout
+from effvit.data.sources.layout import Choices, Layout
 from effvit.data.sources.layouts.class_folders import list_images, list_split
 from effvit.data.sources.layouts.titles import read_titles
 from effvit.data.sources.members import TarMembers, list_tar
+from effvit.data.sources.names import TEST, TRAIN
 from effvit.data.sources.packed import open_tar
-from effvit.data.sources.tree import Directory, Tree, join
+from effvit.data.sources.reading import reading
+from effvit.data.sources.tree import Directory, Tree, is_litter_path, join
 from effvit.errors import UserError
 
 _PLACES = ("", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
@@ -67,12 +70,18 @@ def imagenet(tree: Tree, choices: Choices) -> Layout | None:
         )
     labels, said = truth
     titles = next((found for each in near if (found := read_titles(each, _MAPPING))), {})
-    labelled = val.label(labels, set(train.classes))
+    classes = tuple(sorted({*train.classes, *(labels[stem] for stem in val.stems(labels))}))
 
     def read(wanted: tuple[str, ...]) -> dict[str, Split]:
-        return {TRAIN: train.read(wanted), TEST: val.read(labelled, wanted)}
+        if strangers := sorted(set(wanted) - set(train.classes)):
+            more = f", nor {len(strangers) - 1} more classes" if len(strangers) > 1 else ""
+            raise UserError(
+                f"{inner.root}: train has no class {strangers[0]!r} of val{more}; classes=FILE takes only those in "
+                "a file"
+            )
+        return {TRAIN: train.read(wanted), TEST: val.read(labels, wanted, inner.root)}
 
-    return Layout(f"ImageNet, {train.described}, {val.described} with {said}", train.classes, read, titles)
+    return Layout(f"ImageNet, {train.described}, {val.described} with {said}", classes, read, titles)
 
 
 @dataclass(frozen=True)
@@ -102,9 +111,11 @@ class _ClassTars:
         for name in wanted:
             file, start, size = self.tars[name]
             members = sorted(list_tar(self.tree.root / file, start, size))
-            members = [member for member in members if not member.name.endswith("/")]
+            members = [each for each in members if not each.name.endswith("/") and not is_litter_path(each.name)]
             places = np.array([(0, *member.place) for member in members], dtype=np.int64).reshape(-1, 3)
-            lots.append(TarMembers(self.tree.root, (file,), tuple(member.name for member in members), places))
+            lots.append(
+                TarMembers(self.tree.top, (self.tree.from_top(file),), tuple(member.name for member in members), places)
+            )
             counts.append(len(members))
         return Split(np.repeat(np.arange(len(wanted), dtype=np.int64), counts), join_originals(lots))
 
@@ -118,22 +129,26 @@ class _Flat:
     described: str
     notes: Counter[str]
 
-    def label(self, labels: Mapping[str, str], classes: set[str]) -> dict[str, list[str]]:
-        """The files of each class, sorted."""
-        listing: dict[str, list[str]] = {}
-        for name in sorted(self.names):
-            stem = name.rpartition("/")[2].partition(".")[0]
-            if stem not in labels:
-                raise UserError(f"{name}: no ground truth for this image of val")
-            if labels[stem] not in classes:
-                raise UserError(f"class {labels[stem]!r} of val's {name} is missing from train")
-            listing.setdefault(labels[stem], []).append(name)
-        return listing
+    def stems(self, labels: Mapping[str, str]) -> dict[str, str]:
+        """The images by what the ground truth calls them."""
+        found = {name.rpartition("/")[2].partition(".")[0]: name for name in sorted(self.names)}
+        if unknown := next((name for stem, name in found.items() if stem not in labels), None):
+            raise UserError(f"{unknown}: no ground truth for this image of val")
+        return found
 
-    def read(self, listing: Mapping[str, Sequence[str]], wanted: Sequence[str]) -> Split:
-        files = [listing.get(name, []) for name in wanted]
-        labels = np.repeat(np.arange(len(wanted), dtype=np.int64), [len(each) for each in files])
-        return Split(labels, self.originals([name for each in files for name in each]), self.notes)
+    def read(self, labels: Mapping[str, str], wanted: Sequence[str], root: Path) -> Split:
+        found = self.stems(labels)
+        listing: dict[str, list[str]] = {name: [] for name in wanted}
+        stems = sorted(stem for stem, label in labels.items() if label in listing)
+        if missing := [stem for stem in stems if stem not in found]:
+            raise UserError(
+                f"{root}: of the {len(stems):,} images of val in the ground truth {len(missing):,} are missing, the "
+                f"first is {missing[0]}; fetch them"
+            )
+        for stem in stems:
+            listing[labels[stem]].append(found[stem])
+        numbers = np.repeat(np.arange(len(wanted), dtype=np.int64), [len(files) for files in listing.values()])
+        return Split(numbers, self.originals([name for files in listing.values() for name in files]), self.notes)
 
 
 def _train_part(tree: Tree) -> _ClassFolders | _ClassTars | None:
@@ -160,9 +175,12 @@ def _val_part(tree: Tree) -> _Flat | None:
         names = tuple(list_images(tree, "val", notes))
         return _Flat(names, tree.originals, "val/*", notes)
     if isinstance(tree, Directory) and tree.has(_VAL_TAR):
-        packed = open_tar(tree.root / _VAL_TAR)
-        names = tuple(list_images(packed, "", notes))
-        return _Flat(names, packed.originals, _VAL_TAR, notes)
+        packed, file = open_tar(tree.root / _VAL_TAR), tree.from_top(_VAL_TAR)
+
+        def originals(names: Sequence[str]) -> Originals:
+            return replace(packed.originals(names), root=tree.top, archives=(file,))  # type: ignore[type-var]
+
+        return _Flat(tuple(list_images(packed, "", notes)), originals, _VAL_TAR, notes)
     return None
 
 
@@ -200,29 +218,22 @@ def _read_solution(tree: Tree) -> dict[str, str]:
 
 def _unpack_devkit(tree: Directory) -> list[bytes]:
     path, found = tree.root / f"{_DEVKIT}.tar.gz", {}
-    try:
-        with tarfile.open(path, "r:gz") as tar:
-            for name in (_TRUTH, _META):
-                member = tar.getmember(join(_DEVKIT, name))
-                file = tar.extractfile(member) if member.isfile() and member.size < _LARGEST_TRUTH else None
-                if file is None:
-                    raise tarfile.TarError(f"{name} is no file of the expected size")
-                found[name] = file.read()
-    except (tarfile.TarError, KeyError, EOFError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise UserError(f"{path}: damaged or not the devkit ({error}); fetch it again") from error
+    with reading(path, "damaged or not the devkit"), tarfile.open(path, "r:gz") as tar:
+        for name in (_TRUTH, _META):
+            member = tar.getmember(join(_DEVKIT, name))
+            file = tar.extractfile(member) if member.isfile() and member.size < _LARGEST_TRUTH else None
+            if file is None:
+                raise tarfile.TarError(f"{name} is no file of the expected size")
+            found[name] = file.read()
     return [found[_TRUTH], found[_META]]
 
 
 def _read_devkit(tree: Tree, truth: bytes, meta: bytes) -> dict[str, str]:
     # In a process of its own: SciPy's reader crashes on some damaged files.
     read = subprocess.run([sys.executable, "-c", _READ_META], input=meta, capture_output=True, check=False)
-    try:
+    with reading(tree.root / _DEVKIT, "damaged or not the devkit"):
         if read.returncode:
             raise ValueError("meta.mat is damaged")
         wnids = dict(json.loads(read.stdout))
         numbers = [int(line) for line in truth.split()]
         return {f"{_VAL_NAME}{index:08}": wnids[number] for index, number in enumerate(numbers, start=1)}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{tree.root / _DEVKIT}: damaged or not the devkit ({error}); fetch it again") from error

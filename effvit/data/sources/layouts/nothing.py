@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from effvit.data.sources.images import SUFFIXES
-from effvit.data.sources.layout import Choices
-from effvit.data.sources.layouts.class_folders import find_parts
+from effvit.data.sources.layouts.class_folders import find_parts, has_image
 from effvit.data.sources.tree import Directory, Tree
 from effvit.errors import did_you_mean
 
@@ -49,12 +48,10 @@ def explain_file(root: Path) -> str:
     return f"root={root}: a file; expected a folder, or a .zip, .tar, .npz, .parquet or .arrow file"
 
 
-def explain(top: Tree, tree: Tree, choices: Choices) -> str:
-    """For a root in which no layout was recognised; ``tree`` is the innermost folder that was looked at."""
-    found = _explain(tree)
-    return (
-        f"root={top.root}: {found}" if top.root == tree.root else f"root={top.root}: {tree.root.name}/ in it: {found}"
-    )
+def explain(root: Path, top: Tree, tree: Tree) -> str:
+    """For ``root`` as tree ``top``, where no layout was recognised; ``tree`` is the innermost folder looked at."""
+    inside = "" if tree is top else f"{tree.root.name}/ in it: "
+    return f"root={root}: {inside}{_explain(tree)}"
 
 
 def _explain(tree: Tree) -> str:
@@ -87,6 +84,8 @@ def _about_archives(tree: Tree, archives: list[str]) -> str:
     readable = [name for name in archives if name.lower().endswith((".zip", ".tar"))]
     if len(archives) == 1 and readable and isinstance(tree, Directory):
         return f"holds the archive {archives[0]}; name it as root, as root={tree.root / archives[0]}"
+    if not isinstance(tree, Directory):
+        return f"holds {_list(archives)}, and archives in an archive are not read in place; unpack both"
     commands = {Path(name).suffix.lower(): name for name in archives}
     shown = [f"{'unzip' if end == '.zip' else _COMPRESSED.get(end, 'tar -xf')} {commands[end]}" for end in commands]
     return f"holds {len(archives)} archives, {_list(archives)}; unpack them there ({', '.join(shown)}) and run again"
@@ -99,6 +98,11 @@ def _about_parts(tree: Tree, parts: dict[str, str], folders: list[str]) -> str:
         hint = next((f" (is {name}/ meant?)" for name in others if did_you_mean(name, ["train"])), "")
         return f"found {names} and no train/{hint}; {_EXPECTED}"
     train = parts["train"]
+    if images := [f"{name}/" for name in folders if name not in parts.values() and has_image(tree, name)]:
+        return (
+            f"{train}/ has no folders of classes, and {_list(images)} have images; if {train} is a class like these, "
+            "give it another name, as this one is that of the training part"
+        )
     return (
         f"{train}/ has {len(tree.files(train)):,} files and no folders of classes; sort them into {train}/<class>/, or "
         "add a CSV with the columns image and label"

@@ -7,6 +7,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,20 @@ import numpy as np
 
 from effvit.data.sources.base import Split
 from effvit.data.sources.joined import join_originals
-from effvit.data.sources.layout import WHOLE, Choices, Layout, part_of
-from effvit.data.sources.rows import Rows, is_parquet, one_line, open_arrow
+from effvit.data.sources.layout import Choices, Layout
+from effvit.data.sources.layouts.columns import (
+    choose_columns,
+    class_names,
+    holds_images,
+    image_columns,
+    may_be_label,
+    read_schema,
+)
+from effvit.data.sources.names import WHOLE, check_shards, class_order, classes_among, has_no_labels, part_of
+from effvit.data.sources.reading import reading
+from effvit.data.sources.rows import Rows, is_parquet, open_arrow
 from effvit.data.sources.tree import Directory, Kind, Tree, join
-from effvit.errors import UserError, did_you_mean
+from effvit.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,47 +36,59 @@ if TYPE_CHECKING:
 _SUFFIXES = (".parquet", ".pq", ".arrow")
 _DEPTH = 2  # cifar10/plain_text/train/0000.parquet
 _STATE = "state.json"  # of save_to_disk
-_LABELS = ("label", "labels", "fine_label", "class", "category", "target", "cls")
 
 
 @dataclass(frozen=True)
-class _Columns:
-    """The columns that hold image and label, and the names of classes, where the schema has them."""
+class _Labels:
+    """A file's column of labels, and what its numbers stand for, where the schema says so."""
 
-    image: str
-    label: str
+    values: "pa.ChunkedArray"
     names: tuple[str, ...] | None
 
+    @cached_property
+    def distinct(self) -> set[Any]:
+        """Every label once."""
+        import pyarrow.compute as pc
 
-def tables(tree: Tree, choices: Choices) -> Layout | None:
-    """Recognise Parquet or Arrow files, in splits by the names of files or folders."""
+        return set(pc.unique(self.values).to_pylist())
+
+
+def tables(tree: Tree, choices: Choices) -> Layout | str | None:
+    """Recognise Parquet or Arrow files, in splits by the names of files or folders.
+
+    A test or validation part without any label is left out, and the description says so. Of files without images,
+    return that.
+    """
     if not isinstance(tree, Directory):
         return None
     files = _find(tree)
     if not files:
         return None
-    kind = "Parquet" if is_parquet(Path(files[0])) else "Arrow"
+    schemas = ((file, read_schema(tree.root / file)) for file in files)
+    first = next(((file, schema) for file, schema in schemas if choices.image_column or image_columns(schema)), None)
+    if first is None:
+        columns = ", ".join(read_schema(tree.root / files[0]).names)
+        return f"{files[0]} has no column with images; its columns are {columns}; image_column=NAME takes one"
+    if tree.only is None:
+        check_shards(files, tree.root)
     parts = _by_part(tree, files)
-    columns = _choose_columns(tree.root / files[0], choices)
-    values = {file: _labels(tree.root / file, columns) for file in files}
-    classes, codes = _classes(columns, values, tree.root)
+    image, label = choose_columns(tree.root / first[0], first[1], choices)
+    labels = {file: _read_labels(tree.root / file, image, label) for file in files}
     unread = ""
     for part in list(parts):
-        if all((codes[file] < 0).all() for file in parts[part]):
-            count = sum(len(codes[file]) for file in parts.pop(part))
+        if has_no_labels(part, set[Any]().union(*(labels[file].distinct for file in parts[part]))):
+            count = sum(len(labels.pop(file).values) for file in parts.pop(part))
             unread += f", {part} not read ({count:,} rows without labels)"
-    for file, code in codes.items():
-        if any(file in of_part for of_part in parts.values()) and (code < 0).any():
-            row = int(np.argmax(code < 0))
-            raise UserError(f"{tree.root / file}[{row}]: no label in the column {columns.label!r}; remove the row")
+    classes, codes = _classes(labels, label, tree.root)
 
     def read(wanted: tuple[str, ...]) -> dict[str, Split]:
         new = np.full(len(classes), -1, dtype=np.int64)
         new[[classes.index(name) for name in wanted]] = np.arange(len(wanted))
-        return {part: _split(tree, of_part, codes, new, columns.image) for part, of_part in parts.items()}
+        return {part: _split(tree, of_part, codes, new, image) for part, of_part in parts.items()}
 
-    shown = f"columns {columns.image} and {columns.label}"
-    return Layout(f"{kind} files, {shown}{unread}", classes, read)
+    kind = "Parquet" if is_parquet(Path(files[0])) else "Arrow"
+    described = f"{kind} files, columns {image} and {label}{unread}"
+    return Layout(described, classes, read, takes=("image_column", "label_column"))
 
 
 def _find(tree: Directory) -> list[str]:
@@ -92,10 +115,8 @@ def _find(tree: Directory) -> list[str]:
 
 def _data_files(tree: Directory, folder: str) -> list[str]:
     path = join(folder, _STATE)
-    try:
+    with reading(tree.root / path, "not what save_to_disk writes"):
         names = [entry["filename"] for entry in json.loads(tree.read_text(path))["_data_files"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{tree.root / path}: not what save_to_disk writes; save the data set again") from error
     for name in names:
         if not isinstance(name, str) or "/" in name or not tree.has(join(folder, name)):
             raise UserError(f"{tree.root / path}: names {name!r}, which is not there; save the data set again")
@@ -124,147 +145,70 @@ def _by_part(tree: Directory, files: Sequence[str]) -> dict[str, list[str]]:
     return dict(parts)
 
 
-def _schema(path: Path) -> "pa.Schema":
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.read_schema(path) if is_parquet(path) else open_arrow(path).schema
-    except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise UserError(f"{path}: not a whole Parquet or Arrow file ({one_line(error)}); fetch it again") from error
-
-
-def _choose_columns(path: Path, choices: Choices) -> _Columns:
-    schema = _schema(path)
-    features = _features(schema)
-    for option, name in (("image_column", choices.image_column), ("label_column", choices.label_column)):
-        if name is not None and name not in schema.names:
-            raise UserError(
-                f"{option}={name}: {path} has the columns {', '.join(schema.names)}{did_you_mean(name, schema.names)}"
-            )
-    images = [choices.image_column] if choices.image_column else _image_columns(schema, features)
-    if len(images) != 1:
-        found = f"several columns with images ({', '.join(images)})" if images else "no column with images"
-        raise UserError(
-            f"image_column=None: {path} has {found}; its columns are {', '.join(schema.names)}; "
-            "image_column=NAME takes one"
-        )
-    if not _holds_images(schema.field(images[0]).type):
-        raise UserError(
-            f"image_column={images[0]}: in {path} it is {schema.field(images[0]).type}, expected encoded images; name "
-            "another as image_column"
-        )
-    labels = [choices.label_column] if choices.label_column else _label_columns(schema, features, images[0])
-    if len(labels) != 1:
-        found = f"several columns that may be labels ({', '.join(labels)})" if labels else "no column of labels"
-        raise UserError(
-            f"label_column=None: {path} has {found}; its columns are {', '.join(schema.names)}; "
-            "label_column=NAME takes one"
-        )
-    feature = features.get(labels[0], {})
-    names = feature.get("names") if feature.get("_type") == "ClassLabel" else None
-    if not _may_be_label(schema.field(labels[0]).type):
-        raise UserError(
-            f"label_column={labels[0]}: in {path} it is {schema.field(labels[0]).type}, expected one class for each "
-            "row, as number or text; name another as label_column"
-        )
-    return _Columns(images[0], labels[0], tuple(map(str, names)) if names else None)
-
-
-def _features(schema: "pa.Schema") -> Mapping[str, Any]:
-    try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
-    except (KeyError, ValueError, TypeError, AttributeError):
-        return {}
-
-
-def _image_columns(schema: "pa.Schema", features: Mapping[str, Any]) -> list[str]:
-    declared = [name for name in schema.names if features.get(name, {}).get("_type") == "Image"]
-    found = declared or [field.name for field in schema if _holds_images(field.type)]
-    usual = [name for name in found if name.lower() in ("image", "img")]
-    return usual if len(usual) == 1 else found
-
-
-def _holds_images(kind: "pa.DataType") -> bool:
-    import pyarrow as pa
-
-    if pa.types.is_struct(kind):
-        return kind.get_field_index("bytes") >= 0
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def _label_columns(schema: "pa.Schema", features: Mapping[str, Any], image: str) -> list[str]:
-    others = [name for name in schema.names if name != image]
-    found = [name for name in others if features.get(name, {}).get("_type") == "ClassLabel"]
-    found = found or [name for name in others if _may_be_label(schema.field(name).type)]
-    for usual in _LABELS:
-        if usual in found:
-            return [usual]
-    return found
-
-
-def _may_be_label(kind: "pa.DataType") -> bool:
-    import pyarrow as pa
-
-    return pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def _labels(path: Path, columns: _Columns) -> "pa.ChunkedArray":
+def _read_labels(path: Path, image: str, label: str) -> _Labels:
+    """The labels of a file as int64 or text."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        table = pq.read_table(path, columns=[columns.label]) if is_parquet(path) else open_arrow(path)
-        kind = _schema(path).field(columns.image).type
-        values = table.column(columns.label)
+    schema = read_schema(path)
+    if not {image, label} <= set(schema.names):
+        raise UserError(f"{path}: has no column {image} or {label}, as the other files have")
+    if not holds_images(schema.field(image).type) or not may_be_label(schema.field(label).type):
+        raise UserError(f"{path}: columns {image} and {label} are not of the other files' types")
+    with reading(path):
+        table = pq.read_table(path, columns=[label]) if is_parquet(path) else open_arrow(path)
+        values = table.column(label)
         values.validate(full=True)
-    except KeyError as error:
-        raise UserError(f"{path}: has no column {columns.image} or {columns.label}, as the other files have") from error
-    except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise UserError(f"{path}: damaged file ({one_line(error)}); fetch it again") from error
-    if not _holds_images(kind) or not _may_be_label(values.type):
-        raise UserError(f"{path}: columns {columns.image} and {columns.label} are not of the other files' types")
-    return pa.chunked_array(values.chunks, values.type)
+        if pa.types.is_dictionary(values.type):
+            values = values.cast(values.type.value_type)
+    try:
+        values = values.cast(pa.int64() if pa.types.is_integer(values.type) else pa.string())
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path}: the column {label!r} has numbers above {2**63 - 1}; write labels as text") from error
+    return _Labels(values, class_names(schema, label) if pa.types.is_integer(values.type) else None)
 
 
-def _classes(
-    columns: _Columns, values: "Mapping[str, pa.ChunkedArray]", root: Path
-) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
-    """All classes, and for each file the index of each row's class, -1 where it has none."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
+def _classes(labels: Mapping[str, _Labels], column: str, root: Path) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
+    """All classes, and for each file the index of each row's class.
 
-    numbers = all(pa.types.is_integer(column.type) for column in values.values())
-    if columns.names and numbers:
-        return columns.names, {file: _codes(column, columns, root / file) for file, column in values.items()}
-    distinct = {value for column in values.values() for value in pc.unique(column).to_pylist()} - {None, -1, ""}
-    ordered = sorted(distinct) if numbers else sorted(map(str, distinct))
-    index = pa.array(ordered, pa.int64() if numbers else pa.string())
-    codes = {}
-    for file, column in values.items():
-        cast = column.cast(index.type)
-        found = pc.fill_null(pc.index_in(cast, index), -1)
-        codes[file] = np.asarray(found, dtype=np.int64)
-    return tuple(map(str, ordered)), codes
-
-
-def _codes(column: "pa.ChunkedArray", columns: _Columns, path: Path) -> np.ndarray:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    assert columns.names is not None
-    codes = np.asarray(pc.fill_null(column.cast(pa.int64()), -1), dtype=np.int64)
-    wrong = np.flatnonzero((codes < -1) | (codes >= len(columns.names)))
-    if len(wrong):
+    Files may name the same numbers differently: what counts is the name.
+    """
+    without = [file for file, of_file in labels.items() if of_file.names is None]
+    if without and len(without) < len(labels):
+        other = next(file for file in labels if file not in without)
         raise UserError(
-            f"{path}[{wrong[0]}]: the label {codes[wrong[0]]} in {columns.label!r} is none of the "
-            f"{len(columns.names)} classes, 0 to {len(columns.names) - 1}"
+            f"{root / without[0]}: has no names of its classes in the schema, as {other} has; save it again"
         )
-    return codes
+    if without:
+        found = classes_among(set().union(*(of_file.distinct for of_file in labels.values())))
+        classes = tuple(sorted(map(str, found), key=class_order))
+    else:
+        classes = tuple(dict.fromkeys(name for of_file in labels.values() for name in of_file.names or ()))
+    codes = {file: _codes(of_file, classes, column, root / file) for file, of_file in labels.items()}
+    return classes, codes
+
+
+def _codes(labels: _Labels, classes: Sequence[str], column: str, path: Path) -> np.ndarray:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if labels.names is None:
+        codes = np.asarray(
+            pc.fill_null(pc.index_in(labels.values.cast(pa.string()), pa.array(classes, pa.string())), -1)
+        )
+    else:
+        numbers = np.asarray(pc.fill_null(labels.values, -1))
+        wrong = np.flatnonzero((numbers < -1) | (numbers >= len(labels.names)))
+        if len(wrong):
+            raise UserError(
+                f"{path}[{wrong[0]}]: the label {numbers[wrong[0]]} in {column!r} is none of the "
+                f"{len(labels.names)} classes, 0 to {len(labels.names) - 1}"
+            )
+        index = {name: number for number, name in enumerate(classes)}
+        codes = np.array([*map(index.__getitem__, labels.names), -1])[numbers]
+    if (codes < 0).any():
+        raise UserError(f"{path}[{int(np.argmax(codes < 0))}]: no label in the column {column!r}; remove the row")
+    return codes.astype(np.int64)
 
 
 def _split(
@@ -275,5 +219,5 @@ def _split(
         code = new[codes[file]]
         rows = np.flatnonzero(code >= 0)
         labels.append(code[rows])
-        lots.append(Rows(tree.root, file, column, rows))
+        lots.append(Rows(tree.top, tree.from_top(file), column, rows))
     return Split(np.concatenate(labels), join_originals(lots), Counter())

@@ -3,9 +3,10 @@
 from collections import Counter
 
 from effvit.data.sources.base import Split
-from effvit.data.sources.layout import TEST, TRAIN, Choices, Layout
+from effvit.data.sources.layout import Choices, Layout
 from effvit.data.sources.layouts.class_folders import Listing, class_names, labels_of, list_images, list_split
 from effvit.data.sources.layouts.titles import read_titles
+from effvit.data.sources.names import TEST, TRAIN
 from effvit.data.sources.tree import Tree
 from effvit.errors import UserError
 

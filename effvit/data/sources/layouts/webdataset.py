@@ -4,17 +4,21 @@ https://github.com/webdataset/webdataset: the key is the name up to the first do
 """
 
 import json
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from effvit.data.sources.base import Split
 from effvit.data.sources.images import SUFFIXES
-from effvit.data.sources.layout import WHOLE, Choices, Layout, part_of
+from effvit.data.sources.layout import Choices, Layout
 from effvit.data.sources.members import TarMembers, list_tar
-from effvit.data.sources.tree import Directory, Tree, join
+from effvit.data.sources.names import WHOLE, check_shards, class_order, classes_among, has_no_labels, number_in, part_of
+from effvit.data.sources.reading import reading
+from effvit.data.sources.tree import Directory, Tree, is_litter_path, join
 from effvit.errors import UserError, did_you_mean
 
 _LABEL_SUFFIXES = (".cls", ".json")
@@ -23,10 +27,21 @@ _PEEK = 64  # members that say what kind of archive a tar is
 _LARGEST_LABEL = 2**20
 
 
+@dataclass
+class _Samples:
+    """Images of a part: names, places as `TarMembers` has them, labels (None where there is none), stray files."""
+
+    names: list[str] = field(default_factory=list)
+    places: list[tuple[int, int, int]] = field(default_factory=list)
+    labels: list[int | str | None] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+
+
 def webdataset(tree: Tree, choices: Choices) -> Layout | None:
     """Recognise tar shards with images and their labels, at the root or in a folder for each part.
 
-    Samples are in the order of shards and of their keys in each. A label is a number or a name.
+    Samples are in the order of shards and of their keys in each. A label is a number or a name. A test or validation
+    part without any label is left out, and the description says so.
     """
     if not isinstance(tree, Directory):
         return None
@@ -34,36 +49,48 @@ def webdataset(tree: Tree, choices: Choices) -> Layout | None:
     for folder in tree.folders():
         if part_of(folder):
             shards += [join(folder, name) for name in tree.files(folder) if name.lower().endswith(".tar")]
-    if not shards or not _is_shard(tree.root / shards[0]):
-        return None
     parts: dict[str, list[str]] = defaultdict(list)
     for shard in shards:
         path = PurePosixPath(shard)
         parts[part_of(path.name) or part_of(str(path.parent)) or WHOLE].append(shard)
+    if not any(is_shard(tree.root / names[0]) for names in parts.values()):
+        return None
     if WHOLE in parts and len(parts) > 1:
         raise UserError(
             f"{tree.root}: {parts[WHOLE][0]} does not say which split it is; expected train, val or test in its name"
         )
-    read = {part: _read(tree.root, names, choices.label_column) for part, names in parts.items()}
-    found = {value for _, values in read.values() for value in values}
-    numbers = all(isinstance(value, int) for value in found)
-    if not numbers and any(isinstance(value, int) for value in found):
-        raise UserError(f"{tree.root}: some labels are numbers and some are names; expected one or the other")
-    classes = tuple(map(str, sorted(found)))
+    if tree.only is None:
+        check_shards(shards, tree.root)
+    read = {part: _read(tree, names, choices.label_column) for part, names in parts.items()}
+    unread = ""
+    for part in [part for part, samples in read.items() if has_no_labels(part, samples.labels)]:
+        unread += f", {part} not read ({len(read.pop(part).labels):,} images without labels)"
+    found = classes_among(label for samples in read.values() for label in samples.labels)
+    for part, samples in read.items():
+        if without := [index for index, label in enumerate(samples.labels) if label not in found]:
+            where = tree.root / parts[part][samples.places[without[0]][0]] / samples.names[without[0]]
+            raise UserError(f"{where}: {len(without):,} images of {part} have no label, as .cls, or .json with one")
+    if len({type(value) for value in found}) > 1:
+        raise UserError(
+            f"{tree.root / (tree.only or '')}: some labels are numbers and some are names; expected one or the other"
+        )
+    classes = tuple(sorted(map(str, found), key=class_order))
 
     def take(wanted: tuple[str, ...]) -> dict[str, Split]:
-        return {part: _split(images, values, wanted) for part, (images, values) in read.items()}
+        return {part: _split(tree, parts[part], samples, wanted) for part, samples in read.items()}
 
-    return Layout(f"WebDataset, {len(shards)} tar shards", classes, take)
+    return Layout(f"WebDataset, {len(shards)} tar shards{unread}", classes, take, takes=("label_column",))
 
 
-def _is_shard(path: Path) -> bool:
-    suffixes = set()
-    for number, member in enumerate(list_tar(path)):
-        suffixes.add(_split_name(member.name)[1])
-        if number == _PEEK:
-            break
-    return bool(suffixes & set(_LABEL_SUFFIXES)) and bool(suffixes & set(SUFFIXES))
+def is_shard(path: Path) -> bool:
+    """Whether among the first files of a tar are an image and a label with the same key."""
+    keys = defaultdict(set)
+    for member in islice(list_tar(path), _PEEK):
+        key, suffix = _split_name(member.name)
+        if not is_litter_path(member.name):
+            keys[suffix].add(key)
+    images = set().union(*(keys[suffix] for suffix in SUFFIXES))
+    return any(images & keys[suffix] for suffix in _LABEL_SUFFIXES)
 
 
 def _split_name(name: str) -> tuple[str, str]:
@@ -73,28 +100,23 @@ def _split_name(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{key}", f".{rest.rpartition('.')[2]}".lower() if dot else ""
 
 
-def _read(root: Path, shards: Sequence[str], column: str | None) -> tuple[TarMembers, list[int | str]]:
-    names: list[str] = []
-    places: list[tuple[int, int, int]] = []
-    values: list[int | str] = []
+def _read(tree: Directory, shards: Sequence[str], column: str | None) -> _Samples:
+    samples = _Samples()
     for number, shard in enumerate(shards):
-        samples = _samples(root / shard, column)
-        for key in sorted(samples):
-            name, offset, size, value = samples[key]
-            names.append(name)
-            places.append((number, offset, size))
-            values.append(value)
-    members = TarMembers(root, tuple(shards), tuple(names), np.array(places, dtype=np.int64).reshape(-1, 3))
-    return members, values
+        _add(samples, tree.root / shard, number, column)
+    return samples
 
 
-def _samples(path: Path, column: str | None) -> dict[str, tuple[str, int, int, int | str]]:
+def _add(samples: _Samples, path: Path, number: int, column: str | None) -> None:
+    """Add those of one shard, in the order of their keys."""
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int | str] = {}
     with path.open("rb") as file:
         for member in list_tar(path):
             key, suffix = _split_name(member.name)
-            if suffix in SUFFIXES:
+            if is_litter_path(member.name):
+                samples.notes["stray files ignored"] += 1
+            elif suffix in SUFFIXES:
                 if key in images:
                     raise UserError(f"{path}: sample {key!r} has two images; expected one")
                 images[key] = (member.name, *member.place)  # type: ignore[assignment]
@@ -106,22 +128,26 @@ def _samples(path: Path, column: str | None) -> dict[str, tuple[str, int, int, i
                 value = _label(file.read(size), suffix, column, path / member.name)
                 if value is not None:
                     labels[key] = value
-    for one, other, what in ((images, labels, "label (.cls, or .json with one)"), (labels, images, "image")):
-        if missing := [key for key in one if key not in other]:
-            raise UserError(f"{path}: {len(missing)} samples have no {what}, the first is {missing[0]!r}")
-    return {key: (*images[key], labels[key]) for key in images}
+    if missing := [key for key in labels if key not in images]:
+        raise UserError(f"{path}: {len(missing)} samples have no image, the first is {missing[0]!r}")
+    for key in sorted(images):
+        name, offset, size = images[key]
+        samples.names.append(name)
+        samples.places.append((number, offset, size))
+        samples.labels.append(labels.get(key))
 
 
 def _label(content: bytes, suffix: str, column: str | None, path: Path) -> int | str | None:
-    try:
+    with reading(path, "expected a label, as number or name"):
         text = content.decode("utf-8").strip()
         if suffix == ".cls":
-            return int(text) if text.lstrip("-").isdigit() else _name(text)
+            if not text:
+                raise ValueError("it is empty")
+            number = number_in(text)
+            return text if number is None else number
         fields = json.loads(text)
         if not isinstance(fields, dict):
             raise ValueError("no object")
-    except ValueError as error:  # undecodable text too
-        raise UserError(f"{path}: expected a label, as number or name ({error})") from error
     if column is not None and column not in fields:
         raise UserError(f"label_column={column}: {path} has {', '.join(fields)}{did_you_mean(column, fields)}")
     value = fields[column] if column else next((fields[key] for key in _KEYS if key in fields), None)
@@ -130,14 +156,10 @@ def _label(content: bytes, suffix: str, column: str | None, path: Path) -> int |
     return value
 
 
-def _name(text: str) -> str:
-    if not text:
-        raise ValueError("it is empty")
-    return text
-
-
-def _split(images: TarMembers, values: Sequence[int | str], wanted: Sequence[str]) -> Split:
-    index: Mapping[str, int] = {name: number for number, name in enumerate(wanted)}
-    labels = np.array([index.get(str(value), -1) for value in values], dtype=np.int64)
+def _split(tree: Directory, shards: Sequence[str], samples: _Samples, wanted: Sequence[str]) -> Split:
+    index = {name: number for number, name in enumerate(wanted)}
+    labels = np.array([index.get(str(value), -1) for value in samples.labels], dtype=np.int64)
+    places = np.array(samples.places, dtype=np.int64).reshape(-1, 3)
+    images = TarMembers(tree.top, tuple(map(tree.from_top, shards)), tuple(samples.names), places)
     rows = np.flatnonzero(labels >= 0)
-    return Split(labels[rows], images.take(rows))
+    return Split(labels[rows], images.take(rows), samples.notes)

@@ -26,7 +26,7 @@ def medmnist(path, shape=(28, 28), prefixes=("train", "val", "test"), classes=3,
 def test_arrays_are_those_of_numpy(tmp_path, shape):
     truth = medmnist(tmp_path / "pathmnist.npz", shape)
     for root in (tmp_path / "pathmnist.npz", tmp_path):
-        data = prepare("folder", root, 28, tmp_path / "out" / "x")
+        data = prepare("folder", root, 28, tmp_path.parent / f"{tmp_path.name}-out")
         assert data.counts == {"train": 30, "validation": 9, "test": 12} and data.classes == ("0", "1", "2")
         for split, prefix in (("train", "train"), ("validation", "val"), ("test", "test")):
             images, labels = data.split(split)
@@ -66,7 +66,7 @@ def test_what_is_wrong_with_an_array_is_named(tmp_path, changes, message):
 
 def test_npz_of_something_else_or_damaged_is_named(tmp_path):
     np.savez(tmp_path / "a.npz", weights=np.zeros(3))
-    with pytest.raises(UserError, match=r"a\.npz: has the arrays weights; expected train_images"):
+    with pytest.raises(UserError, match=r"a\.npz has the arrays weights; expected train_images"):
         folder(tmp_path, 8)
     medmnist(tmp_path / "a.npz")
     whole = (tmp_path / "a.npz").read_bytes()
@@ -97,3 +97,54 @@ def test_array_cut_short_inside_the_archive_is_named(tmp_path):
             archive.writestr(f"{name}.npy", content[:-100] if name == "test_images" else content)
     with pytest.raises(UserError, match=r"b\.npz: test_images is cut short"):
         list(folder(tmp_path / "b.npz", 8).test.images)
+
+
+def test_part_without_labels_is_said(tmp_path):
+    medmnist(tmp_path / "a.npz")
+    arrays = dict(np.load(tmp_path / "a.npz"))
+    del arrays["test_labels"]
+    np.savez(tmp_path / "a.npz", **arrays)
+    source = folder(tmp_path, 8)
+    assert len(source.test.labels) == 9 and "test_images not read (no test_labels)" in source.description
+    for name in ("val_images", "val_labels"):
+        del arrays[name]
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(UserError, match=r"no test or validation part with labels .*; add it$"):
+        folder(tmp_path, 8)
+
+
+@pytest.mark.parametrize("shape", [(30, 0, 28), (30, 0, 0)])
+def test_images_without_pixels_are_refused(tmp_path, shape):
+    medmnist(tmp_path / "a.npz", train_images=np.zeros(shape, np.uint8))
+    with pytest.raises(UserError, match=r"train_images is uint8 \(30, 0, (28|0)\), expected uint8"):
+        folder(tmp_path, 8)
+
+
+def test_flipped_bytes_are_one_line_or_change_nothing_that_is_checked(tmp_path):
+    path = tmp_path / "a.npz"
+    medmnist(path, shape=(2, 2))
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for _ in range(200):
+        content = bytearray(whole)
+        for at in rng.integers(len(whole), size=2):
+            content[at] = rng.integers(256)
+        path.write_bytes(content)
+        try:
+            list(folder(path, 8).train.images)
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 20
+
+
+def test_encrypted_archive_is_named(tmp_path):
+    medmnist(tmp_path / "a.npz")
+    content = bytearray((tmp_path / "a.npz").read_bytes())
+    for mark, at in ((b"PK\1\2", 8), (b"PK\3\4", 6)):
+        start = -1
+        while (start := content.find(mark, start + 1)) >= 0:
+            content[start + at] |= 1
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.npz: damaged or not an array .*encrypted"):
+        folder(tmp_path, 8)

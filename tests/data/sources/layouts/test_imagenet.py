@@ -12,6 +12,7 @@ from scipy.io import savemat
 from effvit.data.preparing import prepare
 from effvit.data.sources.folder import folder
 from effvit.data.sources.imagenet100 import imagenet100
+from effvit.data.sources.layout import Choices
 from effvit.errors import UserError
 
 WNIDS = ("n01440764", "n01443537", "n02085620")
@@ -142,7 +143,6 @@ def test_names_come_from_the_mapping(tmp_path):
         (lambda r: (r / "LOC_val_solution.csv").unlink(), r"val has 6 images without folders .*; put LOC_val_solution"),
         (lambda r: (r / "LOC_val_solution.csv").write_text("a,b\n"), "expected the columns ImageId and Prediction"),
         (lambda r: sets.write(r / "val/ILSVRC2012_val_00000009.JPEG", b""), "val_00000009.JPEG: no ground truth"),
-        (lambda r: shutil.rmtree(r / "train" / WNIDS[0]), f"class '{WNIDS[0]}' of val's .* is missing from train"),
     ],
 )
 def test_what_is_wrong_with_the_ground_truth_is_named(tmp_path, spoil, message):
@@ -170,3 +170,36 @@ def test_damaged_archive_of_a_class_is_named(tmp_path):
         assert tar.getnames() == [f"{wnid}.tar" for wnid in reversed(WNIDS)]
     with pytest.raises(UserError, match=r"ILSVRC2012_img_train\.tar: damaged or unsafe"):
         folder(root, 8)
+
+
+def test_classes_of_val_that_train_does_not_have_are_left_out_only_when_that_is_said(tmp_path):
+    root = flat_with_csv(tmp_path / "x")
+    shutil.rmtree(root / "train" / WNIDS[1])
+    with pytest.raises(
+        UserError, match=f"train has no class '{WNIDS[1]}' of val; classes=FILE takes only those in a file"
+    ):
+        folder(root, 8)
+    sets.write(tmp_path / "list", f"{WNIDS[0]}\n{WNIDS[2]}\n")
+    source = folder(root, 8, Choices(tmp_path / "list"))
+    content = [picture.content for picture in PICTURES["val"] if picture.label != WNIDS[1]]
+    assert [source.test.images.read(row) for row in range(4)] == content and len(source.train.labels) == 12
+
+
+def test_image_of_val_that_is_missing_is_named(tmp_path):
+    root = flat_with_csv(tmp_path / "x")
+    name = PICTURES["val"][2].name
+    (root / "val" / name).unlink()
+    with pytest.raises(
+        UserError, match=rf"of the 6 images .* 1 are missing, the first is {name.partition('.')[0]}; fetch"
+    ):
+        folder(root, 8)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_names_of_images_are_below_the_root(tmp_path, layout):
+    root = layout(tmp_path / "x")
+    source = folder(root, 8)
+    for lot in (source.train.images, source.test.images):
+        path = root / lot.name(0)
+        inside = next(part for part in (path, *path.parents) if part.exists())
+        assert inside.is_file() and inside.is_relative_to(root)

@@ -96,3 +96,71 @@ def test_empty_folder_and_something_else(tmp_path):
     for name in "abcde":
         sets.write(tmp_path / f"{name}.tex", b"any")
     assert told(tmp_path).startswith(f"root={tmp_path}: found a.tex, b.tex, c.tex and 2 more; expected train/<class>/")
+
+
+def test_archives_in_an_archive(tmp_path):
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("images.zip", b"any")
+    assert told(tmp_path / "a.zip").endswith(
+        "holds images.zip, and archives in an archive are not read in place; unpack both"
+    )
+
+
+def test_folder_without_images_among_folders_of_classes(tmp_path):
+    root = sets.as_tree(PICTURES, tmp_path) / "train"
+    (root / "dog").mkdir()
+    assert told(root) == (
+        f"root={root}: 3 folders have images (ant/, bee/, cat/), and dog/ has none; each must have some to be a class, "
+        "so move it away or fill it"
+    )
+
+
+def test_class_called_train(tmp_path):
+    for name in ("bus", "car", "train"):
+        sets.write(tmp_path / name / "1.png", PNG)
+    assert "train/ has no folders of classes, and bus/, car/ have images; if train is a class" in told(tmp_path)
+
+
+def test_folders_deeper_than_any_release_are_read_and_a_loop_is_named(tmp_path):
+    sets.as_tree(PICTURES, tmp_path / "a" / "b" / "c" / "d" / "e")
+    assert folder(tmp_path, 8).classes == ("ant", "bee", "cat")
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "y").symlink_to(tmp_path / "x")
+    assert "folders in folders 16 levels deep; does a link lead back?" in told(tmp_path / "x")
+
+
+def test_table_without_images(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"file": ["a"], "label": [1]}), tmp_path / "train.parquet")
+    says = "train.parquet has no column with images; its columns are file, label; image_column=NAME takes one"
+    assert told(tmp_path) == f"root={tmp_path}: {says}"
+
+
+@pytest.mark.parametrize(
+    ("layout", "choices", "says"),
+    [
+        (sets.as_tree, {"label_column": "x"}, "label_column=x: does nothing for folder tree"),
+        (sets.as_tree, {"image_column": "x"}, "image_column=x: does nothing for folder tree"),
+        (sets.as_parquet, {"label_level": 3}, "label_level=3: does nothing for Parquet files"),
+        (sets.as_webdataset, {"image_column": "x"}, "image_column=x: does nothing for WebDataset"),
+        (sets.as_csv, {"label_level": 2}, "label_level=2: does nothing for images and"),
+    ],
+)
+def test_choice_that_does_nothing_is_refused(tmp_path, layout, choices, says):
+    assert told(layout(PICTURES, tmp_path / "x"), Choices(**choices)).startswith(says)
+
+
+def test_level_deeper_than_the_folders(tmp_path):
+    root = sets.as_tree(PICTURES, tmp_path)
+    assert told(root, Choices(label_level=2)) == f"label_level=2: {root} has no folders 2 levels below train"
+
+
+def test_share_that_leaves_too_few(tmp_path):
+    root = sets.as_tree(PICTURES, tmp_path) / "train"
+    assert told(root, Choices(test_share=0.5)).startswith(
+        "test_share=0.5: of the 3 images of class 'ant' it leaves 1, expected at least 2 (for train and validation)"
+    )

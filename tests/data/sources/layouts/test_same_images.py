@@ -197,3 +197,14 @@ def test_real_images_give_the_same_arrays_in_every_layout(tmp_path):
         prepare("folder", LAYOUTS[layout](pictures, tmp_path / layout), 64, tmp_path / "out")
         assert sets.arrays(tmp_path / "out") == sets.arrays(tmp_path / "expected"), layout
     assert np.load(tmp_path / "out" / "train_images.npy").std() > 30
+
+
+def test_names_are_below_the_root_that_was_given(tmp_path):
+    sets.as_tree(PICTURES, tmp_path / "a" / "b")
+    sets.as_parquet(PICTURES, tmp_path / "c" / "d")
+    for root, name in (
+        ("a", "b/train/ant/ant_train_000.png"),
+        ("c", "d/data/train-00000-of-00002.parquet[0]"),
+    ):
+        images = folder(tmp_path / root, 8).train.images
+        assert (images.root, images.name(0)) == (tmp_path / root, name)

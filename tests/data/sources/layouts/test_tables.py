@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import unicodedata
 
 import image_sets as sets
 import numpy as np
@@ -168,7 +169,7 @@ LABELS = pa.array([0, 1] * 6)
         (
             {"image": images(), "text": LABELS.cast(pa.float64())},
             {},
-            "label_column=None: .* no column of labels; its columns are image, text",
+            r"x/t.*: has no column of labels; its columns are image, text",
         ),
         ({"image": images(), "label": LABELS, "b": images()}, {"image_column": "imag"}, r"image_column=imag: .* \(did"),
         (
@@ -192,6 +193,7 @@ LABELS = pa.array([0, 1] * 6)
             {"label_column": "label"},
             "label_column=label: in .* it is list<.*, expected one class for each row",
         ),
+        ({"image": images(), "label": pa.array([0, -1, 1] * 4)}, {}, r"\.parquet\[1\]: no label in the column 'label'"),
         ({"image": images(), "label": pa.array([0, None] * 6)}, {}, r"\.parquet\[1\]: no label in the column 'label'"),
         ({"image": images([]), "label": pa.array([], pa.int64())}, {}, "expected at least 2 classes, found 0"),
         ({"image": images(), "label": pa.array([7] * 12)}, {}, "expected at least 2 classes, found 1 .'7'"),
@@ -288,3 +290,99 @@ def test_folders_of_classes_next_to_tables_are_refused(tmp_path):
     sets.as_tree(PICTURES, tmp_path)
     with pytest.raises(UserError, match=r"holds two data sets, Parquet files, .* and folders of classes; move one"):
         folder(tmp_path, 8)
+
+
+def named(root, part, names, labels):
+    """A part whose numbers stand for ``names``."""
+    metadata = sets.features(image={"_type": "Image"}, label={"_type": "ClassLabel", "names": names})
+    save(root, metadata, parts=(part,), image=images(), label=pa.array(labels))
+
+
+def test_numbers_stand_for_what_each_file_says(tmp_path):
+    root = tmp_path / "x"
+    named(root, "train", ["cat", "dog"], [0, 1] * 6)
+    named(root, "test", ["dog", "bird", "cat"], [0, 2, 1] * 4)
+    assert read(folder(root, 8)) == [labelled(root, "train"), labelled(root, "test")]
+    save(root, parts=("test",), image=images(), label=LABELS)
+    with pytest.raises(UserError, match=r"test\.parquet: has no names of its classes .*, as train\.parquet has"):
+        folder(root, 8)
+
+
+@pytest.mark.parametrize(("numbers", "missing"), [((0, 2), 1), ((1, 3), 2), ((1,), 0), ((0, 1), 2)])
+def test_missing_shard_is_named(tmp_path, numbers, missing):
+    for number in numbers:
+        save(tmp_path, TYPED, parts=(f"train-{number:05}-of-00003-{number}ab",), image=images(), label=LABELS)
+    save(tmp_path, TYPED, parts=("test-00001-of-00001",), image=images(), label=LABELS)
+    with pytest.raises(UserError, match=rf"train-0000{missing}-of-00003\.parquet: is missing"):
+        folder(tmp_path, 8)
+    one = tmp_path / f"train-{numbers[0]:05}-of-00003-{numbers[0]}ab.parquet"
+    assert len(folder(one, 8, Choices(test_share=0.5)).train.labels) == 6
+
+
+@pytest.mark.parametrize(
+    ("label", "classes"),
+    [
+        (pa.array(["dog", "cat"] * 6).dictionary_encode(), ("cat", "dog")),
+        (pa.array([True, False] * 6), ("false", "true")),
+        (pa.array([1, -1] * 6), ("-1", "1")),
+        (pa.array([2**62, 9] * 6, pa.uint64()), ("9", str(2**62))),
+    ],
+)
+def test_labels_of_other_types(tmp_path, label, classes):
+    source = folder(save(tmp_path / "x", image=images(), label=label), 8)
+    assert source.classes == classes and source.train.labels.tolist() == [1, 0] * 6
+
+
+def test_number_too_large_is_named(tmp_path):
+    root = save(tmp_path / "x", image=images(), label=pa.array([1, 2**64 - 1] * 6, pa.uint64()))
+    with pytest.raises(UserError, match=r"\.parquet: the column 'label' has numbers above 9223372036854775807"):
+        folder(root, 8)
+
+
+def test_unicode_forms_of_classes_are_named(tmp_path):
+    forms = [unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD")]
+    for part, form in zip(("train", "test"), forms, strict=True):
+        save(tmp_path, image=images(), label=pa.array([form, "tea"] * 6), parts=(part,))
+    with pytest.raises(UserError, match="is there twice: one is in the Unicode form NFC, the other in NFD"):
+        folder(tmp_path, 8)
+
+
+def test_columns_are_found_in_any_case(tmp_path):
+    root = save(tmp_path / "x", picture=images(), Kind=LABELS)
+    assert folder(root, 8, Choices(image_column="PICTURE", label_column=" kind")).description.endswith(
+        "picture and Kind"
+    )
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_table_of_something_else_does_not_hide_folders_of_classes(tmp_path, split):
+    root = sets.as_tree(PICTURES, tmp_path / "x")
+    root = root if split else root / "train"
+    pq.write_table(pa.table({"file": ["a"], "label": [1]}), root / "metadata.parquet")
+    np.savez(root / "features.npz", features=np.zeros(3))
+    assert folder(root, 8, Choices(test_share=None if split else 0.25)).classes == ("ant", "bee", "cat")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_flipped_bytes_are_one_line_or_change_nothing_that_is_checked(tmp_path, kind):
+    """Whatever pyarrow raises on damaged metadata; without data its readers crash on none of these."""
+    table = pa.table({"image": images(), "label": pa.array(["cat", "dog"] * 6)})
+    path = tmp_path / f"train.{kind}"
+    if kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as sink:
+            sink.write_table(table)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    region = range(len(whole) - 700, len(whole)) if kind == "parquet" else range(8, 600)
+    refused = 0
+    for _ in range(150):
+        content = bytearray(whole)
+        content[rng.choice(region)] = rng.integers(256)
+        path.write_bytes(content)
+        try:
+            folder(path, 8, Choices(test_share=0.5)).train.images.read(0)
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 20

@@ -69,10 +69,16 @@ def test_one_shard_as_root_is_divided_by_a_share(tmp_path):
     ("members", "message"),
     [
         ([("1.cls", b"0")], r"train\.tar: 1 samples have no image, the first is '1'"),
-        ([("1.png", PNG)], r"train\.tar: 1 samples have no label .*, the first is '1'"),
+        (
+            [("1.png", PNG), ("1.cls", b"-1"), ("2.png", PNG), ("2.cls", b"2")],
+            r"train\.tar/1\.png: 1 images of train have",
+        ),
+        ([("1.png", PNG)], r"train\.tar/1\.png: 1 images of train have no label"),
         ([("1.png", PNG), ("1.jpg", PNG), ("1.cls", b"0")], "sample '1' has two images"),
         ([("1.png", PNG), ("1.cls", b"")], r"1\.cls: expected a label, as number or name"),
         ([("1.png", PNG), ("1.cls", b"\xff")], r"1\.cls: expected a label"),
+        ([("1.png", PNG), ("1.json", b"[" * 100_000)], r"1\.json: expected a label"),
+        ([("1.png", PNG), ("1.cls", "\u00b2".encode())], "some labels are numbers and some are names"),
         ([("1.png", PNG), ("1.json", b"[1]")], r"1\.json: expected a label"),
         ([("1.png", PNG), ("1.json", b'{"label": [0, 1]}')], r"1\.json: the label is \[0, 1\], expected one class"),
         ([("1.png", PNG), ("1.cls", b"cat")], "some labels are numbers and some are names"),
@@ -112,4 +118,64 @@ def test_damaged_header_does_not_hide_the_rest(tmp_path):
     content[at : at + 300] = b"x" * 300
     path.write_bytes(content)
     with pytest.raises(UserError, match=rf"train-000000\.tar: damaged .*no header at byte {at:,}"):
+        folder(tmp_path, 8)
+
+
+def test_shard_without_labels_does_not_hide_validation(tmp_path):
+    good = [member for i in range(4) for member in ((f"{i}.png", PNG), (f"{i}.cls", b"%d" % (i % 2)))]
+    for test in ([("0.png", PNG)], [("0.png", PNG), ("0.cls", b"-1")], [("0.png", PNG), ("0.json", b"{}")]):
+        for place in ("{}.tar", "{}/0.tar"):
+            for part, members in (("train", good), ("val", good), ("test", test)):
+                shard(tmp_path / place.format(part), *members)
+            source = folder(tmp_path, 8)
+            assert source.test.images.name(0).startswith("val") and source.validation is None
+            assert source.description == "WebDataset, 3 tar shards, test not read (1 images without labels)"
+            for part in ("train", "val", "test"):
+                (tmp_path / place.format(part)).unlink()
+
+
+def test_tar_of_folders_with_a_json_is_no_shard(tmp_path):
+    root = sets.as_tar(PICTURES, tmp_path / "x.tar")
+    with tarfile.open(root, "a") as tar:
+        sets.add(tar, "Labels.json", b"{}")
+    assert folder(root, 8).classes == ("ant", "bee", "cat")
+
+
+def test_field_is_named_for_a_single_shard_too(tmp_path):
+    fields = [json.dumps({"label": 0, "kind": "ab"[i % 2]}).encode() for i in range(8)]
+    members = [pair for i, each in enumerate(fields) for pair in ((f"{i}.png", PNG), (f"{i}.json", each))]
+    shard(tmp_path / "x.tar", *members)
+    assert folder(tmp_path / "x.tar", 8, Choices(test_share=0.25, label_column="kind")).classes == ("a", "b")
+
+
+def test_litter_in_a_shard_is_counted_and_left_out(tmp_path):
+    members = [("./a/1.png", PNG), ("./a/._1.png", b"x"), ("./a/1.cls", b"0"), ("a/2.png", PNG), ("a/2.cls", b"1")]
+    for part in ("train", "val"):
+        shard(tmp_path / f"{part}.tar", *members, (".cache/3.png", PNG))
+    source = folder(tmp_path, 8)
+    assert len(source.train.labels) == 2 and source.train.notes == {"stray files ignored": 2}
+
+
+def test_shards_joined_into_one_file_are_refused(tmp_path):
+    sets.as_webdataset(PICTURES, tmp_path, per_shard=5)
+    first, second = tmp_path / "train-000000.tar", tmp_path / "train-000001.tar"
+    first.write_bytes(first.read_bytes() + second.read_bytes())
+    with pytest.raises(UserError, match=r"train-000000\.tar: .*more follows after its end, as in archives joined"):
+        folder(tmp_path, 8)
+
+
+def test_shard_that_ends_after_a_member_is_refused(tmp_path):
+    sets.as_webdataset(PICTURES, tmp_path)
+    path = tmp_path / "train-000000.tar"
+    with tarfile.open(path) as tar:
+        at = tar.getmembers()[4].offset
+    path.write_bytes(path.read_bytes()[:at])
+    with pytest.raises(UserError, match=r"train-000000\.tar: .*no mark of its end"):
+        folder(tmp_path, 8)
+
+
+def test_missing_shard_is_named(tmp_path):
+    for name in ("train-0-of-2", "val-0-of-1"):
+        shard(tmp_path / f"{name}.tar", ("0.png", PNG), ("0.cls", b"0"))
+    with pytest.raises(UserError, match=r"train-1-of-2\.tar: is missing, and 1 of its 2 parts are there"):
         folder(tmp_path, 8)
