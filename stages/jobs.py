@@ -3,33 +3,44 @@
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import torch
+from dvc.lock import LockError
+from dvc.repo import Repo
 
 from effvit.errors import UserError, one_line_errors
 from effvit.processor import cores
 from effvit.study.jobs import devices, run_all
-from stages import study
+from stages import restore, study
 
-DVC = (sys.executable, "-m", "dvc")
+# DVCs take turns at dvc.lock and at looking for what changed; while a stage runs, none waits.
+DVC = (sys.executable, "-m", "dvc", "--wait-for-lock", "repro")
+_PATIENCE_S = 10.0  # for the DVC that has the lock; one that builds the graph of thousands of stages has it for longer
 
 
 def main() -> int:
     """Exit status: 0 if all cells are there."""
     params, arguments = study.load()
     count = _count(arguments)
-    if status := subprocess.run([*DVC, "repro", "prepare"]).returncode:
+    if params.train.devices > 1:
+        raise UserError(f"JOBS={count}: each cell has one device, but train.devices is {params.train.devices}")
+    restore.main()
+    repro = [*DVC, "--pull"] if Repo().config["core"].get("remote") else [*DVC]
+    if status := subprocess.run([*repro, "prepare"]).returncode:
         return status
     commands = {}
     for dataset in params.dataset:
         for attention in params.attention:
             for seed in params.seeds:
                 cell = f"{dataset}-{attention}-{seed}"
-                # DVCs take turns at dvc.lock and at looking for what changed; while a stage runs, none waits.
-                repro = [*DVC, "--wait-for-lock", "repro", "--single-item", f"train@{cell}", f"evaluate@{cell}"]
-                commands[cell] = repro
-    places = devices(min(count, len(commands)), _gpus(), cores())
-    failed = run_all(commands, places, lambda line: print(line, flush=True))
+                commands[cell] = [*repro, "--single-item", f"train@{cell}", f"evaluate@{cell}"]
+    count = min(count, len(commands))
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // count))
+    places = devices(count, _gpus(), threads)
+    failed = run_all(commands, places, lambda line: print(line, flush=True), _no_dvc_writes())
     for cell, (status, lines) in failed.items():
         print(f"\n{cell} failed (exit status {status}); its last lines:", *lines, sep="\n  ", file=sys.stderr)
     return 1 if failed else 0
@@ -42,11 +53,25 @@ def _count(arguments: list[str]) -> int:
 
 
 def _gpus() -> list[str]:
-    """GPUs as CUDA_VISIBLE_DEVICES names them: those that it names, or all."""
+    """GPUs as CUDA_VISIBLE_DEVICES names them: those that it names, up to the first that is not there, or all."""
+    count = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [name for name in visible.split(",") if name.strip()] if torch.cuda.is_available() else []
-    return [str(index) for index in range(torch.cuda.device_count())]
+    return [str(index) for index in range(count)] if visible is None else visible.split(",")[:count]
+
+
+@contextmanager
+def _no_dvc_writes() -> Iterator[None]:
+    """Hold DVC's lock: a DVC that is ended while it writes dvc.lock or its list of paths in use leaves half of it."""
+    lock = Repo().lock
+    until = time.monotonic() + _PATIENCE_S
+    while not lock.is_locked and time.monotonic() < until:
+        with suppress(LockError):
+            lock.lock()  # or 3 s
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            lock.unlock()
 
 
 if __name__ == "__main__":
