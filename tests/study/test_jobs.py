@@ -8,8 +8,10 @@ import time
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 from effvit.study.jobs import devices, run_all
+from stages.jobs import _gpus
 
 
 def python(code):
@@ -31,6 +33,19 @@ def python(code):
 )
 def test_each_job_has_its_gpu_and_its_threads(count, gpus, threads, expected):
     assert devices(count, gpus, threads) == expected
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "expected"),
+    [(None, 2, ["0", "1"]), ("1,GPU-b", 2, ["1", "GPU-b"]), ("0,-1,1", 1, ["0"]), ("0,7", 1, ["0"]), ("", 0, [])],
+)
+def test_gpus_are_those_that_cuda_counts(monkeypatch, visible, count, expected):
+    """CUDA counts the devices of the list up to the first that is not there."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert _gpus() == expected
 
 
 def test_as_many_run_at_a_time_as_there_are_places_each_in_its_own(tmp_path):
