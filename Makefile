@@ -4,6 +4,8 @@
 HIDDEN := Created|Executor|.*/|cost|spread|attention|benchmark|dataset|model|scaling|seeds|train
 BRANCHES := [regional],[dilated],[linear],[regional,dilated],[regional,linear],[dilated,linear],[regional,dilated,linear]
 # Of `make hybrid-search`; for a try on the digits: make hybrid-search SEARCH='-S train.epochs=1'
+# Each mechanism has a sweep of its own: in a sweep over mechanisms, DVC knows the stages of the first one alone.
+COMPARED := fused nystromformer window linear focused
 SEARCH := -S dataset=cifar10 -S train=study -S train.epochs=12 -S train.lr=4e-3
 .PHONY: help env study show ablation hybrid-search params tables quick test test-gpu study-gpu lint clean
 
@@ -37,8 +39,10 @@ endif
 	$(PIP) --no-deps --no-build-isolation --editable .
 	echo '$(TORCH)' > $@
 
+# `exec`, so that what ends `make` ends what runs, and not only the shell around it.
 study: env ## train, measure and plot all mechanisms on the embedded data set; JOBS=n trains n at a time
-	. $(BIN)/activate && python -m stages.restore $(if $(filter-out 1,$(JOBS)),&& python -m stages.jobs $(JOBS)) && dvc repro
+	. $(BIN)/activate && exec python -m stages.$(if $(filter-out 1,$(JOBS)),jobs $(JOBS),restore)
+	. $(BIN)/activate && exec dvc repro $$(dvc config core.remote | sed 's/.*/--pull/')
 	@grep -m 1 '^\*\*' report/report.md | tr -d '*'
 	@echo "the whole answer: report/index.html"
 
@@ -51,7 +55,7 @@ ablation: env ## the hybrid with every set of its branches, an experiment each, 
 
 hybrid-search: env ## forms of the hybrid and what they are compared with: an experiment each, and their table
 	. $(BIN)/activate && queue() { dvc exp run --queue $(SEARCH) "$$@" train; } && \
-	queue -S attention=fused,nystromformer,window,linear,focused -S model.value_conv=0,3 && \
+	for attention in $(COMPARED); do queue -S attention=$$attention -S model.value_conv=0,3 || exit; done && \
 	queue -S attention=hybrid -S attention.hybrid.feature_map=elu,relu,focused -S model.value_conv=0,3 && \
 	queue -S attention=hybrid -S attention.hybrid.fusion=gate -S model.value_conv=0,3 && \
 	queue -S attention=hybrid -S attention.hybrid.feature_map=focused -S model.value_conv=3 -S attention.hybrid.global_every=2 && \

@@ -1,35 +1,42 @@
 """jobs(n): prepare, then train and evaluate n cells at a time, each by a DVC of its own. `dvc repro` does the rest."""
 
-import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
-import torch
+from dvc.lock import LockError
+from dvc.repo import Repo
 
 from effvit.errors import UserError, one_line_errors
-from effvit.processor import cores
-from effvit.study.jobs import devices, run_all
-from stages import study
+from effvit.study.jobs import places, run_all
+from stages import restore, study
 
-DVC = (sys.executable, "-m", "dvc")
+# DVCs take turns at dvc.lock and at looking for what changed; while a stage runs, none waits.
+DVC = (sys.executable, "-m", "dvc", "--wait-for-lock", "repro")
+_PATIENCE_S = 10.0  # for the DVC that has the lock; one that builds the graph of thousands of stages has it for longer
 
 
 def main() -> int:
     """Exit status: 0 if all cells are there."""
     params, arguments = study.load()
     count = _count(arguments)
-    if status := subprocess.run([*DVC, "repro", "prepare"]).returncode:
+    if params.train.devices > 1:
+        raise UserError(f"JOBS={count}: each cell has one device, but train.devices is {params.train.devices}")
+    restore.main()
+    repro = [*DVC, "--pull"] if Repo().config["core"].get("remote") else [*DVC]
+    if status := subprocess.run([*repro, "prepare"]).returncode:
         return status
     commands = {}
     for dataset in params.dataset:
         for attention in params.attention:
             for seed in params.seeds:
                 cell = f"{dataset}-{attention}-{seed}"
-                # DVCs take turns at dvc.lock and at looking for what changed; while a stage runs, none waits.
-                repro = [*DVC, "--wait-for-lock", "repro", "--single-item", f"train@{cell}", f"evaluate@{cell}"]
-                commands[cell] = repro
-    places = devices(min(count, len(commands)), gpus(), cores())
-    failed = run_all(commands, places, lambda line: print(line, flush=True))
+                commands[cell] = [*repro, "--single-item", f"train@{cell}", f"evaluate@{cell}"]
+    failed = run_all(
+        commands, places(min(count, len(commands))), lambda line: print(line, flush=True), _no_dvc_writes()
+    )
     for cell, (status, lines) in failed.items():
         print(f"\n{cell} failed (exit status {status}); its last lines:", *lines, sep="\n  ", file=sys.stderr)
     return 1 if failed else 0
@@ -41,12 +48,19 @@ def _count(arguments: list[str]) -> int:
     return int(arguments[0])
 
 
-def gpus() -> list[str]:
-    """GPUs as CUDA_VISIBLE_DEVICES names them: those that it names, or all."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [name for name in visible.split(",") if name.strip()] if torch.cuda.is_available() else []
-    return [str(index) for index in range(torch.cuda.device_count())]
+@contextmanager
+def _no_dvc_writes() -> Iterator[None]:
+    """Hold DVC's lock: a DVC that is ended while it writes dvc.lock or its list of paths in use leaves half of it."""
+    lock = Repo().lock
+    until = time.monotonic() + _PATIENCE_S
+    while not lock.is_locked and time.monotonic() < until:
+        with suppress(LockError):
+            lock.lock()  # or 3 s
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            lock.unlock()
 
 
 if __name__ == "__main__":

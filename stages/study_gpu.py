@@ -26,11 +26,9 @@ from effvit.attention import available_attention
 from effvit.device import Machine, measuring_device, this_machine
 from effvit.errors import UserError, one_line_errors
 from effvit.files import write_csv, write_json
-from effvit.processor import cores
 from effvit.study.config import Study
-from effvit.study.jobs import devices, run_all
+from effvit.study.jobs import places, run_all
 from stages import study
-from stages.jobs import gpus
 
 ROOT = Path(__file__).parents[1]
 EFFVIT = (sys.executable, "-c", "from effvit.cli import main; main()")
@@ -243,11 +241,11 @@ def run_parts(chosen: Mapping[str, Part], machine: Machine, output: Path, run: R
     for name, part in chosen.items():
         failed: list[str] = []
         in_time, started = True, time.monotonic()
-        places = devices(part.at_once, gpus(), cores()) if part.at_once > 1 else [{}]
+        devices = places(part.at_once) if part.at_once > 1 else [{}]
         try:
             with at_most(part.minutes):
                 for commands in part.rounds:
-                    failed += run(commands, places)
+                    failed += run(commands, devices)
         except OutOfTime:
             in_time = False
         table = part.table()

@@ -21,7 +21,12 @@ def cells(
         CellStage, typer.Option(rich_help_panel=options.STUDY, help="Stage to name; `evaluate` is a cell's last.")
     ] = CellStage.EVALUATE,
     missing: Annotated[
-        bool, typer.Option("--missing", rich_help_panel=options.STUDY, help="Only cells without a result.")
+        bool,
+        typer.Option(
+            "--missing",
+            rich_help_panel=options.STUDY,
+            help="Only cells without files of a result; not those that changed since.",
+        ),
     ] = False,
     params: Annotated[Path, typer.Option(rich_help_panel=options.FILES, help="The study's configuration.")] = Path(
         "params.yaml"
@@ -39,5 +44,5 @@ def cells(
         for attention in study.attention:
             for seed in study.seeds:
                 result = metrics_dir / "cells" / dataset / attention / f"seed{seed}" / stage.value
-                if not (missing and result.exists()):
+                if not (missing and result.is_dir() and any(result.iterdir())):
                     typer.echo(f"{stage.value}@{dataset}-{attention}-{seed}")
