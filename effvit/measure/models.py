@@ -55,6 +55,8 @@ def compare(
     if first not in models:
         raise UserError(f"baseline={baseline!r}: unknown, expected one of {', '.join(models)}")
     try:
+        import scipy  # noqa: F401  of the intervals: better missed now than when all is measured
+
         from effvit.measure.side_by_side import measure_models
     except ModuleNotFoundError as error:
         extra = extra_of(error.name or "")
