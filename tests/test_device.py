@@ -28,7 +28,10 @@ def h200(monkeypatch, tmp_path):
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     device._driver.cache_clear()
-    yield tool
+    with policy.kept():  # PyTorch's defaults, whatever earlier tests left
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
+        yield tool
     device._driver.cache_clear()
 
 
