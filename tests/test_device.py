@@ -103,8 +103,9 @@ def test_tf32_is_told_where_it_is_allowed(h200, monkeypatch):
 
 def test_what_an_older_pytorch_does_not_tell_is_none(h200, monkeypatch):
     known = SimpleNamespace(matmul=SimpleNamespace(allow_tf32=True), flash_sdp_enabled=lambda: True)
-    monkeypatch.setattr(torch, "backends", SimpleNamespace(cuda=known))
-    machine = this_machine(CUDA)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "backends", SimpleNamespace(cuda=known))
+        machine = this_machine(CUDA)
     assert (machine.instructions, machine.cudnn) == (None, None)
     assert (machine.sdpa, machine.tf32) == ("flash", "products")
 
