@@ -24,7 +24,16 @@ from effvit.data.sources.layouts.columns import (
     may_be_label,
     read_schema,
 )
-from effvit.data.sources.names import WHOLE, check_shards, class_order, classes_among, has_no_labels, part_of
+from effvit.data.sources.names import (
+    TEST,
+    VALIDATION,
+    WHOLE,
+    check_shards,
+    class_order,
+    classes_among,
+    has_no_labels,
+    part_of,
+)
 from effvit.data.sources.reading import reading
 from effvit.data.sources.rows import Rows, is_parquet, open_arrow
 from effvit.data.sources.tree import Directory, Kind, Tree, join
@@ -64,21 +73,27 @@ def tables(tree: Tree, choices: Choices) -> Layout | str | None:
     files = _find(tree)
     if not files:
         return None
-    schemas = ((file, read_schema(tree.root / file)) for file in files)
-    first = next(((file, schema) for file, schema in schemas if choices.image_column or image_columns(schema)), None)
-    if first is None:
-        columns = ", ".join(read_schema(tree.root / files[0]).names)
+    schemas = {file: read_schema(tree.root / file) for file in files}
+    with_images = [file for file in files if choices.image_column or image_columns(schemas[file])]
+    if not with_images:
+        columns = ", ".join(schemas[files[0]].names)
         return f"{files[0]} has no column with images; its columns are {columns}; image_column=NAME takes one"
     if tree.only is None:
         check_shards(files, tree.root)
     parts = _by_part(tree, files)
-    image, label = choose_columns(tree.root / first[0], first[1], choices)
+    # Of a test part that nobody may see the labels of, there may be no column of them.
+    of_training = {file for part in parts if part not in (TEST, VALIDATION) for file in parts[part]}
+    first = min(with_images, key=lambda file: file not in of_training)
+    image, label = choose_columns(tree.root / first, schemas[first], choices)
     labels = {file: _read_labels(tree.root / file, image, label) for file in files}
     unread = ""
     for part in list(parts):
         if has_no_labels(part, set[Any]().union(*(labels[file].distinct for file in parts[part]))):
             count = sum(len(labels.pop(file).values) for file in parts.pop(part))
             unread += f", {part} not read ({count:,} rows without labels)"
+    for file in labels:
+        if label not in schemas[file].names:
+            raise UserError(f"{tree.root / file}: has no column {label}, as other files have")
     classes, codes = _classes(labels, label, tree.root)
 
     def read(wanted: tuple[str, ...]) -> dict[str, Split]:
@@ -146,13 +161,17 @@ def _by_part(tree: Directory, files: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _read_labels(path: Path, image: str, label: str) -> _Labels:
-    """The labels of a file as int64 or text."""
+    """The labels of a file as int64 or text, none where it has no such column."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = read_schema(path)
-    if not {image, label} <= set(schema.names):
-        raise UserError(f"{path}: has no column {image} or {label}, as the other files have")
+    if image not in schema.names:
+        raise UserError(f"{path}: has no column {image}, as the other files have")
+    if label not in schema.names:
+        with reading(path):
+            rows = pq.read_metadata(path).num_rows if is_parquet(path) else open_arrow(path).num_rows
+        return _Labels(pa.chunked_array([pa.nulls(rows)]), None)
     if not holds_images(schema.field(image).type) or not may_be_label(schema.field(label).type):
         raise UserError(f"{path}: columns {image} and {label} are not of the other files' types")
     with reading(path):

@@ -100,6 +100,23 @@ def test_test_part_without_labels_does_not_hide_validation(tmp_path):
     assert source.test.images.name(0).startswith("validation.parquet")
 
 
+def test_test_part_without_a_column_of_labels_does_not_hide_validation(tmp_path):
+    root = tmp_path / "x"
+    save(root, image=images(), label=pa.array([0, 1] * 6), parts=("train", "validation"))
+    save(root, image=images(), parts=("test",))
+    source = folder(root, 8)
+    assert "test not read (12 rows without labels)" in source.description and source.validation is None
+    assert source.test.images.name(0).startswith("validation.parquet")
+
+
+def test_a_shard_without_the_column_of_labels_that_others_have_is_named(tmp_path):
+    root = tmp_path / "x"
+    save(root, image=images(), label=pa.array([0, 1] * 6), parts=("train-a", "test"))
+    save(root, image=images(), parts=("train-b",))
+    with pytest.raises(UserError, match=r"train-b\.parquet: has no column label, as other files have"):
+        folder(root, 8)
+
+
 def test_train_alone_is_divided_by_a_share(tmp_path):
     root = save(tmp_path / "x", image=images(), label=pa.array([0, 1] * 6), parts=("train",))
     with pytest.raises(UserError, match=r"found training images and no test .* test_share=0\.2"):
