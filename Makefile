@@ -10,7 +10,7 @@ SEARCH := -S dataset=cifar10 -S train=study -S train.epochs=12 -S train.lr=4e-3
 .PHONY: help env study show ablation hybrid-search params tables quick test test-gpu study-gpu lint clean
 
 PYTHON ?= python3
-JOBS ?= 1
+JOBS ?=
 BIN := .venv/bin
 
 help: ## this list
@@ -40,8 +40,8 @@ endif
 	echo '$(TORCH)' > $@
 
 # `exec`, so that what ends `make` ends what runs, and not only the shell around it.
-study: env ## train, measure and plot all mechanisms on the embedded data set; JOBS=n trains n at a time
-	. $(BIN)/activate && exec python -m stages.$(if $(filter-out 1,$(JOBS)),jobs $(JOBS),restore)
+study: env ## train, measure and plot all mechanisms on the embedded data set; JOBS=n trains n at a time, JOBS=1 in turns
+	. $(BIN)/activate && exec python -m stages.jobs $(JOBS)
 	. $(BIN)/activate && exec dvc repro $$(dvc config core.remote | sed 's/.*/--pull/')
 	@grep -m 1 '^\*\*' report/report.md | tr -d '*'
 	@echo "the whole answer: report/index.html"

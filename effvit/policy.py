@@ -76,18 +76,21 @@ def training_precision(name: str, device: torch.device) -> str:
     return "bf16-mixed" if modern else "32-true"
 
 
-def apply(device: torch.device, *, deterministic: bool, tf32: bool = True) -> None:
+def apply(device: torch.device, *, deterministic: bool, tf32: bool = True, threads: int = 0) -> None:
     """Set PyTorch up, for the whole process, as training and all measurements have it.
 
     Args:
         device: the one that computes.
         deterministic: whether the same input gives the same bytes, by slower kernels where need be.
         tf32: whether float32 products and convolutions on a GPU may round their factors to TF32 (10 bits).
+        threads: of a CPU; 0 for as many as it is.
     """
     # use_deterministic_algorithms would also load Inductor, for 1.6 s: `compile_blocks` does that where it is used.
     torch.set_deterministic_debug_mode("error" if deterministic else "default")
     # Every buffer here is written before it is read.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if device.type == "cpu" and threads:
+        torch.set_num_threads(threads)
     if device.type != "cuda":
         return
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
@@ -102,7 +105,7 @@ def kept() -> Iterator[None]:
     mode = torch.get_deterministic_debug_mode()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    cudnn, threads = torch.backends.cuda.cudnn_sdp_enabled(), torch.get_num_threads()
     try:
         yield
     finally:
@@ -110,6 +113,7 @@ def kept() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from effvit.errors import one_line_errors
 from stages import study
 
 with one_line_errors():
-    params, (dataset, attention) = study.load()
+    params, (dataset, attention) = study.load_as_trained()
     deploy(
         model_dir=study.model_dir(dataset, attention, str(params.seeds[0])),
         dataset_dir=study.PREPARED / dataset,

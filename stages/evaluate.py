@@ -5,7 +5,7 @@ from effvit.errors import one_line_errors
 from stages import study
 
 with one_line_errors():
-    params, (dataset, attention, seed) = study.load()
+    params, (dataset, attention, seed) = study.load_as_trained()
     evaluate(
         model_dir=study.model_dir(dataset, attention, seed),
         dataset_dir=study.PREPARED / dataset,

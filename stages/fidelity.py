@@ -5,7 +5,7 @@ from effvit.errors import one_line_errors
 from stages import study
 
 with one_line_errors():
-    params, (dataset,) = study.load()
+    params, (dataset,) = study.load_as_trained()
     fidelity(
         model_dirs=[study.model_dir(dataset, attention, params.seeds[0]) for attention in params.attention],
         dataset_dir=study.PREPARED / dataset,

@@ -1,4 +1,7 @@
-"""jobs(n): prepare, then train and evaluate n cells at a time, each by a DVC of its own. `dvc repro` does the rest."""
+"""jobs(n): prepare, then train, evaluate and deploy n cells at a time, each by a DVC of its own.
+
+`dvc repro` does the rest, and all of it where n is 1. Without n, two at a time, or one on each GPU.
+"""
 
 import subprocess
 import sys
@@ -10,7 +13,7 @@ from dvc.lock import LockError
 from dvc.repo import Repo
 
 from effvit.errors import UserError, one_line_errors
-from effvit.study.jobs import places, run_all
+from effvit.study.jobs import places, run_all, usual_count
 from stages import restore, study
 
 # DVCs take turns at dvc.lock and at looking for what changed; while a stage runs, none waits.
@@ -21,10 +24,13 @@ _PATIENCE_S = 10.0  # for the DVC that has the lock; one that builds the graph o
 def main() -> int:
     """Exit status: 0 if all cells are there."""
     params, arguments = study.load()
-    count = _count(arguments)
-    if params.train.devices > 1:
-        raise UserError(f"JOBS={count}: each cell has one device, but train.devices is {params.train.devices}")
+    devices = params.train.devices
+    count = _count(arguments) if arguments else usual_count(params.train.device) if devices == 1 else 1
+    if count > 1 and devices > 1:
+        raise UserError(f"JOBS={count}: each cell has one device, but train.devices is {devices}")
     restore.main()
+    if count == 1:
+        return 0
     repro = [*DVC, "--pull"] if Repo().config["core"].get("remote") else [*DVC]
     if status := subprocess.run([*repro, "prepare"]).returncode:
         return status
@@ -33,7 +39,10 @@ def main() -> int:
         for attention in params.attention:
             for seed in params.seeds:
                 cell = f"{dataset}-{attention}-{seed}"
-                commands[cell] = [*repro, "--single-item", f"train@{cell}", f"evaluate@{cell}"]
+                stages = [f"train@{cell}", f"evaluate@{cell}"]
+                if seed == params.seeds[0]:
+                    stages.append(f"deploy@{dataset}-{attention}")
+                commands[cell] = [*repro, "--single-item", *stages]
     failed = run_all(
         commands, places(min(count, len(commands))), lambda line: print(line, flush=True), _no_dvc_writes()
     )

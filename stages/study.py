@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import torch
+
 from effvit.study.config import Study
 
 PREPARED = Path("data/prepared")
@@ -14,6 +16,14 @@ REPORT = Path("report")
 def load() -> tuple[Study, list[str]]:
     """Validated params.yaml, and the matrix items that DVC put on the command line."""
     return Study.load("params.yaml"), sys.argv[1:]
+
+
+def load_as_trained() -> tuple[Study, list[str]]:
+    """`load`, and as many threads as training has: the last digits of what a model gives depend on it."""
+    params, items = load()
+    if params.train.threads:
+        torch.set_num_threads(params.train.threads)
+    return params, items
 
 
 def model_dir(dataset: str, attention: str, seed: str | int) -> Path:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from effvit import policy
 from effvit.measure.without_gpu import CUDA, OnCuda, run
 
 # Operators that give the host a number, or a tensor of a size that the host must know.
@@ -83,7 +84,7 @@ def fake_cuda(monkeypatch: Any) -> Iterator[Traffic]:
         before = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)  # so that torch.tensor(..., device="cuda") shows as a copy
         try:
-            with Traffic() as traffic:
+            with policy.kept(), Traffic() as traffic:
                 yield traffic
         finally:
             torch._C._set_only_lift_cpu_tensors(before)

@@ -186,6 +186,7 @@ def test_a_table_of_a_machine_has_its_ratios_and_names_the_fastest(tmp_path):
     rows = [
         ("model", 224, 197, "fused", 10.4, 1.0, 1.0, 1.0, "ok"),
         ("model", 224, 197, "pooled", 8.3, 0.8, 0.79, 0.81, "ok"),
+        ("model", 224, 197, "linear", 8.3, 0.804, 0.8, 0.81, "ok"),
         ("model", 224, 197, "window", None, None, None, None, "out of memory"),
         ("block", 224, 197, "pooled", 8.3, 0.1, 0.1, 0.1, "ok"),
     ]
@@ -206,8 +207,13 @@ def test_a_table_of_a_machine_has_its_ratios_and_names_the_fastest(tmp_path):
     table.to_csv(tmp_path / "gpu.csv", index=False)
     lines = choice(tmp_path / "gpu.csv", intervals=True).splitlines()
     assert lines[0] == "| mechanism | 224 px, 197 tokens |"
-    assert lines[2:5] == ["| `fused` | 1.00 (10 ms) |", "| `pooled` | **0.80** (0.79 to 0.81) |", "| `window` | – |"]
-    assert "A GPU, float32, random weights, 95" in lines[6] and "thread" not in lines[6]
+    assert lines[2:6] == [
+        "| `fused` | 1.00 (10 ms) |",
+        "| `pooled` | **0.80** (0.79 to 0.81) |",
+        "| `linear` | **0.80** (0.80 to 0.81) |",
+        "| `window` | – |",
+    ]
+    assert "A GPU, float32, random weights, 95" in lines[7] and "thread" not in lines[7]
 
 
 @pytest.mark.parametrize(

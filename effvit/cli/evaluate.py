@@ -58,9 +58,10 @@ def evaluate(
             write_csv(directory / "corruptions.csv", corrupted)
         settings = {"model": model.config.model_dump(), "dataset": dataset.name}
         write_provenance(directory, settings, this_machine(where))
+    top5 = f"top-5 {scores['top5']:.2%}, " if len(dataset.classes) > 5 else ""  # of five classes it is always 100 %
     typer.echo(
         f"{model.config.attention} on {scores['num_images']:,} test images of {dataset.name}: "
-        f"top-1 {scores['top1']:.2%}, top-5 {scores['top5']:.2%}, calibration error {scores['ece']:.3f}"
+        f"top-1 {scores['top1']:.2%}, {top5}calibration error {scores['ece']:.3f}"
     )
     if corruptions:
         count = corrupted["corruption"].nunique()

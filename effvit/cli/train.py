@@ -129,6 +129,13 @@ def train(
     micro_batch_size: Annotated[
         int, typer.Option(rich_help_panel=options.DEVICE, help="Images at once on a device; 0 for the whole batch.")
     ] = 0,
+    threads: Annotated[
+        int,
+        typer.Option(
+            rich_help_panel=options.DEVICE,
+            help="CPU threads; 0 for all cores. The last digits of the results depend on it.",
+        ),
+    ] = 0,
     workers: options.Workers = 0,
     checkpoint_s: Annotated[
         float, typer.Option(rich_help_panel=options.OUTPUT, help="Seconds between checkpoints.")
@@ -200,6 +207,7 @@ def train(
             device=device,
             devices=devices,
             micro_batch_size=micro_batch_size,
+            threads=threads,
             workers=workers,
             checkpoint_s=checkpoint_s,
             logger=logger,

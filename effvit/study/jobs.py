@@ -29,6 +29,11 @@ def places(count: int) -> list[dict[str, str]]:
     return devices(count, _gpus(), os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // count)))
 
 
+def usual_count(device: str) -> int:
+    """Jobs at a time where nobody says: one for each GPU; without one, or on ``device`` cpu, two of half the cores."""
+    return (torch.cuda.device_count() if device in ("auto", "cuda") else 0) or min(2, cores())
+
+
 def _gpus() -> list[str]:
     """GPUs as CUDA_VISIBLE_DEVICES names them: those that it names, up to the first that is not there, or all."""
     count = torch.cuda.device_count()

@@ -17,6 +17,7 @@ from effvit.errors import UserError
 from effvit.model.vit import ViT, ViTConfig
 from effvit.study import cells
 from effvit.study.experiments import experiments
+from effvit.training.recipe import TrainConfig
 
 _VARIES = {"attention", "attention_options", "value_conv"}  # of a model's configuration
 _OF_THE_MACHINE = {"checkpoint_s", "device", "devices", "micro_batch_size", "workers"}  # of a recipe
@@ -79,7 +80,7 @@ def _run(log: Path) -> Run:
         settings = record["config"]
         config = ViTConfig(**settings["model"])
         common = {key: value for key, value in config.model_dump().items() if key not in _VARIES}
-        recipe = {key: value for key, value in settings["train"].items() if key not in _OF_THE_MACHINE}
+        recipe = TrainConfig(**settings["train"]).model_dump(exclude=_OF_THE_MACHINE)  # an older log has fewer fields
         shared = json.dumps({"dataset": settings["dataset"], **recipe, "model": common}, sort_keys=True)
         return Run(record["time"], config, settings["seed"], float(history["val_accuracy"].max()), shared)
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:

@@ -116,7 +116,7 @@ class Training(Generic[M, D]):
                 f"warm-up shortened to {recipe.warmup_epochs:g} epochs"
             )
         seed_everything(seed, verbose=False)
-        policy.apply(self.place.device, deterministic=recipe.deterministic)
+        policy.apply(self.place.device, deterministic=recipe.deterministic, threads=recipe.threads)
         self.model = cast(M, ViT(model)) if isinstance(model, ViTConfig) else model
         init(self.model)
         self.optimizer = build_optimizer(self.model, recipe)

@@ -53,6 +53,7 @@ class TrainConfig(Strict):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     devices: int = Field(1, ge=1, le=1024)
     micro_batch_size: CountOrNone = 0  # images at once on a device
+    threads: int = Field(0, ge=0, le=1024)  # on a CPU; results depend on it in their last digits
     workers: int = Field(0, ge=0, le=1024)
     checkpoint_s: float = Field(60.0, ge=0)
     logger: Literal["csv", "tensorboard", "dvclive"] = Field("csv", exclude=True)  # moves no result: not recorded

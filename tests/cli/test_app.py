@@ -205,7 +205,7 @@ def test_attention_map_is_a_png_or_nothing(effvit, trained, digits_dir, pictures
 def test_evaluate_writes_every_file_and_says_the_scores(effvit, trained, digits_dir, tmp_path):
     arguments = ["--model-dir", trained / "run", "--dataset-dir", digits_dir, "--output-dir", tmp_path / "scores"]
     outcome = effvit("evaluate", *arguments)
-    assert outcome.code == 0 and "top-1" in outcome.out, outcome.err
+    assert outcome.code == 0 and "top-1" in outcome.out and "top-5" in outcome.out, outcome.err
     assert sorted(path.name for path in (tmp_path / "scores").iterdir()) == [
         "attention_maps.png",
         "attention_maps.safetensors",

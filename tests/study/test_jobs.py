@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from effvit.study.jobs import _gpus, devices, run_all
+from effvit.study.jobs import _gpus, devices, run_all, usual_count
 
 
 def python(code):
@@ -45,6 +45,16 @@ def test_gpus_are_those_that_cuda_counts(monkeypatch, visible, count, expected):
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert _gpus() == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "cores", "expected"),
+    [("auto", 4, 64, 4), ("cuda", 1, 64, 1), ("cpu", 4, 64, 2), ("auto", 0, 64, 2), ("auto", 0, 1, 1)],
+)
+def test_usually_each_gpu_has_a_job_or_the_cpu_two(monkeypatch, device, gpus, cores, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr("effvit.study.jobs.cores", lambda: cores)
+    assert usual_count(device) == expected
 
 
 def test_as_many_run_at_a_time_as_there_are_places_each_in_its_own(tmp_path):

@@ -26,7 +26,8 @@ def write_log(directory, model, accuracies, seed=0, time="2026-01-01T00:00:00+00
     columns = dict.fromkeys(("train_loss", "val_loss", "train_accuracy"), 1.0)
     history = pd.DataFrame({"epoch": range(1, len(accuracies) + 1), "val_accuracy": accuracies}).assign(**columns)
     history.to_csv(directory / "history.csv", index=False)
-    settings = {"model": model.model_dump(), "train": {"epochs": len(accuracies), "lr": 1e-3, "device": "cpu"} | train}
+    recipe = {"epochs": len(accuracies), "batch_size": 8, "lr": 1e-3, "device": "cpu"} | train
+    settings = {"model": model.model_dump(), "train": recipe}
     record = {"time": time, "config": settings | {"dataset": "digits", "seed": seed}}
     (directory / "provenance.json").write_text(json.dumps(record))
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from effvit import policy
 from effvit.attention.performer import PerformerAttention
 from effvit.data.loading.prepared import PreparedDataset
 from effvit.errors import UserError
@@ -404,3 +405,18 @@ def test_dropout_of_a_step_does_not_depend_on_how_it_was_reached(digits, tiny_co
     second.restore(*first.state())
     rest = [event.loss for event in second.run() if isinstance(event, Step)]
     assert begun + rest == whole
+
+
+@pytest.mark.parametrize(("threads", "expected"), [(0, 3), (2, 2)])
+def test_threads_are_the_recipes_or_as_they_were(digits, tiny_config, threads, expected):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with policy.kept():
+            recipe = TrainConfig(**RECIPE | {"threads": threads})
+            training = Training(tiny_config(), digits, recipe, seed=0, horizontal_flip=False)
+            next(training.run())
+            assert torch.get_num_threads() == expected
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

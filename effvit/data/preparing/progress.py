@@ -16,3 +16,4 @@ def image_bar(description: str, total: int, already: int = 0) -> Iterator[Callab
             progress.console.print(f"{description}: {already:,} images are there from an interrupted run")
         task = progress.add_task(description, total=total, completed=already)
         yield lambda images: progress.update(task, completed=already + images)
+        progress.update(task, completed=total)
