@@ -43,6 +43,7 @@ def test_importing_effvit_imports_nothing_slow():
     assert result.stdout == "set()\n"
 
 
+@pytest.mark.slow
 def test_attention_is_swapped_without_any_library_but_torch_and_pydantic():
     code = """
 import sys

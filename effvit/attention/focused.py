@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from effvit.attention.base import Attention, AttentionOptions, Grid, register
 from effvit.kernels.feature_attention import Features, feature_attention
-from effvit.kernels.focus import focus
 
 
 class FocusedOptions(AttentionOptions):
@@ -40,8 +39,7 @@ class FocusedAttention(Attention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
         scale = F.softplus(self.scale).unflatten(0, (self.num_heads, 1, self.head_dim))
-        phi_q, phi_k = (focus(tokens, scale, self.options.power) for tokens in (q, k))
-        return feature_attention(phi_q, phi_k, v, Features("identity", 0.0), self.dropout_p).to(v.dtype)
+        return feature_attention(q, k, v, Features("focused", 0.0, None, scale, self.options.power), self.dropout_p)
 
     def mixing_macs(self) -> int:
         """2NCd, and NC for the normaliser."""

@@ -15,12 +15,9 @@ from torch.nn import functional as F
 from effvit.attention.base import DISTINCT, Attention, AttentionOptions, Grid, join, register, split
 from effvit.errors import UserError
 from effvit.kernels.feature_attention import Features, feature_attention
-from effvit.kernels.focus import focus
 from effvit.kernels.shares import shares, weighted_sum
 from effvit.kernels.window_attention import Windows, window_attention
 
-# elu's exp underflows far below 0, and the normaliser with it.
-_FEATURES = {name: Features(name, eps=1e-6) for name in ("elu", "relu")} | {"focused": Features("identity", eps=0.0)}
 _POWER = 3.0  # of focused features, as published
 _Branch = Literal["regional", "dilated", "linear"]
 
@@ -119,10 +116,11 @@ class HybridAttention(Attention):
 
     def linear(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Patches' queries ``(B, h, P, d)`` through the linear branch in its h heads."""
+        features = Features(self.options.feature_map, eps=1e-6)  # elu's exp underflows far below 0
         if self.scale is not None:
             scale = F.softplus(self.scale).unflatten(0, (-1, 1, self.head_dim))
-            q, k = focus(q, scale, _POWER), focus(k, scale, _POWER)
-        return feature_attention(q, k, v, _FEATURES[self.options.feature_map], self.dropout_p).to(v.dtype)
+            features = Features("focused", 0.0, None, scale, _POWER)
+        return feature_attention(q, k, v, features, self.dropout_p)
 
     def mixing_macs(self) -> int:
         """2SNC; a head 2P'd(w² + S) with P' patches of the padded grid, or Nd² + Pd² + Pd; a gate of R branches PCR."""

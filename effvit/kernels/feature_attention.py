@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effvit import policy
-from effvit.kernels import choice
+from effvit.kernels import choice, focus
 
 _LOG2_E = log2(e)
 _BLOCK_NUMBERS = 2**18  # per thread: 1 MiB of float32, as a block needs a handful of such tensors
@@ -26,15 +26,19 @@ class Features(NamedTuple):
     - ``elu``: elu(h) + 1 + ε.
     - ``softmax``: softmax over a query's features; for keys, over the tokens of each feature. The normaliser is then 1.
     - ``identity``: h, which must be positive.
+    - ``focused``: `effvit.kernels.focus` of x, with s of shape ``(H, 1, d)`` and ``power``.
     """
 
-    kernel: Literal["exp", "relu", "elu", "softmax", "identity"]
+    kernel: Literal["exp", "relu", "elu", "softmax", "identity", "focused"]
     eps: float
     omega: Tensor | None = None
     scale: Tensor | float = 1.0
+    power: float = 1.0
 
     def of_queries(self, q: Tensor) -> Tensor:
         """φ(q), for ``exp`` up to a factor of each query, which cancels in the quotient."""
+        if self.kernel == "focused":
+            return focus.reference(q, *self.scale_and_power())
         h = q if self.omega is None else q @ self.matrix(q.dtype).mT
         if self.kernel == "softmax":
             return h.softmax(dim=-1)
@@ -42,12 +46,19 @@ class Features(NamedTuple):
 
     def of_keys(self, k: Tensor) -> Tensor:
         """φ(k), for ``exp`` up to a factor common to all keys of a head."""
+        if self.kernel == "focused":
+            return focus.reference(k, *self.scale_and_power())
         h = k if self.omega is None else k @ self.matrix(k.dtype).mT
         if self.kernel == "softmax":
             return h.softmax(dim=-2)
         if self.kernel == "exp":
             h = h - half_norms(k, self.scale)
         return self._positive(h, dims=(-2, -1)) + self.eps
+
+    def scale_and_power(self) -> tuple[Tensor, float]:
+        """Of ``focused``, as `effvit.kernels.focus` takes them."""
+        assert isinstance(self.scale, Tensor), "of columns"
+        return self.scale, self.power
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """s Ω ``(m, d)``, so that m d numbers are scaled and not N d."""
@@ -83,10 +94,13 @@ def reference(q: Tensor, k: Tensor, v: Tensor, features: Features, dropout_p: fl
 def feature_attention(q: Tensor, k: Tensor, v: Tensor, features: Features, dropout_p: float = 0.0) -> Tensor:
     """`reference`, by blocks that stay in a CPU's cache where it would not, or by Triton."""
     # The device first, as a batch that is exported has no size yet.
-    if choice.on_cpu(q, k, v) and not dropout_p and _blocks_pay(k, features):
-        return by_blocks(q, k, v, features)
     if choice.on_cuda(q, k, v) and not dropout_p and _suits_triton(q, k, v, features):
         return in_triton(q, k, v, features)
+    if features.kernel == "focused":
+        q, k = (focus.focus(tokens, *features.scale_and_power()) for tokens in (q, k))
+        features = Features("identity", 0.0)
+    if choice.on_cpu(q, k, v) and not dropout_p and _blocks_pay(k, features):
+        return by_blocks(q, k, v, features)
     return reference(q, k, v, features, dropout_p)
 
 
@@ -269,12 +283,14 @@ def _context(phi_k: Tensor, v: Tensor, features: Features) -> Tensor:
 
 
 def in_triton(q: Tensor, k: Tensor, v: Tensor, features: Features) -> Tensor:
-    """By `effvit.kernels.cuda`: up to 128 features and 64 columns, and one scale for all of these."""
+    """By `effvit.kernels.cuda`: up to 128 features and 64 columns; one scale for all of these, but for ``focused``."""
+    if features.kernel == "focused":
+        return InTriton.apply(q, k, v, features.scale, features.kernel, features.eps, features.power)
     return InTriton.apply(q, k, v, features.omega, features.kernel, features.eps, features.scale)
 
 
 class InTriton(torch.autograd.Function):
-    """Training keeps q, k, v and S of each head; features are computed again."""
+    """Training keeps q, k, v and S of each head; features are computed again. ``focused`` has its s as ``omega``."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, omega: Tensor | None, *rest: Any) -> Tensor:
@@ -287,15 +303,18 @@ class InTriton(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        from effvit.kernels.cuda.feature_attention import attend_backward
+        from effvit.kernels.cuda.feature_gradients import attend_backward
 
         q, k, v, omega, state = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            kernel, eps, scale = ctx.rest
-            features = Features(kernel, eps, omega, scale)
-            found = choice.through_equation(lambda q, k, v: reference(q, k, v, features), (q, k, v), gradients[0])
-        else:
-            found = attend_backward(*gradients, q, k, v, omega, state, *ctx.rest)
+        kernel, eps, scale = ctx.rest
+        if not torch.is_grad_enabled():
+            d_q, d_k, d_v, d_scale = attend_backward(*gradients, q, k, v, omega, state, *ctx.rest)
+            return d_q, d_k, d_v, d_scale if kernel == "focused" else None, None, None, None
+        if kernel == "focused":
+            equation = lambda q, k, v, s: reference(q, k, v, Features(kernel, eps, scale=s, power=scale))  # noqa: E731
+            return *choice.through_equation(equation, (q, k, v, omega), gradients[0]), None, None, None
+        features = Features(kernel, eps, omega, scale)
+        found = choice.through_equation(lambda q, k, v: reference(q, k, v, features), (q, k, v), gradients[0])
         return *found, None, None, None, None
 
 

@@ -151,6 +151,7 @@ def overlaps(figure):
                 yield text.get_text(), "the border"
 
 
+@pytest.mark.slow
 def test_of_many_mechanisms_names_stand_apart_where_lines_end(field):
     for figure, panels in ((figures.scaling(field.scaling), 4), (figures.training_curves(field.curves), 2)):
         assert not list(overlaps(figure))
@@ -284,6 +285,7 @@ def test_hardware_draws_ratios_of_one_process_and_not_times_of_several(tables):
     assert png(figures.hardware(slower)) == png(figures.hardware(tables.hardware))
 
 
+@pytest.mark.slow
 def test_a_stopped_mechanism_is_crossed_at_its_first_length_and_does_not_pay_off(tables):
     figure = figures.scaling(of(tables.scaling, "standard", "fused"))
     for axes, stopped in zip(figure.axes, (False, True, False, True), strict=True):

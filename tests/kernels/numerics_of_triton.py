@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from effvit import build_attention, policy
 from effvit.kernels import choice, feature_attention, pseudo_inverse, token_convolution
-from effvit.kernels.cuda import feature_attention as in_cuda
+from effvit.kernels.cuda import features as of_cuda
 from effvit.kernels.feature_attention import Features
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") else "cuda"
@@ -26,8 +26,8 @@ def chosen(monkeypatch):
     """Triton's forms run on this device in place of a CPU's, products are exact, and 35 tokens have two parts."""
     monkeypatch.setattr(policy, "TRITON_ON", DEVICE)
     monkeypatch.setattr(choice, "on_cpu", lambda *tensors: False)
-    monkeypatch.setattr(in_cuda, "_SUMMED", 32)
-    monkeypatch.setattr(in_cuda, "_APART", 32)
+    monkeypatch.setattr(of_cuda, "SUMMED", 32)
+    monkeypatch.setattr(of_cuda, "APART", 32)
     with policy.kept():
         torch.backends.cuda.matmul.allow_tf32 = False
         yield
@@ -55,7 +55,8 @@ def launched(monkeypatch):
     """How often each operator of Triton's was called."""
     count = Counter()
     for module, names in (
-        ("feature_attention", ("attend", "attend_backward")),
+        ("feature_attention", ("attend",)),
+        ("feature_gradients", ("attend_backward",)),
         ("pseudo_inverse", ("invert", "invert_backward")),
         ("token_convolution", ("convolution", "convolution_backward")),
     ):
@@ -83,14 +84,14 @@ def output_and_gradients(form, tensors):
     return [y, *torch.autograd.grad(y, inputs, gradient.to(y.device, y.dtype))]
 
 
-def assert_equal(form, reference, tensors):
-    """Within 20 roundings, as all forms."""
+def assert_equal(form, reference, tensors, amplified=1.0):
+    """Within 20 roundings, as all forms, or as many times more as rounding is amplified."""
     actual = output_and_gradients(form, tensors)
     expected = output_and_gradients(reference, [tensor.double() for tensor in tensors])
     for a, e in zip(actual, expected, strict=True):
         assert a.dtype == tensors[0].dtype
         error = (a.double() - e).norm().item() / max(e.norm().item(), e.numel() ** 0.5)
-        assert error < 20 * torch.finfo(a.dtype).eps
+        assert error < 20 * amplified * torch.finfo(a.dtype).eps
 
 
 def features(kernel, d, m):
@@ -125,6 +126,22 @@ def test_attention_by_features(kernel, d, m, dtype):
         lambda *x: feature_attention.in_triton(*x, phi),
         lambda *x: feature_attention.reference(*x, exact),
         [q, k, v],
+    )
+
+
+@pytest.mark.parametrize(
+    ("d", "power", "dtype"),
+    [(12, 3.0, FLOAT32), (16, 0.5, FLOAT32), (64, 3.0, FLOAT32), (32, 8.0, FLOAT32), (64, 3.0, BFLOAT16)],
+)
+def test_attention_by_focused_features(d, power, dtype):
+    q, k, v = heads(d, 10 if d == 12 else d, dtype, b=2)
+    q[0, 0, 3], k[0, 0, 4] = 0, -1  # no number above zero
+    (scale,) = drawn((2, 1, d))
+    assert_equal(
+        lambda q, k, v, s: feature_attention.in_triton(q, k, v, Features("focused", 0.0, None, s.exp(), power)),
+        lambda q, k, v, s: feature_attention.reference(q, k, v, Features("focused", 0.0, None, s.exp(), power)),
+        [q, k, v, scale.to(dtype)],
+        amplified=max(1.0, power / 3),
     )
 
 

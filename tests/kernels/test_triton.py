@@ -103,13 +103,17 @@ def assert_in_registers(compiled, number, directory):
 # Widths of 12 compile to what those of 16 do, and the number of features is known when they run.
 @pytest.mark.parametrize(
     ("kernel", "d", "m", "dtype"),
-    [("exp", 64, 128, torch.float32), ("exp", 32, 128, torch.bfloat16), ("softmax", 12, None, torch.bfloat16)],
+    [
+        *[("exp", 64, 128, torch.float32), ("exp", 32, 128, torch.bfloat16), ("softmax", 12, None, torch.bfloat16)],
+        *[("focused", 64, None, torch.float32), ("focused", 64, None, torch.bfloat16)],
+    ],
 )
 def test_attention_by_features_stays_in_registers(kernel, d, m, dtype, compiled, tmp_path):
-    from effvit.kernels.cuda.feature_attention import attend, attend_backward
+    from effvit.kernels.cuda.feature_attention import attend
+    from effvit.kernels.cuda.feature_gradients import attend_backward
 
     q, k, v = (torch.empty(1, 2048, 2, d, dtype=dtype).transpose(1, 2) for _ in range(3))
-    omega = None if m is None else torch.empty(m, d)
+    omega = torch.empty(2, 1, d) if kernel == "focused" else None if m is None else torch.empty(m, d)
     y, state = attend(q, k, v, omega, kernel, 0.1, 0.5)
     attend_backward(y, q, k, v, omega, state, kernel, 0.1, 0.5)
     assert_in_registers(compiled, 6, tmp_path)

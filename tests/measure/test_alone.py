@@ -42,6 +42,7 @@ def start(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("end", ["killed", "done"])
+@pytest.mark.slow
 def test_a_second_process_says_that_it_waits_and_measures_when_the_first_is_done_or_killed(start, end):
     first = start()
     assert first.stdout.readline() == "measuring\n"

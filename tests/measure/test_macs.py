@@ -40,6 +40,7 @@ class Call(nn.Module):
 
 @pytest.mark.parametrize("grid", [(4, 4), (5, 7)])
 @pytest.mark.parametrize("name, options", OPTIONS)
+@pytest.mark.slow
 def test_attention_is_counted_exactly_as_its_closed_form(name, options, grid):
     attention = build_attention(name, 24, 3, grid, **options)
     assert count_macs(attention, torch.zeros(1, 1 + grid[0] * grid[1], 24)) == attention.macs()
@@ -56,6 +57,7 @@ def test_attention_is_counted_as_torch_counts_flops_where_all_products_are_writt
 
 
 @pytest.mark.parametrize("name", available_attention())
+@pytest.mark.slow
 def test_a_model_is_counted_exactly_as_its_closed_form(name):
     options = {"k": 9, "share": "layers"} if name == "linformer" else {}
     model = ViT(ViTConfig(image_size=16, patch_size=4, num_classes=7, attention=name, attention_options=options))

@@ -17,7 +17,6 @@ ABOVE = {
     "standard": (40, 80, 18.3),  # whose N x N matrix is in memory
     "nystromformer": (40, 80, 2.5),
     "hybrid": (40, 80, 2.9),
-    "focused": (40, 80, 9.2),
     "window": (40, 80, 2.9),
     "uniform": (40, 80, 2.8),
 }
@@ -148,6 +147,7 @@ def test_the_command_names_the_flag_that_is_wrong(arguments, message, effvit):
 
 
 @pytest.mark.parametrize("bfloat16", [True, False])
+@pytest.mark.slow
 def test_no_mechanism_with_any_options_moves_less_than_the_minimum(bfloat16):
     shifted = [("window", {"window_size": 3, "shift": True}), ("hybrid", {"window_size": 3, "dilations": [1, 2, 3]})]
     for name, options in CASES + shifted:

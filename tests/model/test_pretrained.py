@@ -103,6 +103,7 @@ PAIRS = [(a, b) for a in available_attention() for b in available_attention() if
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
+@pytest.mark.slow
 def test_a_trained_mechanism_becomes_another(tmp_path, source, target):
     theirs, ours = shaken(vit(source, seed=0)), vit(target)
     report = start_from(saved_model(theirs, tmp_path), ours)

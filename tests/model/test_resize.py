@@ -26,6 +26,7 @@ def vit(name="fused", **changes):
 @pytest.mark.parametrize("name", available_attention())
 @pytest.mark.parametrize("prefix_tokens", [0, 1, 3])
 @pytest.mark.parametrize("size", [24, (12, 20)])
+@pytest.mark.slow
 def test_a_resized_model_is_one_of_that_size_with_the_weights_carried_over(name, prefix_tokens, size):
     model = vit(name, prefix_tokens=prefix_tokens)
     expected = vit(name, prefix_tokens=prefix_tokens, image_size=size)

@@ -469,6 +469,7 @@ def test_times_of_two_machines_are_told_with_both(full):
     assert "on 2 threads of made up in float32 and on NVIDIA H200 in bfloat16" in note
 
 
+@pytest.mark.slow
 def test_of_many_mechanisms_sentences_name_both_ends_alone(tmp_path):
     write_study(tmp_path / "metrics", attentions=FIELD)
     aggregate(tmp_path / "metrics", tmp_path / "data", ["digits"], list(FIELD), [0])

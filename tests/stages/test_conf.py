@@ -25,6 +25,7 @@ def test_committed_params_are_what_dvc_composes(tmp_path):
 
 
 @pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if pair != ("model", "timm")], ids="=".join)
+@pytest.mark.slow
 def test_every_option_of_every_group_is_a_valid_study(tmp_path, group, option):
     Study.load(compose(tmp_path, f"{group}={option}"))
 

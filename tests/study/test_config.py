@@ -29,6 +29,7 @@ def load(tmp_path, **changes):
     return Study.load(tmp_path / "params.yaml")
 
 
+@pytest.mark.slow
 def test_reading_the_study_imports_nothing_that_takes_seconds():
     """Every stage does so first."""
     slow = ["torchvision", "torch._dynamo", "lightning_fabric", "pandas", "scipy"]

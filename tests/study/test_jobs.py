@@ -115,6 +115,7 @@ def test_a_job_that_fails_is_named_with_what_it_said_and_the_others_finish():
     ],
     ids=["Ctrl-C", "a terminal that closes", "kill, started with &", "kill, a job that ignores Ctrl-C"],
 )
+@pytest.mark.slow
 def test_what_ends_it_ends_all_that_run_and_starts_no_more(tmp_path, number, before, job, status):
     """What a job started is ended as well: the file of one that was not would grow."""
     child = "import pathlib, sys, time\nwhile True:\n  pathlib.Path(sys.argv[1]).touch(); time.sleep(0.05)"

@@ -112,6 +112,7 @@ def test_ratios_are_to_the_model_with_fused_and_the_floor_is_the_time_of_the_mul
     assert row["step_floor_share"] == pytest.approx(3 * row["floor_share"])
 
 
+@pytest.mark.slow
 def test_the_command_writes_tables_that_become_markdown(tmp_path, effvit):
     write_log(tmp_path / "runs/a", config("hybrid", 3, **FOCUSED), [0.5])
     write_log(tmp_path / "runs/b", config("fused"), [0.25])

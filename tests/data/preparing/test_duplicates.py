@@ -60,6 +60,7 @@ def by_brute_force(directory, root):
 
 @pytest.mark.parametrize("size", [16, 96])
 @pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.slow
 def test_what_is_in_two_parts_or_two_classes_is_found_as_by_brute_force(tmp_path, tree, monkeypatch, size, workers):
     monkeypatch.setattr(shards, "SHARD_ROWS", 7)
     for source, copies in {

@@ -125,6 +125,7 @@ LAYOUTS = (kaggle, inside_kaggle, flat_with_csv, flat_with_devkit, tar_per_class
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [8, 96])
+@pytest.mark.slow
 def test_every_release_gives_the_arrays_of_a_sorted_tree(tmp_path, layout, size):
     prepare("imagenet100", sets.as_tree(PICTURES, tmp_path / "tree"), size, tmp_path / "expected")
     root = layout(tmp_path / "x")

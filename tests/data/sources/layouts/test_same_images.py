@@ -122,6 +122,7 @@ def test_every_layout_gives_the_arrays_of_the_plain_tree(tmp_path, expected, lay
 
 
 @pytest.mark.parametrize("layout", ["zip", "tar", "Parquet", "Arrow", "WebDataset"])
+@pytest.mark.slow
 def test_workers_read_it_too(tmp_path, expected, layout, monkeypatch):
     from effvit.data.preparing import shards
 
