@@ -69,7 +69,7 @@ class NystromformerAttention(Attention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
         y = self.landmark_attention(q, k, v) if self.has_landmarks else softmax_attention(q, k, v, self.dropout_p)
-        return y if self.conv is None else y + self.convolution(v)
+        return y if self.conv is None else self.plus_convolution(y, v)
 
     def landmark_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """K₁ (Z (K₃ v)): the products with K₁ and K₃ are attentions themselves, so neither is held in memory."""
@@ -78,12 +78,12 @@ class NystromformerAttention(Attention):
         z_k3_v = landmark_product(q_m, k_m, k3_v, self.pinv_iterations)
         return softmax_attention(q, k_m, z_k3_v, self.dropout_p)
 
-    def convolution(self, v: Tensor) -> Tensor:
-        """Values ``(B, H, N, e)`` convolved over tokens, with each head's kernel."""
+    def plus_convolution(self, y: Tensor, v: Tensor) -> Tensor:
+        """y plus values ``(B, H, N, e)`` convolved over tokens, with each head's kernel."""
         assert self.conv is not None, "no convolution with conv_kernel_size 0"
-        tokens = v.transpose(1, 2).flatten(2)  # (B, N, H e), as values lie in memory
+        rows, values = (tokens.transpose(1, 2).flatten(2) for tokens in (y, v))  # (B, N, H e), as they lie in memory
         kernels = self.conv.weight.flatten(1).to(v.dtype).repeat_interleave(v.shape[-1], dim=0)  # (H e, w)
-        return token_convolution(tokens, kernels).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return token_convolution(values, kernels, rows).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def landmarks(self, x: Tensor) -> Tensor:
         """Tokens ``(B, H, N, d)`` to landmarks ``(B, H, m, d)``."""

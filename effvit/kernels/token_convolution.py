@@ -19,13 +19,16 @@ def reference(x: Tensor, kernels: Tensor) -> Tensor:
 
 
 @choice.primitive
-def token_convolution(x: Tensor, kernels: Tensor) -> Tensor:
-    """`reference` by PyTorch's convolutions, or by Triton."""
+def token_convolution(x: Tensor, kernels: Tensor, residual: Tensor | None = None) -> Tensor:
+    """`reference` by PyTorch's convolutions, or by Triton; plus ``residual``, of the shape of x."""
+    more = () if residual is None else (residual,)
+    if choice.on_cuda(x, kernels, *more) and len({tensor.dtype for tensor in (x, kernels, *more)}) == 1 and x.numel():
+        return InTriton.apply(x, kernels, residual)
     if policy.ONLY_REFERENCE:
-        return reference(x, kernels)
-    if choice.on_cuda(x, kernels) and x.dtype == kernels.dtype and x.numel():
-        return InTriton.apply(x, kernels)
-    return FastBackward.apply(x, kernels) if choice.on_cpu(x, kernels) else convolve(x, kernels)
+        y = reference(x, kernels)
+    else:
+        y = FastBackward.apply(x, kernels) if choice.on_cpu(x, kernels) else convolve(x, kernels)
+    return y if residual is None else residual + y
 
 
 def convolve(x: Tensor, kernels: Tensor) -> Tensor:
@@ -68,11 +71,11 @@ class InTriton(torch.autograd.Function):
     """By `effvit.kernels.cuda`, which need no image and no order of memory."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kernels: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kernels: Tensor, residual: Tensor | None) -> Tensor:
         from effvit.kernels.cuda.token_convolution import convolution
 
         ctx.save_for_backward(x, kernels)
-        return convolution(x, kernels)
+        return convolution(x, kernels, residual)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -80,8 +83,10 @@ class InTriton(torch.autograd.Function):
 
         x, kernels = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return tuple(choice.through_equation(reference, (x, kernels), *gradients))
-        return convolution_backward(*gradients, x, kernels)
+            found = tuple(choice.through_equation(reference, (x, kernels), *gradients))
+        else:
+            found = convolution_backward(*gradients, x, kernels)
+        return *found, gradients[0] if ctx.needs_input_grad[2] else None
 
 
 FORMS = {"torch": convolve, "fast backward": FastBackward.apply}

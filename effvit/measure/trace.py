@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from effvit.attention import Attention
 from effvit.attention.linformer import LinformerAttention
+from effvit.attention.nystromformer import NystromformerAttention
 from effvit.attention.pooled import PooledAttention
 from effvit.attention.uniform import UniformAttention
 from effvit.measure.subject import Block
@@ -138,15 +139,20 @@ def least_bytes(block: Attention, batch_size: int, dtype: torch.dtype) -> tuple[
         forward   4N + b (r + 2m)  |  b (r + 2m + r)  |  b (r + N)     rows, and 4W
         backward  b (r + N + r)  |  b (r + r + 2 (r + 2m))  |  b (r + 2m + N) + 4N   rows, and 8W
 
-    r is N, and so is m but where keys and values are few (`linformer`, `pooled`); `uniform` has only v, and y of one
-    row. What is of a fixed size for each head (landmarks, sums over features) is left out.
+    r is N, and so is m but where keys and values are few (`linformer`, `pooled`). What is of a fixed size for each
+    head (landmarks, sums over features) is left out. Two mechanisms have another mixing:
+
+    - `uniform` reads v, and writes its one row for every token, as the projection is that of all: b 2N | b 2N.
+    - `nystromformer` cannot begin before it has its landmarks, which are means of all q and k. It reads q and k for
+      them, k and v for K₃ v, q and v for y and the convolution: b 7N. Backward it reads ∂y, q and v for ∂(Z K₃ v) and
+      the convolution's weights, then ∂y, k and v for ∂k and ∂v, then ∂y and q for ∂q: b 11N.
     """
     n, b = block.num_tokens, dtype.itemsize
     weights = sum(parameter.numel() for parameter in block.parameters())
     row = batch_size * block.dim
     if isinstance(block, UniformAttention):
-        forward = (4 * n + b * n) + b * n + b * n
-        backward = b * n + b * n + (b * n + b * n + 4 * n)
+        forward = (4 * n + b * n) + b * 2 * n + b * 2 * n
+        backward = b * 3 * n + b * 2 * n + (b * 2 * n + 4 * n)
     else:
         m = n
         if isinstance(block, LinformerAttention) and block.share != "none":
@@ -156,4 +162,6 @@ def least_bytes(block: Attention, batch_size: int, dtype: torch.dtype) -> tuple[
         thirds = n + 2 * m
         forward = (4 * n + b * thirds) + b * (thirds + n) + b * 2 * n
         backward = b * 3 * n + b * (2 * n + 2 * thirds) + (b * (thirds + n) + 4 * n)
+        if isinstance(block, NystromformerAttention) and block.has_landmarks:
+            forward, backward = forward + b * 3 * n, backward + b * 3 * n
     return forward * row + 4 * weights, backward * row + 8 * weights

@@ -109,7 +109,10 @@ def test_the_convolution_is_that_of_each_head_as_an_image_of_tokens_and_channels
     v = torch.randn(2, 3, 21, width, dtype=torch.float64, requires_grad=True)
     gradient = torch.randn_like(v)
     inputs = (v, attention.conv.weight)
-    results = [(y, *torch.autograd.grad(y, inputs, gradient)) for y in (attention.convolution(v), attention.conv(v))]
+    results = [
+        (y, *torch.autograd.grad(y, inputs, gradient))
+        for y in (attention.plus_convolution(v, v), v + attention.conv(v))
+    ]
     torch.testing.assert_close(*results)
 
 

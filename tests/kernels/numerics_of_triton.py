@@ -206,13 +206,25 @@ def test_columns_of_equal_sums_share_the_gradient_of_the_largest():
     ],
 )
 def test_convolution_over_tokens(b, n, c, w, dtype):
-    x, kernels = drawn((b, n, c), (c, w), dtype=dtype)
-    assert_equal(token_convolution.InTriton.apply, token_convolution.reference, [x, kernels])
+    x, kernels, residual = drawn((b, n, c), (c, w), (b, n, c), dtype=dtype)
+    assert_equal(token_convolution.InTriton.apply, plus_convolution, [x, kernels, residual])
+
+
+def test_convolution_alone():
+    assert_equal(
+        lambda x, kernels: token_convolution.token_convolution(x, kernels),
+        token_convolution.reference,
+        drawn((2, 21, 4), (4, 5)),
+    )
+
+
+def plus_convolution(x, kernels, residual):
+    return residual + token_convolution.reference(x, kernels)
 
 
 def test_sums_of_a_long_sequence_are_joined(monkeypatch):
     monkeypatch.setattr("effvit.kernels.cuda.token_convolution._SUMMED", 16)
-    assert_equal(token_convolution.InTriton.apply, token_convolution.reference, drawn((2, 45, 3), (3, 65)))
+    assert_equal(token_convolution.InTriton.apply, plus_convolution, drawn((2, 45, 3), (3, 65), (2, 45, 3)))
 
 
 OPTIONS = {

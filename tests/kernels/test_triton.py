@@ -132,5 +132,5 @@ def test_the_convolution_stays_in_registers(dtype, compiled, tmp_path):
     from effvit.kernels.cuda.token_convolution import convolution, convolution_backward
 
     x, kernels = torch.empty(2, 2048, 96, dtype=dtype), torch.empty(96, 33, dtype=dtype)
-    convolution_backward(convolution(x, kernels), x, kernels)
+    convolution_backward(convolution(x, kernels, x), x, kernels)
     assert_in_registers(compiled, 3, tmp_path)

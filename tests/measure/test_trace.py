@@ -15,10 +15,8 @@ from effvit.measure.without_gpu import Cuda, OnCuda, _known_to_autocast, autocas
 # out where it is met.
 ABOVE = {
     "standard": (40, 80, 18.3),  # whose N x N matrix is in memory
-    "nystromformer": (40, 80, 2.5),
     "hybrid": (40, 80, 2.9),
     "window": (40, 80, 2.9),
-    "uniform": (40, 80, 2.8),
 }
 
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from effvit.kernels.cuda.blocks import by_rows, on_its_device, store_rows
+from effvit.kernels.cuda.blocks import by_rows, on_its_device, rows_of, store_rows
 
 _ROWS = 64  # tokens per program
 _SUMMED = 512  # tokens that a program sums over
@@ -14,10 +14,10 @@ _CHANNELS = 32
 
 @triton.jit
 def convolve(
-    x, kernels, y, x_b, x_n, y_b, y_n, k_c, k_w, number, channels, w, first, step, parts, blocks,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    x, kernels, residual, y, x_b, x_n, r_b, r_n, y_b, y_n, k_c, k_w, number, channels, w, first, step, parts, blocks,
+    RESIDUAL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """y_n = Σ_j w_j x_(n + first + step j) of some tokens and channels, with zeros beyond both ends."""
+    """y_n = r_n + Σ_j w_j x_(n + first + step j) of some tokens and channels, with zeros beyond both ends."""
     part, sample = tl.program_id(0) % parts, tl.program_id(0) // parts
     start, channel = part // blocks * ROWS, part % blocks * CHANNELS
     rows, columns = tl.arange(0, ROWS)[:, None], channel + tl.arange(0, CHANNELS)
@@ -30,6 +30,9 @@ def convolve(
         value = tl.load(x + row.to(tl.int64) * x_n + columns[None, :], mask=inside, other=0.0).to(tl.float32)
         factor = tl.load(kernels + columns * k_c + j * k_w, mask=columns < channels, other=0.0).to(tl.float32)
         total += value * factor[None, :]
+    if RESIDUAL:
+        residual += sample.to(tl.int64) * r_b
+        total += rows_of(residual + channel, start, r_n, number, channels - channel, ROWS, CHANNELS)
     store_rows(y + channel, start, y_n, number, channels - channel, total, ROWS, CHANNELS)
 
 
@@ -58,14 +61,16 @@ def correlate(
     tl.store(at, total, mask=(lag < w)[:, None] & (columns < channels)[None, :])
 
 
-def _convolve(x: Tensor, kernels: Tensor, first: int, step: int) -> Tensor:
+def _convolve(x: Tensor, kernels: Tensor, first: int, step: int, residual: Tensor | None = None) -> Tensor:
     samples, number, channels = x.shape
     x, y = by_rows(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    added = x if residual is None else by_rows(residual)
     blocks = triton.cdiv(channels, _CHANNELS)
     parts = triton.cdiv(number, _ROWS) * blocks
     convolve[(samples * parts,)](
-        *(x, kernels, y, *x.stride()[:2], *y.stride()[:2], *kernels.stride()),
+        *(x, kernels, added, y, *x.stride()[:2], *added.stride()[:2], *y.stride()[:2], *kernels.stride()),
         *(number, channels, kernels.shape[1], first, step, parts, blocks),
+        RESIDUAL=residual is not None,
         ROWS=_ROWS,
         CHANNELS=_CHANNELS,
     )
@@ -74,13 +79,13 @@ def _convolve(x: Tensor, kernels: Tensor, first: int, step: int) -> Tensor:
 
 @torch.library.custom_op("effvit::token_convolution", mutates_args=())
 @on_its_device
-def convolution(x: Tensor, kernels: Tensor) -> Tensor:
-    """Tokens ``(B, N, C)`` with kernels ``(C, w)``, as in `kernels.token_convolution`."""
-    return _convolve(x, kernels, -(kernels.shape[1] // 2), 1)
+def convolution(x: Tensor, kernels: Tensor, residual: Tensor | None) -> Tensor:
+    """Tokens ``(B, N, C)`` with kernels ``(C, w)``, plus ``residual``, as in `kernels.token_convolution`."""
+    return _convolve(x, kernels, -(kernels.shape[1] // 2), 1, residual)
 
 
 @convolution.register_fake
-def _(x: Tensor, kernels: Tensor) -> Tensor:
+def _(x: Tensor, kernels: Tensor, residual: Tensor | None) -> Tensor:
     return x.new_empty(x.shape)
 
 
