@@ -70,8 +70,8 @@ class AlreadyThere(SingleDeviceStrategy):
 
 
 @contextmanager
-def fake_cuda(monkeypatch: Any) -> Iterator[Traffic]:
-    """Here ``device="cuda"`` gives tensors of `OnCuda`, and training finds a GPU."""
+def fake_cuda(monkeypatch: Any, memory: int = 0) -> Iterator[Traffic]:
+    """Here ``device="cuda"`` gives tensors of `OnCuda`, and training finds a GPU of so many bytes."""
 
     def make_fabric(*args: Any, **kwargs: Any) -> Fabric:
         return Fabric(strategy=AlreadyThere(device=CUDA, accelerator=NoGPU()))
@@ -80,6 +80,7 @@ def fake_cuda(monkeypatch: Any) -> Iterator[Traffic]:
         patch.setattr("effvit.training.loop.make_fabric", make_fabric)
         patch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
         patch.setattr(torch.cuda, "Event", MagicMock)
+        patch.setattr("effvit.data.loading.resident._room", lambda device: memory // 10)
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         before = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)  # so that torch.tensor(..., device="cuda") shows as a copy

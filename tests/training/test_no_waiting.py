@@ -43,10 +43,11 @@ def training_on_cuda(config, dataset, **changes):
     return Training(moved(ViT(config)), dataset, recipe, seed=0, horizontal_flip=True)
 
 
+@pytest.mark.parametrize("memory", [0, 2**40], ids=["images from the host", "images on the GPU"])
 @pytest.mark.parametrize(("name", "options"), FIRST, ids=[name for name, _ in FIRST])
-def test_a_step_has_one_upload_and_one_download(name, options, tiny_config, digits, monkeypatch, nothing_kept):
+def test_a_step_has_one_upload_and_one_download(name, options, memory, tiny_config, digits, monkeypatch, nothing_kept):
     config = tiny_config(attention=name, attention_options=options, num_hidden_layers=1)
-    with fake_cuda(monkeypatch) as traffic:
+    with fake_cuda(monkeypatch, memory) as traffic:
         training = training_on_cuda(config, digits)
         batches = training._training_batches()
         next(batches)  # makes what is kept: tables

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from effvit.data.loading.augmentation import Augmentation, Draws, augment, draw
 from effvit.data.loading.prepared import PreparedDataset
+from effvit.data.loading.resident import resident
 from effvit.seeding import Purpose, derive, numpy_generator
 
 _ALIGNED = 16  # bytes: where a tensor of any dtype may begin
@@ -68,22 +69,25 @@ def training_batches(
     shares = _shares(
         dataset, "train", np.split(order, range(batch_size, count, batch_size))[start:], place, workers, **decoding
     )
-    for step, (images, labels, part, total) in enumerate(shares, start):
+    kept = resident(dataset, "train", place.device)
+    for step, (found, part, total) in enumerate(shares, start):
         rng = numpy_generator(seed, Purpose.AUGMENTATION, epoch, step)
         draws = draw(rng, total, dataset.image_size, augmentation).share(part)
         chance = draws.tensors()
-        images, labels, *there = upload([images, labels, *chance.values()], place.device)
-        arrived: dict[str, Any] = dict(zip(chance, there, strict=True))
-        draws = replace(draws, **arrived)
-        yield Batch(*augment(images, labels, draws, augmentation, dataset), total)
+        arrived = upload([*found, *chance.values()], place.device)
+        drawn: dict[str, Any] = dict(zip(chance, arrived[len(found) :], strict=True))
+        images, labels = arrived[: len(found)] if kept is None else kept.at(arrived[0])
+        yield Batch(*augment(images, labels, replace(draws, **drawn), augmentation, dataset), total)
 
 
 def validation_batches(dataset: PreparedDataset, place: Place, *, batch_size: int, workers: int = 0) -> Iterator[Batch]:
     """Shares of the validation part's batches, unchanged."""
     count = dataset.counts["validation"]
     batches = np.split(np.arange(count), range(batch_size, count, batch_size))
-    for images, labels, _, total in _shares(dataset, "validation", batches, place, workers, seed=0):
-        images, labels = upload([images, labels], place.device)
+    kept = resident(dataset, "validation", place.device)
+    for found, _, total in _shares(dataset, "validation", batches, place, workers, seed=0):
+        arrived = upload(found, place.device)
+        images, labels = arrived if kept is None else kept.at(arrived[0])
         yield Batch(*augment(images, labels, Draws(), Augmentation(), dataset), total)
 
 
@@ -94,14 +98,18 @@ def _shares(
     place: Place,
     workers: int,
     **chance: Any,
-) -> Iterator[tuple[Tensor, Tensor, slice, int]]:
-    """Images and labels, the part of the batch that they are, and the size of the batch."""
+) -> Iterator[tuple[list[Tensor], slice, int]]:
+    """Images and labels, or the numbers of images that are `resident`; their part of the batch, and its size."""
     images, labels = dataset.split(split)
     parts = [place.share(len(batch)) for batch in batches]
     rows = [batch[part] for batch, part in zip(batches, parts, strict=True)]
+    if resident(dataset, split, place.device) is not None:
+        for batch, part, index in zip(batches, parts, rows, strict=True):
+            yield [torch.from_numpy(index)], part, len(batch)
+        return
     loaded = images.batches(rows, workers=workers, **chance)
     for batch, part, index, array in zip(batches, parts, rows, loaded, strict=True):
-        yield torch.from_numpy(array), torch.from_numpy(labels[index]), part, len(batch)
+        yield [torch.from_numpy(array), torch.from_numpy(labels[index])], part, len(batch)
 
 
 def upload(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from effvit.data.loading import resident
 from effvit.data.loading.augmentation import Augmentation
 from effvit.data.loading.batches import Place, training_batches, validation_batches
 from effvit.data.loading.transforms import to_float
@@ -56,3 +57,28 @@ def test_validation_has_every_image_once_as_it_is(digits, world):
     together = [part for step in zip(*shares, strict=True) for part in step]
     assert torch.equal(images_of(together), to_float(torch.from_numpy(images[:]), digits.mean, digits.std))
     assert torch.equal(torch.cat([part.targets for part in together]), torch.from_numpy(labels))
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_split_that_stays_on_the_device_gives_the_same_batches(digits, monkeypatch, world):
+    places = [Place(CPU, rank, world) for rank in range(world)]
+    of_validation = [list(validation_batches(digits, place, batch_size=68)) for place in places]
+    of_training = [batches(digits, place) for place in places]
+    monkeypatch.setattr(resident, "_room", lambda device: 2**30)
+    monkeypatch.setattr(type(digits.split("train")[0]), "batches", None)  # nothing is read any more
+    again = [list(validation_batches(digits, place, batch_size=68)) for place in places]
+    for one, other in zip(
+        of_validation + of_training, again + [batches(digits, place) for place in places], strict=True
+    ):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert torch.equal(a.images, b.images) and torch.equal(a.targets, b.targets) and a.total == b.total
+
+
+def test_a_split_stays_only_where_it_is_small_and_is_moved_once(digits, monkeypatch):
+    size = digits.split("train")[0][:].nbytes
+    assert resident.resident(digits, "train", CPU) is None
+    monkeypatch.setattr(resident, "_room", lambda device: size - 1)
+    assert resident.resident(digits, "train", CPU) is None
+    monkeypatch.setattr(resident, "_room", lambda device: size)
+    assert resident.resident(digits, "train", CPU) is resident.resident(digits, "train", CPU)
