@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from effvit import policy
+from effvit.data.loading.batches import pack
 from effvit.measure.without_gpu import CUDA, OnCuda, run
 
 # Operators that give the host a number, or a tensor of a size that the host must know.
@@ -78,7 +79,7 @@ def fake_cuda(monkeypatch: Any, memory: int = 0) -> Iterator[Traffic]:
 
     with monkeypatch.context() as patch:
         patch.setattr("effvit.training.loop.make_fabric", make_fabric)
-        patch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+        patch.setattr("effvit.data.loading.batches.pack", lambda tensors, pinned: pack(tensors))
         patch.setattr(torch.cuda, "Event", MagicMock)
         patch.setattr("effvit.data.loading.resident._room", lambda device: memory // 10)
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)

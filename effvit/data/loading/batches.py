@@ -116,13 +116,13 @@ def upload(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Move tensors of the CPU to a device; to CUDA as one copy from pinned memory, for which the host does not wait."""
     if device.type != "cuda":
         return [tensor.to(device) for tensor in tensors]
-    return unpack(pack(tensors).pin_memory().to(device, non_blocking=True), tensors)
+    return unpack(pack(tensors, pinned=True).to(device, non_blocking=True), tensors)
 
 
-def pack(tensors: Sequence[Tensor]) -> Tensor:
-    """Copy tensors into one of bytes, each where any dtype may begin."""
+def pack(tensors: Sequence[Tensor], *, pinned: bool = False) -> Tensor:
+    """Copy tensors into one of bytes, each where any dtype may begin; ``pinned``: where a GPU reads it by itself."""
     flat = [tensor.reshape(-1).view(torch.uint8) for tensor in tensors]
-    packed = torch.empty(_starts(tensors)[-1], dtype=torch.uint8)
+    packed = torch.empty(_starts(tensors)[-1], dtype=torch.uint8, pin_memory=pinned)
     for part, start in zip(flat, _starts(tensors), strict=False):
         packed[start : start + len(part)] = part
     return packed
