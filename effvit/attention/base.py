@@ -4,7 +4,6 @@ Shapes: B batch, N = S + P tokens (S prefix tokens such as the class token, then
 H heads, d = C / H.
 """
 
-from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -16,7 +15,6 @@ from effvit.errors import UserError
 from effvit.kernels.grid_convolution import grid_convolution
 from effvit.kernels.linear import apply_linear
 from effvit.kernels.qkv import apply_qkv
-from effvit.kernels.softmax_attention import softmax_attention
 
 Grid = tuple[int, int]
 
@@ -144,17 +142,6 @@ class Attention(nn.Module):
         """Mix values ``(B, H, N, e)`` of any width e into ``(B, H, N, e)``, linearly in ``v``."""
         raise NotImplementedError
 
-    def split_prefix(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries ``(B, H, N, d)`` of the prefix tokens and of the patches."""
-        prefix, patches = split(q, [self.prefix_tokens, self.num_patches], dim=2)
-        return prefix, patches
-
-    def after_exact_prefix(self, prefix: Tensor, k: Tensor, v: Tensor, patches: Tensor) -> Tensor:
-        """Put what softmax makes of the prefix's queries before mixed patches ``(B, H, P, e)``: ``(B, H, N, e)``."""
-        if not self.prefix_tokens:
-            return patches
-        return join([softmax_attention(prefix, k, v, self.dropout_p), patches], dim=2)
-
     def map_values(self, v: Tensor) -> Tensor:
         """Values for which ``attend`` returns the implied matrix: the identity over tokens, ``(B, H, N, N)``."""
         eye = torch.eye(v.shape[-2], dtype=v.dtype, device=v.device)
@@ -223,17 +210,6 @@ class Attention(nn.Module):
 
     def after_step(self, step: int, generator: torch.Generator, steps: int | None = None) -> None:
         """Called by the training loop after optimiser step ``step`` (from 1) of ``steps``. Nothing by default."""
-
-
-def split(x: Tensor, sizes: list[int], dim: int) -> list[Tensor]:
-    """Cut heads or tokens ``(B, H, N, d)`` as they lie in memory, so that gradients are put together as they lie."""
-    parts = x.transpose(1, 2).split(sizes, dim=3 - dim)
-    return [parts[i].transpose(1, 2) for i in range(len(sizes))]  # torch.fx cannot go through what it traces
-
-
-def join(parts: Sequence[Tensor], dim: int) -> Tensor:
-    """Put parts ``(B, H, N, d)`` together along heads or tokens, a token's heads side by side in memory."""
-    return torch.cat([part.transpose(1, 2) for part in parts], dim=3 - dim).transpose(1, 2)
 
 
 A = TypeVar("A", bound=type[Attention])

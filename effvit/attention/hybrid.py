@@ -12,9 +12,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from effvit.attention.base import DISTINCT, Attention, AttentionOptions, Grid, join, register, split
+from effvit.attention.base import DISTINCT, Attention, AttentionOptions, Grid, register
 from effvit.errors import UserError
 from effvit.kernels.feature_attention import Features, feature_attention
+from effvit.kernels.prefix_and_patches import prefix_and_patches
 from effvit.kernels.shares import shares, weighted_sum
 from effvit.kernels.window_attention import Windows, window_attention
 
@@ -96,16 +97,12 @@ class HybridAttention(Attention):
         return shares(self.gate(x[:, self.prefix_tokens :]))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
-        prefix, patches = self.split_prefix(q)
+        tokens = self.prefix_tokens, self.num_patches
         if context:
-            mixed = weighted_sum(self.branches(patches, k, v), context[0])
-        else:
-            windows = [self.windows[i] for i in self.branch_of_heads if i < len(self.windows)]
-            sizes = [len(windows), self.num_heads - len(windows)]
-            (q_w, q_l), (k_w, k_l), (v_w, v_l) = (split(x, sizes, dim=1) for x in (patches, k, v))
-            parts = [window_attention(q_w, k_w, v_w, windows, self.dropout_p)] if sizes[0] else []
-            mixed = join([*parts, self.linear(q_l, k_l, v_l)] if sizes[1] else parts, dim=1)
-        return self.after_exact_prefix(prefix, k, v, mixed)
+            mix = lambda *qkv: weighted_sum(self.branches(*qkv), context[0])  # noqa: E731
+            return prefix_and_patches(q, k, v, tokens, [None] * self.num_heads, mix, self.dropout_p)
+        windows = [[*self.windows, None][branch] for branch in self.branch_of_heads]
+        return prefix_and_patches(q, k, v, tokens, windows, self.linear, self.dropout_p)
 
     def branches(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Tensor]:
         """Patches' queries ``(B, H, P, d)`` and all keys and values through one branch after the other."""

@@ -10,8 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from effvit.attention.base import Attention, AttentionOptions, Grid, register
+from effvit.kernels.prefix_and_patches import prefix_and_patches
 from effvit.kernels.softmax_attention import softmax_attention
-from effvit.kernels.window_attention import Windows, window_attention
+from effvit.kernels.window_attention import Windows
 
 
 class WindowOptions(AttentionOptions):
@@ -44,10 +45,8 @@ class WindowAttention(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
         if self.is_global:
             return softmax_attention(q, k, v, self.dropout_p)
-        prefix, patches = self.split_prefix(q)
-        return self.after_exact_prefix(
-            prefix, k, v, window_attention(patches, k, v, [self.windows] * self.num_heads, self.dropout_p)
-        )
+        tokens, windows = (self.prefix_tokens, self.num_patches), [self.windows] * self.num_heads
+        return prefix_and_patches(q, k, v, tokens, windows, dropout_p=self.dropout_p)
 
     def mixing_macs(self) -> int:
         """2N²C where global; else 2SNC for prefix tokens and 2P'C(w² + S) with P' patches of the padded grid."""

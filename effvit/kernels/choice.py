@@ -55,6 +55,8 @@ def on_cuda(*tensors: Tensor) -> bool:
     Exporters, tracers, ``torch.func``, forward-mode differentiation and whatever counts operators are given PyTorch's
     own operators instead.
     """
+    if any(isinstance(tensor, Proxy) for tensor in tensors):
+        return False
     if not all(tensor.device.type == policy.TRITON_ON and tensor.dtype in _OF_TRITON for tensor in tensors):
         return False
     if policy.ONLY_REFERENCE or in_forward_mode() or _is_exporting():
@@ -83,11 +85,15 @@ def in_forward_mode() -> bool:
 
 
 def through_equation(
-    equation: Callable[..., Tensor], inputs: Sequence[Tensor], gradient: Tensor
+    equation: Callable[..., Any], inputs: Sequence[Tensor], gradients: Tensor | Sequence[Tensor]
 ) -> Iterator[Tensor | None]:
     """Gradients of these inputs that have gradients themselves, where a backward pass of kernels has none."""
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
-    found = iter(torch.autograd.grad(equation(*inputs), wanted, gradient, create_graph=True))
+    outputs = equation(*inputs)
+    if not isinstance(outputs, Tensor):
+        pairs = [pair for pair in zip(outputs, gradients, strict=True) if pair[0].requires_grad]
+        outputs, gradients = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True))
     return (next(found) if tensor.requires_grad else None for tensor in inputs)
 
 

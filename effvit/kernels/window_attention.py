@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from effvit import policy
-from effvit.kernels import choice
+from effvit.kernels import choice, softmax_attention
 
 _FEW = 80  # tokens that a patch sees
 
@@ -83,6 +83,8 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: OfHeads, dropout_
     """`reference` window by window."""
     if policy.ONLY_REFERENCE or choice.in_forward_mode():
         return reference(q, k, v, windows, dropout_p)
+    if suits_triton(q, k, v, windows, dropout_p):
+        return in_triton(q, k, v, windows)[0]
     few = max(of_head.size for of_head in windows) ** 2 + k.shape[-2] - q.shape[-2] <= _FEW
     if few and choice.on_cpu(q, k, v):
         return written_out(q, k, v, windows, dropout_p)
@@ -93,6 +95,17 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: OfHeads, dropout_
         with torch.autocast("cpu", enabled=False):
             return by_reshape(q.float(), k.float(), v.float(), windows, dropout_p).to(v.dtype)
     return by_reshape(q, k, v, windows, dropout_p)
+
+
+def suits_triton(q: Tensor, k: Tensor, v: Tensor, windows: OfHeads, dropout_p: float) -> bool:
+    """Whether `in_triton` may take these, the queries of patches or of all tokens."""
+    if not choice.on_cuda(q, k, v) or dropout_p:
+        return False
+    from effvit.kernels.cuda.windows import MOST_PATCHES, MOST_PREFIX, WIDEST
+
+    few = k.shape[-2] - windows[0].rows * windows[0].columns <= MOST_PREFIX
+    few = few and max(of_head.size for of_head in windows) ** 2 <= MOST_PATCHES
+    return few and q.numel() > 0 and v.numel() > 0 and max(k.shape[-1], v.shape[-1]) <= WIDEST
 
 
 def _runs(windows: OfHeads) -> Iterator[tuple[Windows, slice]]:
@@ -305,6 +318,60 @@ def scatter(y: Tensor, prefix: int, of_heads: OfHeads, dtype: torch.dtype) -> Te
     if prefix:
         x[:, :, :prefix] = by_head[..., :prefix, :].sum(dim=2)
     return x
+
+
+def in_triton(q: Tensor, k: Tensor, v: Tensor, windows: OfHeads) -> tuple[Tensor, ...]:
+    """By `effvit.kernels.cuda`, where tokens lie. Queries of the patches, or of all tokens.
+
+    There may be more heads than windows. Then there is more than one result: what comes of the first heads; outputs of
+    the prefix tokens of the other heads; and for these heads to go on with queries of patches, keys and values, whose
+    gradients are put into place with all others.
+    """
+    return InTriton.apply(q, k, v, windows)
+
+
+class InTriton(torch.autograd.Function):
+    """Training keeps q, k, v and outputs of prefix tokens; probabilities are computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, windows: OfHeads) -> tuple[Tensor, ...]:
+        from effvit.kernels.cuda.window_attention import attend
+
+        y, of_prefix, state = attend(q, k, v, _as_numbers(windows))
+        ctx.save_for_backward(q, k, v, state)
+        ctx.windows = windows
+        return (y, of_prefix, *_others(q, k, v, windows)) if len(windows) < q.shape[1] else (y,)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        from effvit.kernels.cuda.window_gradients import attend_backward
+
+        q, k, v, state = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *choice.through_equation(lambda *qkv: _equation(*qkv, ctx.windows), (q, k, v), gradients), None
+        of_y, *of_others = gradients
+        of_prefix, *given = of_others or (of_y[:, :0], *_others(q, k, v, ctx.windows))
+        return *attend_backward(of_y, of_prefix, given, q, k, v, state, _as_numbers(ctx.windows)), None
+
+
+def _others(q: Tensor, k: Tensor, v: Tensor, windows: OfHeads) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries of patches, keys and values of heads without windows."""
+    h, patches = len(windows), windows[0].rows * windows[0].columns
+    return q[:, h:, q.shape[2] - patches :], k[:, h:], v[:, h:]
+
+
+def _equation(q: Tensor, k: Tensor, v: Tensor, windows: OfHeads) -> tuple[Tensor, ...]:
+    """What `in_triton` returns, by references."""
+    h, prefix = len(windows), q.shape[2] - windows[0].rows * windows[0].columns
+    of_prefix = softmax_attention.reference(q[:, :, :prefix], k, v)
+    patches = reference(q[:, :h, prefix:], k[:, :h], v[:, :h], windows)
+    y = torch.cat([of_prefix[:, :h], patches], dim=2)
+    return (y, of_prefix[:, h:], *_others(q, k, v, windows)) if h < q.shape[1] else (y,)
+
+
+def _as_numbers(windows: OfHeads) -> list[int]:
+    """Number of heads and windows of each run, as operators take them."""
+    return [number for same, heads in _runs(windows) for number in (heads.stop - heads.start, *same)]
 
 
 FORMS = {"by reshape": by_reshape, "written out": written_out, "by copies": by_copies}
