@@ -14,9 +14,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from effvit import build_attention, policy
-from effvit.kernels import choice, feature_attention, pseudo_inverse, token_convolution
+from effvit.kernels import choice, feature_attention, pseudo_inverse, softmax_attention, token_convolution, window_attention
 from effvit.kernels.cuda import features as of_cuda
 from effvit.kernels.feature_attention import Features
+from effvit.kernels.window_attention import Windows
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") else "cuda"
 
@@ -59,12 +60,14 @@ def launched(monkeypatch):
         ("feature_gradients", ("attend_backward",)),
         ("pseudo_inverse", ("invert", "invert_backward")),
         ("token_convolution", ("convolution", "convolution_backward")),
+        ("window_attention", ("attend",)),
+        ("window_gradients", ("attend_backward",)),
     ):
         for name in names:
             place = f"effvit.kernels.cuda.{module}.{name}"
             operator = getattr(importlib.import_module(f"effvit.kernels.cuda.{module}"), name)
 
-            def call(*args, operator=operator, name=name):
+            def call(*args, operator=operator, name=f"{module}.{name}"):
                 count[name] += 1
                 return operator(*args)
 
@@ -227,11 +230,118 @@ def test_sums_of_a_long_sequence_are_joined(monkeypatch):
     assert_equal(token_convolution.InTriton.apply, plus_convolution, drawn((2, 45, 3), (3, 65), (2, 45, 3)))
 
 
+def windowed(windows, prefix, d, e, dtype=torch.float32, heads=None, b=1):
+    """Queries, keys and values of all tokens, a head for each of the windows or more, side by side in memory."""
+    number, heads = prefix + windows[0].rows * windows[0].columns, heads or len(windows)
+    return [x.transpose(1, 2) for x in drawn(*((b, number, heads, width) for width in (d, d, e)), dtype=dtype)]
+
+
+def of_all_tokens(windows, prefix):
+    """Prefix tokens attend to all tokens, patches to their windows; what the other heads are given is passed on."""
+
+    def reference(q, k, v):
+        h = len(windows)
+        of_prefix = softmax_attention.reference(q[:, :, :prefix], k, v)
+        patches = window_attention.reference(q[:, :h, prefix:], k[:, :h], v[:, :h], windows)
+        others = q[:, h:, prefix:], k[:, h:], v[:, h:]
+        return torch.cat([of_prefix[:, :h], patches], dim=2), of_prefix[:, h:], *others
+
+    return reference
+
+
+def in_one(form):
+    """All results of several heads as one, each by another function so that their gradients differ."""
+
+    def call(*inputs):
+        y, *rest = form(*inputs)
+        return torch.cat([y.flatten(), *(part.sin().flatten() for part in rest)])
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("windows", "prefix", "d", "e", "dtype"),
+    [
+        *[([Windows(4, 6, 2)] * 2, 1, 12, 10, FLOAT32), ([Windows(4, 8, 4)], 0, 16, 16, FLOAT32)],
+        *[([Windows(5, 7, 4)], 5, 64, 64, FLOAT32), ([Windows(9, 3, 2, 3)], 1, 16, 16, FLOAT32)],
+        *[([Windows(8, 11, 8)], 1, 64, 64, FLOAT32), ([Windows(14, 7, 7)], 5, 12, 12, FLOAT32)],
+        *[([Windows(6, 7, 4, shift=2)], 1, 16, 16, FLOAT32), ([Windows(7, 6, 2, 2, shift=1)], 0, 12, 12, FLOAT32)],
+        *[([Windows(5, 1, 2, 3)], 1, 12, 12, FLOAT32), ([Windows(3, 4, 1)], 16, 12, 12, FLOAT32)],
+        ([Windows(7, 6, 2), Windows(7, 6, 3, 2), Windows(7, 6, 3, 2), Windows(7, 6, 4, shift=2)], 5, 12, 12, FLOAT32),
+        *[([Windows(5, 7, 4)], 1, 64, 64, BFLOAT16), ([Windows(9, 8, 7, shift=3)], 5, 16, 12, BFLOAT16)],
+        ([Windows(7, 6, 2), Windows(7, 6, 3, 2)], 1, 12, 12, BFLOAT16),
+    ],
+)
+def test_attention_in_windows(windows, prefix, d, e, dtype):
+    q, k, v = windowed(windows, prefix, d, e, dtype)
+    patches = q[:, :, prefix:]
+    assert_equal(
+        lambda *x: window_attention.in_triton(*x, windows)[0],
+        lambda *x: window_attention.reference(*x, windows),
+        [patches, k, v],
+    )
+    if prefix:
+        assert_equal(
+            lambda *x: window_attention.in_triton(*x, windows)[0],
+            lambda *x: of_all_tokens(windows, prefix)(*x)[0],
+            [q, k, v],
+        )
+
+
+@pytest.mark.parametrize(("prefix", "dtype"), [(0, FLOAT32), (1, FLOAT32), (5, FLOAT32), (1, BFLOAT16)])
+def test_gradients_of_heads_without_windows_get_to_their_place(prefix, dtype):
+    windows = [Windows(5, 11, 2), Windows(5, 11, 2, 2)]
+    assert_equal(
+        in_one(lambda *x: window_attention.in_triton(*x, windows)),
+        in_one(of_all_tokens(windows, prefix)),
+        windowed(windows, prefix, 12, 10, dtype, heads=4, b=2),
+    )
+
+
+def test_sums_over_many_windows_are_joined():
+    windows = [Windows(13, 11, 1)]
+    assert_equal(
+        lambda *x: window_attention.in_triton(*x, windows)[0],
+        lambda *x: of_all_tokens(windows, 1)(*x)[0],
+        windowed(windows, 1, 12, 12),
+    )
+
+
+def test_scores_far_apart_neither_overflow_nor_vanish_in_windows():
+    windows = [Windows(5, 6, 4, shift=2)]
+    q, k, v = windowed(windows, 2, 12, 12)
+    k[:, :, 9] *= 300
+    q[:, :, 0] *= 30
+    y = window_attention.in_triton(q, k, v, windows)[0]
+    expected, *_ = of_all_tokens(windows, 2)(q.double(), k.double(), v.double())
+    assert (y - expected).norm() < 2e-5 * expected.norm()
+
+
+def test_windows_of_a_sample_do_not_depend_on_its_batch_and_two_runs_are_equal():
+    windows = [Windows(5, 6, 2), Windows(5, 6, 3)]
+
+    def run(*tensors):
+        return output_and_gradients(in_one(lambda *x: window_attention.in_triton(*x, windows)), tensors)
+
+    def alone(sample):
+        inputs = [x[sample : sample + 1].detach().requires_grad_() for x in tensors]
+        results = window_attention.in_triton(*inputs, windows)
+        return *results, *torch.autograd.grad([y.sum() for y in results], inputs)
+
+    tensors = windowed(windows, 1, 12, 12, heads=3, b=2)
+    assert all(map(torch.equal, run(*tensors), run(*tensors)))
+    inputs = [x.detach().requires_grad_() for x in tensors]
+    results = window_attention.in_triton(*inputs, windows)
+    both = *results, *torch.autograd.grad([y.sum() for y in results], inputs)
+    assert all(torch.equal(x[1:], y) for x, y in zip(both, alone(1), strict=True))
+
+
 OPTIONS = {
     "performer": {"num_features": 20},
     "linear": {},
     "focused": {},
     "hybrid": {"window_size": 2, "branches": ["regional", "linear"]},
+    "window": {"window_size": 2},
     "nystromformer": {"num_landmarks": 5, "pinv_iterations": 1, "conv_kernel_size": 3},
 }
 
@@ -241,12 +351,18 @@ def mechanism(name):
     return build_attention(name, dim=24, num_heads=2, grid_size=(3, 4), **OPTIONS[name]).to(DEVICE)
 
 
+FEATURES = ("feature_attention.attend", "feature_gradients.attend_backward")
+WINDOWS = ("window_attention.attend", "window_gradients.attend_backward")
 EXPECTED = {
-    "performer": ("attend", "attend_backward"),
-    "linear": ("attend", "attend_backward"),
-    "focused": ("attend", "attend_backward"),
-    "hybrid": ("attend", "attend_backward"),
-    "nystromformer": ("invert", "invert_backward", "convolution", "convolution_backward"),
+    "performer": FEATURES,
+    "linear": FEATURES,
+    "focused": FEATURES,
+    "hybrid": FEATURES + WINDOWS,
+    "window": WINDOWS,
+    "nystromformer": (
+        *("pseudo_inverse.invert", "pseudo_inverse.invert_backward"),
+        *("token_convolution.convolution", "token_convolution.convolution_backward"),
+    ),
 }
 
 
@@ -262,7 +378,30 @@ def test_mechanisms_use_them_once_a_step(name, launched, monkeypatch):
     torch.testing.assert_close(gradients, torch.autograd.grad(module(x).sin().sum(), parameters), atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["performer", "nystromformer"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *[("window", {"window_size": 2, "shift": True}), ("hybrid", {"window_size": 3, "dilations": [1, 2]})],
+        *[("hybrid", {"window_size": 2, "fusion": "gate"}), ("hybrid", {"window_size": 2, "branches": ["regional"]})],
+        ("hybrid", {"window_size": 2, "dilations": [1], "branches": ["regional"], "fusion": "gate"}),
+    ],
+)
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_mechanisms_with_windows_are_what_they_are_without_triton(name, options, prefix, launched, monkeypatch):
+    torch.manual_seed(0)
+    module = build_attention(name, dim=36, num_heads=3, grid_size=(5, 4), prefix_tokens=prefix, layer=1, **options)
+    module, (x,) = module.to(DEVICE), drawn((2, prefix + 20, 36))
+    parameters = list(module.parameters())
+    y, matrix = module(x), module(x, return_map=True)[1]
+    gradients = torch.autograd.grad(y.sin().sum(), parameters)
+    assert launched[WINDOWS[0]] and launched[WINDOWS[1]]
+    monkeypatch.setattr(policy, "TRITON_ON", None)
+    torch.testing.assert_close(y, module(x), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(matrix, module(x, return_map=True)[1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(gradients, torch.autograd.grad(module(x).sin().sum(), parameters), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["performer", "nystromformer", "window", "hybrid"])
 def test_a_compiled_step_has_them_as_operators_and_no_break(name):
     from torch._dynamo.backends.common import aot_autograd
 
@@ -276,7 +415,12 @@ def test_a_compiled_step_has_them_as_operators_and_no_break(name):
     compiled = torch.compile(module, backend=aot_autograd(fw_compiler=note), fullgraph=True)
     y = compiled(x)
     gradients = torch.autograd.grad(y.sin().sum(), parameters)
-    operators = {"performer": {"feature_attention"}, "nystromformer": {"pseudo_inverse", "token_convolution"}}[name]
+    operators = {
+        "performer": {"feature_attention"},
+        "nystromformer": {"pseudo_inverse", "token_convolution"},
+        "window": {"window_attention"},
+        "hybrid": {"window_attention", "feature_attention"},
+    }[name]
     assert graphs == [operators, {f"{operator}_backward" for operator in operators}]
     expected = module(x)
     torch.testing.assert_close(y, expected)
@@ -301,7 +445,7 @@ def test_exporters_and_functional_transforms_are_given_the_equations(launched):
     assert launched
 
 
-@pytest.mark.parametrize("name", ["performer", "nystromformer"])
+@pytest.mark.parametrize("name", ["performer", "nystromformer", "window", "hybrid"])
 def test_gradients_of_gradients(name, launched, monkeypatch):
     module, (x,) = mechanism(name), drawn((1, 13, 24))
     x.requires_grad_()
