@@ -389,7 +389,8 @@ def test_mechanisms_use_them_once_a_step(name, launched, monkeypatch):
 @pytest.mark.parametrize("prefix", [0, 1, 5])
 def test_mechanisms_with_windows_are_what_they_are_without_triton(name, options, prefix, launched, monkeypatch):
     torch.manual_seed(0)
-    module = build_attention(name, dim=36, num_heads=3, grid_size=(5, 4), prefix_tokens=prefix, layer=1, **options)
+    place = {"prefix_tokens": prefix, "layer": 1, "depth": 2}  # in every second block windows are shifted
+    module = build_attention(name, dim=36, num_heads=3, grid_size=(5, 4), **place, **options)
     module, (x,) = module.to(DEVICE), drawn((2, prefix + 20, 36))
     parameters = list(module.parameters())
     y, matrix = module(x), module(x, return_map=True)[1]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from effvit.kernels.cuda.blocks import by_rows, like_heads, on_its_device, product, rows_of, store_rows
 from effvit.kernels.cuda.windows import (
+    STRIP,
     largest_of,
     no_tensor,
     options_of,
@@ -43,35 +44,36 @@ def mix_windows(
     q += b * q_b + h * q_h
     k += b * k_b + h * k_h
     v += b * v_b + h * v_h
-    tokens, there = patches_of(window, rows, columns, size, dilation, before, down, across, W)
-    key = rows_at(k, prefix + tokens, there, k_n, d, D)
-    value = rows_at(v, prefix + tokens, there, v_n, e, E)
+    tokens, there = patches_of(window, 0, rows, columns, size, dilation, before, down, across, W)
+    s = tl.arange(0, S)
+    is_prefix = s < prefix
     if MIXES:
-        query = scale * rows_at(q, first + tokens, there, q_n, d, D)
-        scores = scores_of(query, key, there, EXACT)
-        largest = largest_of(scores)
-        if PREFIX:
-            is_prefix = tl.arange(0, S) < prefix
-            to_prefix = scores_of(query, rows_of(k, 0, k_n, prefix, d, S, D), is_prefix, EXACT)
-            largest = tl.maximum(largest, tl.max(to_prefix, axis=1))
-        p = tl.exp(scores - largest[:, None])
-        total = tl.sum(p, axis=1)
-        out = product(p, value, EXACT)
-        if PREFIX:
-            p_s = tl.exp(to_prefix - largest[:, None])
-            total += tl.sum(p_s, axis=1)
-            out += product(p_s, rows_of(v, 0, v_n, prefix, e, S, E), EXACT)
         y += b * y_b + h * y_h
-        store_at(y, first + tokens, there, y_n, e, out / tl.where(there, total, 1.0)[:, None], E)
+        for start in range(0, size * size, STRIP):
+            mine, is_mine = patches_of(window, start, rows, columns, size, dilation, before, down, across, STRIP)
+            at, keys = first + mine, prefix + tokens
+            scores = scores_of(q, k, at, keys, is_mine, there, q_n, k_n, d, scale, EXACT, STRIP, W)
+            largest = largest_of(scores)
+            if PREFIX:
+                to_prefix = scores_of(q, k, at, s, is_mine, is_prefix, q_n, k_n, d, scale, EXACT, STRIP, S)
+                largest = tl.maximum(largest, tl.max(to_prefix, axis=1))
+            p = tl.exp(scores - largest[:, None])
+            total = tl.sum(p, axis=1)
+            out = product(p, rows_at(v, keys, there, v_n, e, E), EXACT)
+            if PREFIX:
+                p = tl.exp(to_prefix - largest[:, None])
+                total += tl.sum(p, axis=1)
+                out += product(p, rows_of(v, 0, v_n, prefix, e, S, E), EXACT)
+            store_at(y, at, is_mine, y_n, e, out / tl.where(is_mine, total, 1.0)[:, None], E)
     if ASKS:
-        asked = scores_of(scale * rows_of(q, 0, q_n, prefix, d, S, D), key, there, EXACT)
-        most = largest_of(asked)
-        weights = tl.exp(asked - most[:, None])
-        s = tl.arange(0, S)
+        scores = scores_of(q, k, s, prefix + tokens, is_prefix, there, q_n, k_n, d, scale, EXACT, S, W)
+        largest = largest_of(scores)
+        p = tl.exp(scores - largest[:, None])
+        out = product(p, rows_at(v, prefix + tokens, there, v_n, e, E), EXACT)
         parts += ((b * heads + h) * number + window) * prefix * (e + 2)
-        store_rows(parts, 0, e + 2, prefix, e, product(weights, value, EXACT), S, E)
-        tl.store(parts + s * (e + 2) + e, tl.sum(weights, axis=1), mask=s < prefix)
-        tl.store(parts + s * (e + 2) + e + 1, most, mask=s < prefix)
+        store_rows(parts, 0, e + 2, prefix, e, out, S, E)
+        tl.store(parts + s * (e + 2) + e, tl.sum(p, axis=1), mask=is_prefix)
+        tl.store(parts + s * (e + 2) + e + 1, largest, mask=is_prefix)
 
 
 @triton.jit

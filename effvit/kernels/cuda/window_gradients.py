@@ -13,6 +13,8 @@ from torch import Tensor
 
 from effvit.kernels.cuda.blocks import by_rows, like_heads, on_its_device, product, rows_of, store_rows
 from effvit.kernels.cuda.windows import (
+    COLUMNS,
+    STRIP,
     largest_of,
     no_tensor,
     options_of,
@@ -21,23 +23,24 @@ from effvit.kernels.cuda.windows import (
     prefix_of,
     rows_at,
     runs_of,
+    products_of,
     scores_of,
     store_at,
 )
 
 
 @triton.jit
-def _of_asking(gradient, q, state, g_n, q_n, prefix, d, e, scale, S: tl.constexpr, D: tl.constexpr, E: tl.constexpr):
-    """Queries of prefix tokens, their gradients, ∂y · y and the logarithms of their sums."""
-    d_y = rows_of(gradient, 0, g_n, prefix, e, S, E)
-    query = scale * rows_of(q, 0, q_n, prefix, d, S, D)
+def _of_asking(
+    gradient, q, k, v, state, of_k, in_k, g_n, q_n, k_n, v_n, prefix, d, e, scale, EXACT: tl.constexpr,
+    S: tl.constexpr, B: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    """Probabilities P of some keys for prefix tokens, and gradients P (∂P - ∂y · y) of their scores."""
     s = tl.arange(0, S)
-    return (
-        query,
-        d_y,
-        tl.sum(d_y * rows_of(state, 0, e + 1, prefix, e, S, E), axis=1),
-        tl.load(state + s * (e + 1) + e, mask=s < prefix, other=0.0),
-    )
+    scores = scores_of(q, k, s, of_k, s < prefix, in_k, q_n, k_n, d, scale, EXACT, S, B)
+    p = tl.exp(scores - tl.load(state + s * (e + 1) + e, mask=s < prefix, other=0.0)[:, None])
+    d_p = products_of(gradient, v, s, of_k, s < prefix, in_k, g_n, v_n, e, EXACT, S, B)
+    d_y = rows_of(gradient, 0, g_n, prefix, e, S, E)
+    return p, p * (d_p - tl.sum(d_y * rows_of(state, 0, e + 1, prefix, e, S, E), axis=1)[:, None])
 
 
 @triton.jit
@@ -61,57 +64,69 @@ def through_windows(
     v += b * v_b + h * v_h
     d_q += b * oq_b + h * oq_h
     parts += ((b * heads + h) * number + window) * prefix * (2 * d + e)
-    tokens, there = patches_of(window, rows, columns, size, dilation, before, down, across, W)
-    key = rows_at(k, prefix + tokens, there, k_n, d, D)
-    value = rows_at(v, prefix + tokens, there, v_n, e, E)
+    tokens, there = patches_of(window, 0, rows, columns, size, dilation, before, down, across, W)
+    keys, s = prefix + tokens, tl.arange(0, S)
+    is_prefix = s < prefix
     if MIXES:
-        query = scale * rows_at(q, first + tokens, there, q_n, d, D)
-        d_y = rows_at(gradient, first + tokens, there, g_n, e, E)
-        scores = scores_of(query, key, there, EXACT)
-        largest = largest_of(scores)
+        of_k = tl.zeros((W, D), tl.float32)
+        of_v = tl.zeros((W, E), tl.float32)
+        of_k_s = tl.zeros((S, D), tl.float32)
+        of_v_s = tl.zeros((S, E), tl.float32)
+        for start in range(0, size * size, STRIP):
+            mine, is_mine = patches_of(window, start, rows, columns, size, dilation, before, down, across, STRIP)
+            at = first + mine
+            scores = scores_of(q, k, at, keys, is_mine, there, q_n, k_n, d, scale, EXACT, STRIP, W)
+            d_p = products_of(gradient, v, at, keys, is_mine, there, g_n, v_n, e, EXACT, STRIP, W)
+            largest = largest_of(scores)
+            if PREFIX:
+                to_prefix = scores_of(q, k, at, s, is_mine, is_prefix, q_n, k_n, d, scale, EXACT, STRIP, S)
+                d_p_s = products_of(gradient, v, at, s, is_mine, is_prefix, g_n, v_n, e, EXACT, STRIP, S)
+                largest = tl.maximum(largest, tl.max(to_prefix, axis=1))
+            p = tl.exp(scores - largest[:, None])
+            total = tl.sum(p, axis=1)
+            if PREFIX:
+                p_s = tl.exp(to_prefix - largest[:, None])
+                total += tl.sum(p_s, axis=1)
+            total = tl.where(is_mine, total, 1.0)
+            p /= total[:, None]
+            common = tl.sum(p * d_p, axis=1)
+            if PREFIX:
+                p_s /= total[:, None]
+                common += tl.sum(p_s * d_p_s, axis=1)
+                d_scores_s = p_s * (d_p_s - common[:, None])
+            d_scores = p * (d_p - common[:, None])
+            d_y = rows_at(gradient, at, is_mine, g_n, e, E)
+            of_v += product(tl.trans(p), d_y, EXACT)
+            query = scale * rows_at(q, at, is_mine, q_n, d, D)
+            of_k += product(tl.trans(d_scores), query, EXACT)
+            if PREFIX:
+                of_v_s += product(tl.trans(p_s), d_y, EXACT)
+                of_k_s += product(tl.trans(d_scores_s), query, EXACT)
+            for column in range(0, d, COLUMNS):
+                of_q = product(d_scores, rows_at(k + column, keys, there, k_n, d - column, COLUMNS), EXACT)
+                if PREFIX:
+                    of_q += product(d_scores_s, rows_of(k + column, 0, k_n, prefix, d - column, S, COLUMNS), EXACT)
+                store_at(d_q + column, at, is_mine, oq_n, d - column, scale * of_q, COLUMNS)
         if PREFIX:
-            is_prefix = tl.arange(0, S) < prefix
-            to_prefix = scores_of(query, rows_of(k, 0, k_n, prefix, d, S, D), is_prefix, EXACT)
-            largest = tl.maximum(largest, tl.max(to_prefix, axis=1))
-        p = tl.exp(scores - largest[:, None])
-        total = tl.sum(p, axis=1)
-        if PREFIX:
-            p_s = tl.exp(to_prefix - largest[:, None])
-            total += tl.sum(p_s, axis=1)
-        total = tl.where(there, total, 1.0)
-        p /= total[:, None]
-        of_v = product(tl.trans(p), d_y, EXACT)
-        d_p = product(d_y, tl.trans(value), EXACT)
-        common = tl.sum(p * d_p, axis=1)
-        if PREFIX:
-            p_s /= total[:, None]
-            d_p_s = product(d_y, tl.trans(rows_of(v, 0, v_n, prefix, e, S, E)), EXACT)
-            common += tl.sum(p_s * d_p_s, axis=1)
-        d_scores = p * (d_p - common[:, None])
-        of_k = product(tl.trans(d_scores), query, EXACT)
-        of_q = product(d_scores, key, EXACT)
-        if PREFIX:
-            d_scores_s = p_s * (d_p_s - common[:, None])
-            of_q += product(d_scores_s, rows_of(k, 0, k_n, prefix, d, S, D), EXACT)
-            store_rows(parts + d, 0, 2 * d + e, prefix, d, product(tl.trans(d_scores_s), query, EXACT), S, D)
-            store_rows(parts + 2 * d, 0, 2 * d + e, prefix, e, product(tl.trans(p_s), d_y, EXACT), S, E)
-        store_at(d_q, first + tokens, there, oq_n, d, scale * of_q, D)
+            store_rows(parts + d, 0, 2 * d + e, prefix, d, of_k_s, S, D)
+            store_rows(parts + 2 * d, 0, 2 * d + e, prefix, e, of_v_s, S, E)
     else:
-        of_q = rows_at(given_q + b * iq_b + h * iq_h, tokens, there, iq_n, d, D)
-        store_at(d_q, first + tokens, there, oq_n, d, of_q, D)
-        of_k = rows_at(given_k + b * ik_b + h * ik_h, prefix + tokens, there, ik_n, d, D)
-        of_v = rows_at(given_v + b * iv_b + h * iv_h, prefix + tokens, there, iv_n, e, E)
+        passed = rows_at(given_q + b * iq_b + h * iq_h, tokens, there, iq_n, d, D)
+        store_at(d_q, first + tokens, there, oq_n, d, passed, D)
+        of_k = rows_at(given_k + b * ik_b + h * ik_h, keys, there, ik_n, d, D)
+        of_v = rows_at(given_v + b * iv_b + h * iv_h, keys, there, iv_n, e, E)
     if ASKS:
-        asking, d_asked, common_s, logarithm = _of_asking(
-            gradient, q, state + b * s_b + h * s_h, g_n, q_n, prefix, d, e, scale, S, D, E
+        state += b * s_b + h * s_h
+        p, d_scores = _of_asking(
+            gradient, q, k, v, state, keys, there, g_n, q_n, k_n, v_n, prefix, d, e, scale, EXACT, S, W, E
         )
-        weights = tl.exp(scores_of(asking, key, there, EXACT) - logarithm[:, None])
-        of_v += product(tl.trans(weights), d_asked, EXACT)
-        d_asking = weights * (product(d_asked, tl.trans(value), EXACT) - common_s[:, None])
-        of_k += product(tl.trans(d_asking), asking, EXACT)
-        store_rows(parts, 0, 2 * d + e, prefix, d, scale * product(d_asking, key, EXACT), S, D)
-    store_at(d_k + b * ok_b + h * ok_h, prefix + tokens, there, ok_n, d, of_k, D)
-    store_at(d_v + b * ov_b + h * ov_h, prefix + tokens, there, ov_n, e, of_v, E)
+        of_v += product(tl.trans(p), rows_of(gradient, 0, g_n, prefix, e, S, E), EXACT)
+        of_k += product(tl.trans(d_scores), scale * rows_of(q, 0, q_n, prefix, d, S, D), EXACT)
+        for column in range(0, d, COLUMNS):
+            of_q = product(d_scores, rows_at(k + column, keys, there, k_n, d - column, COLUMNS), EXACT)
+            store_rows(parts + column, 0, 2 * d + e, prefix, d - column, scale * of_q, S, COLUMNS)
+    store_at(d_k + b * ok_b + h * ok_h, keys, there, ok_n, d, of_k, D)
+    store_at(d_v + b * ov_b + h * ov_h, keys, there, ov_n, e, of_v, E)
 
 
 @triton.jit
@@ -135,17 +150,18 @@ def through_prefix(
         of_k += rows_of(given_k + b * ik_b + h * ik_h, 0, ik_n, prefix, d, S, D)
         of_v += rows_of(given_v + b * iv_b + h * iv_h, 0, iv_n, prefix, e, S, E)
     if ASKS:
-        asking, d_asked, common_s, logarithm = _of_asking(
-            *(gradient + b * g_b + h * g_h, q + b * q_b + h * q_h, state + b * s_b + h * s_h),
-            *(g_n, q_n, prefix, d, e, scale, S, D, E),
+        gradient += b * g_b + h * g_h
+        q += b * q_b + h * q_h
+        k += b * k_b + h * k_h
+        s = tl.arange(0, S)
+        p, d_scores = _of_asking(
+            *(gradient, q, k, v + b * v_b + h * v_h, state + b * s_b + h * s_h),
+            *(s, s < prefix, g_n, q_n, k_n, v_n, prefix, d, e, scale, EXACT, S, S, E),
         )
-        key = rows_of(k + b * k_b + h * k_h, 0, k_n, prefix, d, S, D)
-        value = rows_of(v + b * v_b + h * v_h, 0, v_n, prefix, e, S, E)
-        weights = tl.exp(scores_of(asking, key, tl.arange(0, S) < prefix, EXACT) - logarithm[:, None])
-        of_v += product(tl.trans(weights), d_asked, EXACT)
-        d_asking = weights * (product(d_asked, tl.trans(value), EXACT) - common_s[:, None])
-        of_k += product(tl.trans(d_asking), asking, EXACT)
-        of_q = scale * product(d_asking, key, EXACT) + rows_of(sums, 0, 2 * d + e, prefix, d, S, D)
+        of_v += product(tl.trans(p), rows_of(gradient, 0, g_n, prefix, e, S, E), EXACT)
+        of_k += product(tl.trans(d_scores), scale * rows_of(q, 0, q_n, prefix, d, S, D), EXACT)
+        of_q = scale * product(d_scores, rows_of(k, 0, k_n, prefix, d, S, D), EXACT)
+        of_q += rows_of(sums, 0, 2 * d + e, prefix, d, S, D)
         store_rows(d_q + b * oq_b + h * oq_h, 0, oq_n, prefix, d, of_q, S, D)
     store_rows(d_k + b * ok_b + h * ok_h, 0, ok_n, prefix, d, of_k, S, D)
     store_rows(d_v + b * ov_b + h * ov_h, 0, ov_n, prefix, e, of_v, S, E)

@@ -13,6 +13,11 @@ from effvit.kernels.cuda.blocks import is_exact, product, side
 MOST_PATCHES, MOST_PREFIX, WIDEST = 64, 16, 64
 """Patches of a window, prefix tokens, and columns of a head's queries or values."""
 
+STRIP = tl.constexpr(16)
+"""Queries at a time: with those of a whole window, scores and their gradients would not fit into registers."""
+
+COLUMNS = tl.constexpr(32)
+
 _ALONE = 8  # patches a side that a program takes where heads have no windows
 _LOWEST = tl.constexpr(-1e38)
 """Taken for the largest of no numbers, so that e to the others, -inf, is 0."""
@@ -60,7 +65,7 @@ def options_of(run: Run, prefix: int, asks: bool, *tensors: Tensor) -> dict[str,
         "S": MOST_PREFIX,
         "D": side(q.shape[-1]),
         "E": side(v.shape[-1]),
-        "num_warps": 8 if patches > 32 else 4,
+        "num_warps": 8,
         "num_stages": 1,
     }
 
@@ -77,10 +82,10 @@ def place(program, heads, number):
 
 
 @triton.jit
-def patches_of(window, rows, columns, size, dilation, before, down, across, W: tl.constexpr):
-    """Numbers of a window's patches in the grid, and whether they are there."""
+def patches_of(window, start, rows, columns, size, dilation, before, down, across, W: tl.constexpr):
+    """Numbers in the grid of W patches of a window, and whether they are there."""
     place, phase = window // (dilation * dilation), window % (dilation * dilation)
-    i = tl.arange(0, W)
+    i = start + tl.arange(0, W)
     of_row = place // across * size + i // size - before
     of_column = place % across * size + i % size - before
     row, column = of_row * dilation + phase // dilation, of_column * dilation + phase % dilation
@@ -92,7 +97,7 @@ def patches_of(window, rows, columns, size, dilation, before, down, across, W: t
 def rows_at(start, tokens, there, stride, width, WIDTH: tl.constexpr):
     """Rows of these tokens in float32, with zeros for what is not there."""
     columns = tl.arange(0, WIDTH)[None, :]
-    at = start + tokens.to(tl.int64)[:, None] * stride + columns
+    at = start + (tokens[:, None] * stride + columns)  # fewer registers than in 64 bits
     return tl.load(at, mask=there[:, None] & (columns < width), other=0.0).to(tl.float32)
 
 
@@ -100,18 +105,34 @@ def rows_at(start, tokens, there, stride, width, WIDTH: tl.constexpr):
 def store_at(start, tokens, there, stride, width, x, WIDTH: tl.constexpr):
     """Write such rows, rounded to the precision of that memory."""
     columns = tl.arange(0, WIDTH)[None, :]
-    at = start + tokens.to(tl.int64)[:, None] * stride + columns
+    at = start + (tokens[:, None] * stride + columns)  # fewer registers than in 64 bits
     tl.store(at, x.to(start.dtype.element_ty), mask=there[:, None] & (columns < width))
 
 
 @triton.jit
-def scores_of(query, key, there, EXACT: tl.constexpr):
-    """Products of queries with keys, -inf where there is no key."""
-    return tl.where(there[None, :], product(query, tl.trans(key), EXACT), float("-inf"))
+def products_of(
+    a, b, of_a, of_b, in_a, in_b, a_n, b_n, width, EXACT: tl.constexpr, A: tl.constexpr, B: tl.constexpr
+):  # fmt: skip
+    """A Bᵀ of rows of these tokens, over some columns at a time, as whole rows would not fit into registers."""
+    y = tl.zeros((A, B), tl.float32)
+    for column in range(0, width, COLUMNS):
+        rows = rows_at(a + column, of_a, in_a, a_n, width - column, COLUMNS)
+        y += product(rows, tl.trans(rows_at(b + column, of_b, in_b, b_n, width - column, COLUMNS)), EXACT)
+    return y
+
+
+@triton.jit
+def scores_of(
+    q, k, of_q, of_k, in_q, in_k, q_n, k_n, d, scale, EXACT: tl.constexpr, A: tl.constexpr, B: tl.constexpr
+):  # fmt: skip
+    """Scores of queries and keys of these tokens, -inf where there is no key."""
+    scores = scale * products_of(q, k, of_q, of_k, in_q, in_k, q_n, k_n, d, EXACT, A, B)
+    return tl.where(in_k[None, :], scores, float("-inf"))
 
 
 @triton.jit
 def largest_of(scores):
+    """The largest score of each query, a finite number."""
     return tl.maximum(tl.max(scores, axis=1), _LOWEST)
 
 
