@@ -52,10 +52,10 @@ def mix_windows(
         for start in range(0, size * size, STRIP):
             mine, is_mine = patches_of(window, start, rows, columns, size, dilation, before, down, across, STRIP)
             at, keys = first + mine, prefix + tokens
-            scores = scores_of(q, k, at, keys, is_mine, there, q_n, k_n, d, scale, EXACT, STRIP, W)
+            scores = scores_of(q, k, at, keys, is_mine, there, q_n, k_n, d, scale, EXACT, STRIP, W, D)
             largest = largest_of(scores)
             if PREFIX:
-                to_prefix = scores_of(q, k, at, s, is_mine, is_prefix, q_n, k_n, d, scale, EXACT, STRIP, S)
+                to_prefix = scores_of(q, k, at, s, is_mine, is_prefix, q_n, k_n, d, scale, EXACT, STRIP, S, D)
                 largest = tl.maximum(largest, tl.max(to_prefix, axis=1))
             p = tl.exp(scores - largest[:, None])
             total = tl.sum(p, axis=1)
@@ -66,7 +66,7 @@ def mix_windows(
                 out += product(p, rows_of(v, 0, v_n, prefix, e, S, E), EXACT)
             store_at(y, at, is_mine, y_n, e, out / tl.where(is_mine, total, 1.0)[:, None], E)
     if ASKS:
-        scores = scores_of(q, k, s, prefix + tokens, is_prefix, there, q_n, k_n, d, scale, EXACT, S, W)
+        scores = scores_of(q, k, s, prefix + tokens, is_prefix, there, q_n, k_n, d, scale, EXACT, S, W, D)
         largest = largest_of(scores)
         p = tl.exp(scores - largest[:, None])
         out = product(p, rows_at(v, prefix + tokens, there, v_n, e, E), EXACT)

@@ -36,9 +36,9 @@ def _of_asking(
 ):  # fmt: skip
     """Probabilities P of some keys for prefix tokens, and gradients P (∂P - ∂y · y) of their scores."""
     s = tl.arange(0, S)
-    scores = scores_of(q, k, s, of_k, s < prefix, in_k, q_n, k_n, d, scale, EXACT, S, B)
+    scores = scores_of(q, k, s, of_k, s < prefix, in_k, q_n, k_n, d, scale, EXACT, S, B, COLUMNS)
     p = tl.exp(scores - tl.load(state + s * (e + 1) + e, mask=s < prefix, other=0.0)[:, None])
-    d_p = products_of(gradient, v, s, of_k, s < prefix, in_k, g_n, v_n, e, EXACT, S, B)
+    d_p = products_of(gradient, v, s, of_k, s < prefix, in_k, g_n, v_n, e, EXACT, S, B, COLUMNS)
     d_y = rows_of(gradient, 0, g_n, prefix, e, S, E)
     return p, p * (d_p - tl.sum(d_y * rows_of(state, 0, e + 1, prefix, e, S, E), axis=1)[:, None])
 
@@ -50,7 +50,7 @@ def through_windows(
     iq_b, iq_h, iq_n, ik_b, ik_h, ik_n, iv_b, iv_h, iv_n, oq_b, oq_h, oq_n, ok_b, ok_h, ok_n, ov_b, ov_h, ov_n,
     heads, number, rows, columns, size, dilation, before, down, across, prefix, first, d, e, scale,
     MIXES: tl.constexpr, PREFIX: tl.constexpr, ASKS: tl.constexpr, EXACT: tl.constexpr,
-    W: tl.constexpr, S: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    W: tl.constexpr, S: tl.constexpr, D: tl.constexpr, E: tl.constexpr, OF_Q: tl.constexpr, OF_K: tl.constexpr,
 ):  # fmt: skip
     """∂q, ∂k, ∂v of a window's patches, and its part of those of the prefix tokens.
 
@@ -67,20 +67,37 @@ def through_windows(
     tokens, there = patches_of(window, 0, rows, columns, size, dilation, before, down, across, W)
     keys, s = prefix + tokens, tl.arange(0, S)
     is_prefix = s < prefix
+    of_k = tl.zeros((W, D), tl.float32)
+    of_v = tl.zeros((W, E), tl.float32)
+    if not MIXES:
+        passed = rows_at(given_q + b * iq_b + h * iq_h, tokens, there, iq_n, d, D)
+        store_at(d_q, first + tokens, there, oq_n, d, passed, D)
+        of_k += rows_at(given_k + b * ik_b + h * ik_h, keys, there, ik_n, d, D)
+        of_v += rows_at(given_v + b * iv_b + h * iv_h, keys, there, iv_n, e, E)
+    if ASKS:
+        state += b * s_b + h * s_h
+        p, d_scores = _of_asking(
+            gradient, q, k, v, state, keys, there, g_n, q_n, k_n, v_n, prefix, d, e, scale, EXACT, S, W, E
+        )
+        if OF_K:
+            of_v += product(tl.trans(p), rows_of(gradient, 0, g_n, prefix, e, S, E), EXACT)
+            of_k += product(tl.trans(d_scores), scale * rows_of(q, 0, q_n, prefix, d, S, D), EXACT)
+        if OF_Q:
+            for column in range(0, d, COLUMNS):
+                of_q = product(d_scores, rows_at(k + column, keys, there, k_n, d - column, COLUMNS), EXACT)
+                store_rows(parts + column, 0, 2 * d + e, prefix, d - column, scale * of_q, S, COLUMNS)
     if MIXES:
-        of_k = tl.zeros((W, D), tl.float32)
-        of_v = tl.zeros((W, E), tl.float32)
         of_k_s = tl.zeros((S, D), tl.float32)
         of_v_s = tl.zeros((S, E), tl.float32)
         for start in range(0, size * size, STRIP):
             mine, is_mine = patches_of(window, start, rows, columns, size, dilation, before, down, across, STRIP)
             at = first + mine
-            scores = scores_of(q, k, at, keys, is_mine, there, q_n, k_n, d, scale, EXACT, STRIP, W)
-            d_p = products_of(gradient, v, at, keys, is_mine, there, g_n, v_n, e, EXACT, STRIP, W)
+            scores = scores_of(q, k, at, keys, is_mine, there, q_n, k_n, d, scale, EXACT, STRIP, W, COLUMNS)
+            d_p = products_of(gradient, v, at, keys, is_mine, there, g_n, v_n, e, EXACT, STRIP, W, COLUMNS)
             largest = largest_of(scores)
             if PREFIX:
-                to_prefix = scores_of(q, k, at, s, is_mine, is_prefix, q_n, k_n, d, scale, EXACT, STRIP, S)
-                d_p_s = products_of(gradient, v, at, s, is_mine, is_prefix, g_n, v_n, e, EXACT, STRIP, S)
+                to_prefix = scores_of(q, k, at, s, is_mine, is_prefix, q_n, k_n, d, scale, EXACT, STRIP, S, COLUMNS)
+                d_p_s = products_of(gradient, v, at, s, is_mine, is_prefix, g_n, v_n, e, EXACT, STRIP, S, COLUMNS)
                 largest = tl.maximum(largest, tl.max(to_prefix, axis=1))
             p = tl.exp(scores - largest[:, None])
             total = tl.sum(p, axis=1)
@@ -95,38 +112,26 @@ def through_windows(
                 common += tl.sum(p_s * d_p_s, axis=1)
                 d_scores_s = p_s * (d_p_s - common[:, None])
             d_scores = p * (d_p - common[:, None])
-            d_y = rows_at(gradient, at, is_mine, g_n, e, E)
-            of_v += product(tl.trans(p), d_y, EXACT)
-            query = scale * rows_at(q, at, is_mine, q_n, d, D)
-            of_k += product(tl.trans(d_scores), query, EXACT)
-            if PREFIX:
-                of_v_s += product(tl.trans(p_s), d_y, EXACT)
-                of_k_s += product(tl.trans(d_scores_s), query, EXACT)
-            for column in range(0, d, COLUMNS):
-                of_q = product(d_scores, rows_at(k + column, keys, there, k_n, d - column, COLUMNS), EXACT)
+            if OF_K:
+                d_y = rows_at(gradient, at, is_mine, g_n, e, E)
+                of_v += product(tl.trans(p), d_y, EXACT)
+                query = scale * rows_at(q, at, is_mine, q_n, d, D)
+                of_k += product(tl.trans(d_scores), query, EXACT)
                 if PREFIX:
-                    of_q += product(d_scores_s, rows_of(k + column, 0, k_n, prefix, d - column, S, COLUMNS), EXACT)
-                store_at(d_q + column, at, is_mine, oq_n, d - column, scale * of_q, COLUMNS)
-        if PREFIX:
+                    of_v_s += product(tl.trans(p_s), d_y, EXACT)
+                    of_k_s += product(tl.trans(d_scores_s), query, EXACT)
+            if OF_Q:
+                for column in range(0, d, COLUMNS):
+                    of_q = product(d_scores, rows_at(k + column, keys, there, k_n, d - column, COLUMNS), EXACT)
+                    if PREFIX:
+                        of_q += product(d_scores_s, rows_of(k + column, 0, k_n, prefix, d - column, S, COLUMNS), EXACT)
+                    store_at(d_q + column, at, is_mine, oq_n, d - column, scale * of_q, COLUMNS)
+        if OF_K and PREFIX:
             store_rows(parts + d, 0, 2 * d + e, prefix, d, of_k_s, S, D)
             store_rows(parts + 2 * d, 0, 2 * d + e, prefix, e, of_v_s, S, E)
-    else:
-        passed = rows_at(given_q + b * iq_b + h * iq_h, tokens, there, iq_n, d, D)
-        store_at(d_q, first + tokens, there, oq_n, d, passed, D)
-        of_k = rows_at(given_k + b * ik_b + h * ik_h, keys, there, ik_n, d, D)
-        of_v = rows_at(given_v + b * iv_b + h * iv_h, keys, there, iv_n, e, E)
-    if ASKS:
-        state += b * s_b + h * s_h
-        p, d_scores = _of_asking(
-            gradient, q, k, v, state, keys, there, g_n, q_n, k_n, v_n, prefix, d, e, scale, EXACT, S, W, E
-        )
-        of_v += product(tl.trans(p), rows_of(gradient, 0, g_n, prefix, e, S, E), EXACT)
-        of_k += product(tl.trans(d_scores), scale * rows_of(q, 0, q_n, prefix, d, S, D), EXACT)
-        for column in range(0, d, COLUMNS):
-            of_q = product(d_scores, rows_at(k + column, keys, there, k_n, d - column, COLUMNS), EXACT)
-            store_rows(parts + column, 0, 2 * d + e, prefix, d - column, scale * of_q, S, COLUMNS)
-    store_at(d_k + b * ok_b + h * ok_h, keys, there, ok_n, d, of_k, D)
-    store_at(d_v + b * ov_b + h * ov_h, keys, there, ov_n, e, of_v, E)
+    if OF_K:
+        store_at(d_k + b * ok_b + h * ok_h, keys, there, ok_n, d, of_k, D)
+        store_at(d_v + b * ov_b + h * ov_h, keys, there, ov_n, e, of_v, E)
 
 
 @triton.jit
@@ -196,11 +201,16 @@ def attend_backward(
         if prefix and (mixes or asks):
             parts = q.new_empty(heads, run.number, prefix, 2 * d + e, dtype=torch.float32)
         strides = *_strides(d_y, q_, k_, v_), *state_.stride()[:2]
-        through_windows[(heads * run.number,)](
-            *(d_y, q_, k_, v_, state_, given_q, given_k, given_v, *to, parts),
-            *(*strides, *_strides(given_q, given_k, given_v, *to), *run.arguments, prefix, first, d, e, scale),
-            **options,
-        )
+        # All at once, exact products for so many keys would not fit into registers.
+        in_two = mixes and options["EXACT"] and options["W"] > 32
+        for of_q, of_k in ((True, False), (False, True)) if in_two else ((True, True),):
+            through_windows[(heads * run.number,)](
+                *(d_y, q_, k_, v_, state_, given_q, given_k, given_v, *to, parts),
+                *(*strides, *_strides(given_q, given_k, given_v, *to), *run.arguments, prefix, first, d, e, scale),
+                OF_Q=of_q,
+                OF_K=of_k,
+                **options,
+            )
         if prefix:
             through_prefix[(heads,)](
                 *(d_y, q_, k_, v_, state_, given_k, given_v, *to, parts.sum(dim=1) if parts.numel() else parts),

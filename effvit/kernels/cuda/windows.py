@@ -65,7 +65,7 @@ def options_of(run: Run, prefix: int, asks: bool, *tensors: Tensor) -> dict[str,
         "S": MOST_PREFIX,
         "D": side(q.shape[-1]),
         "E": side(v.shape[-1]),
-        "num_warps": 8,
+        "num_warps": 8 if patches > 32 or is_exact(*tensors) else 4,
         "num_stages": 1,
     }
 
@@ -111,22 +111,24 @@ def store_at(start, tokens, there, stride, width, x, WIDTH: tl.constexpr):
 
 @triton.jit
 def products_of(
-    a, b, of_a, of_b, in_a, in_b, a_n, b_n, width, EXACT: tl.constexpr, A: tl.constexpr, B: tl.constexpr
+    a, b, of_a, of_b, in_a, in_b, a_n, b_n, width,
+    EXACT: tl.constexpr, A: tl.constexpr, B: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """A Bᵀ of rows of these tokens, over some columns at a time, as whole rows would not fit into registers."""
+    """A Bᵀ of rows of these tokens, over so many columns at a time."""
     y = tl.zeros((A, B), tl.float32)
-    for column in range(0, width, COLUMNS):
-        rows = rows_at(a + column, of_a, in_a, a_n, width - column, COLUMNS)
-        y += product(rows, tl.trans(rows_at(b + column, of_b, in_b, b_n, width - column, COLUMNS)), EXACT)
+    for column in range(0, width, AT_ONCE):
+        rows = rows_at(a + column, of_a, in_a, a_n, width - column, AT_ONCE)
+        y += product(rows, tl.trans(rows_at(b + column, of_b, in_b, b_n, width - column, AT_ONCE)), EXACT)
     return y
 
 
 @triton.jit
 def scores_of(
-    q, k, of_q, of_k, in_q, in_k, q_n, k_n, d, scale, EXACT: tl.constexpr, A: tl.constexpr, B: tl.constexpr
+    q, k, of_q, of_k, in_q, in_k, q_n, k_n, d, scale,
+    EXACT: tl.constexpr, A: tl.constexpr, B: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Scores of queries and keys of these tokens, -inf where there is no key."""
-    scores = scale * products_of(q, k, of_q, of_k, in_q, in_k, q_n, k_n, d, EXACT, A, B)
+    scores = scale * products_of(q, k, of_q, of_k, in_q, in_k, q_n, k_n, d, EXACT, A, B, AT_ONCE)
     return tl.where(in_k[None, :], scores, float("-inf"))
 
 
