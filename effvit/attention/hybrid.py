@@ -100,9 +100,9 @@ class HybridAttention(Attention):
         tokens = self.prefix_tokens, self.num_patches
         if context:
             mix = lambda *qkv: weighted_sum(self.branches(*qkv), context[0])  # noqa: E731
-            return prefix_and_patches(q, k, v, tokens, [None] * self.num_heads, mix, self.dropout_p)
+            return prefix_and_patches(q, k, v, tokens, [None] * self.num_heads, self.dropout_p, mix)
         windows = [[*self.windows, None][branch] for branch in self.branch_of_heads]
-        return prefix_and_patches(q, k, v, tokens, windows, self.linear, self.dropout_p)
+        return prefix_and_patches(q, k, v, tokens, windows, self.dropout_p, self.linear)
 
     def branches(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Tensor]:
         """Patches' queries ``(B, H, P, d)`` and all keys and values through one branch after the other."""

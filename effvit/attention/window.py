@@ -46,7 +46,7 @@ class WindowAttention(Attention):
         if self.is_global:
             return softmax_attention(q, k, v, self.dropout_p)
         tokens, windows = (self.prefix_tokens, self.num_patches), [self.windows] * self.num_heads
-        return prefix_and_patches(q, k, v, tokens, windows, dropout_p=self.dropout_p)
+        return prefix_and_patches(q, k, v, tokens, windows, self.dropout_p)
 
     def mixing_macs(self) -> int:
         """2N²C where global; else 2SNC for prefix tokens and 2P'C(w² + S) with P' patches of the padded grid."""

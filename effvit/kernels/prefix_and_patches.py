@@ -8,6 +8,9 @@ from effvit.kernels.parts import join, split
 from effvit.kernels.softmax_attention import softmax_attention
 from effvit.kernels.window_attention import Windows, in_triton, suits_triton, window_attention
 
+Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries of patches ``(B, h, P, d)``, all keys and all values of some heads to ``(B, h, P, e)``."""
+
 
 def prefix_and_patches(
     q: Tensor,
@@ -15,8 +18,8 @@ def prefix_and_patches(
     v: Tensor,
     tokens: tuple[int, int],
     windows: Sequence[Windows | None],
-    others: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     dropout_p: float = 0.0,
+    others: Mix | None = None,
 ) -> Tensor:
     """Queries ``(B, H, N, d)``, keys and values of S + P tokens to ``(B, H, N, e)``.
 
@@ -26,23 +29,23 @@ def prefix_and_patches(
         v: values.
         tokens: S and P.
         windows: of each head; None for those that have none, which come last.
-        others: patches' queries ``(B, h, P, d)``, all keys and all values of such heads to ``(B, h, P, e)``.
         dropout_p: acts on the probabilities of softmaxes.
+        others: how patches attend in heads that have no windows.
     """
-    assert others is not None or None not in windows, "how heads without windows attend"
     of_heads = [of_head for of_head in windows if of_head is not None]
     sizes = [len(of_heads), len(windows) - len(of_heads)]
     if of_heads and suits_triton(q, k, v, of_heads, dropout_p):
         y, *more = in_triton(q, k, v, of_heads)
-        if not more:
+        if others is None or not more:
             return y
         of_prefix, *qkv = more
-        return join([y, join([of_prefix, others(*qkv)], dim=2)], dim=1)
+        mixed = others(*qkv)
+        return join([y, join([of_prefix, mixed], dim=2) if tokens[0] else mixed], dim=1)
     prefix, patches = split(q, list(tokens), dim=2)
-    if not of_heads:
-        mixed = others(patches, k, v)
-    elif not sizes[1]:
+    if others is None or not sizes[1]:
         mixed = window_attention(patches, k, v, of_heads, dropout_p)
+    elif not of_heads:
+        mixed = others(patches, k, v)
     else:
         (q_w, q_o), (k_w, k_o), (v_w, v_o) = (split(x, sizes, dim=1) for x in (patches, k, v))
         mixed = join([window_attention(q_w, k_w, v_w, of_heads, dropout_p), others(q_o, k_o, v_o)], dim=1)

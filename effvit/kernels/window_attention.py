@@ -105,6 +105,7 @@ def suits_triton(q: Tensor, k: Tensor, v: Tensor, windows: OfHeads, dropout_p: f
 
     few = k.shape[-2] - windows[0].rows * windows[0].columns <= MOST_PREFIX
     few = few and max(of_head.size for of_head in windows) ** 2 <= MOST_PATCHES
+    few = few and max(x.shape[2] * x.stride(2) for x in (q, k, v)) < 2**31  # or offsets would need 64 bits
     return few and q.numel() > 0 and v.numel() > 0 and max(k.shape[-1], v.shape[-1]) <= WIDEST
 
 
@@ -348,7 +349,7 @@ class InTriton(torch.autograd.Function):
 
         q, k, v, state = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *choice.through_equation(lambda *qkv: _equation(*qkv, ctx.windows), (q, k, v), gradients), None
+            return *choice.through_equation(lambda q, k, v: _equation(q, k, v, ctx.windows), (q, k, v), gradients), None
         of_y, *of_others = gradients
         of_prefix, *given = of_others or (of_y[:, :0], *_others(q, k, v, ctx.windows))
         return *attend_backward(of_y, of_prefix, given, q, k, v, state, _as_numbers(ctx.windows)), None

@@ -14,7 +14,14 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from effvit import build_attention, policy
-from effvit.kernels import choice, feature_attention, pseudo_inverse, softmax_attention, token_convolution, window_attention
+from effvit.kernels import (
+    choice,
+    feature_attention,
+    pseudo_inverse,
+    softmax_attention,
+    token_convolution,
+    window_attention,
+)
 from effvit.kernels.cuda import features as of_cuda
 from effvit.kernels.feature_attention import Features
 from effvit.kernels.window_attention import Windows

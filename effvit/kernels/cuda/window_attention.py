@@ -16,6 +16,7 @@ from torch import Tensor
 
 from effvit.kernels.cuda.blocks import by_rows, like_heads, on_its_device, product, rows_of, store_rows
 from effvit.kernels.cuda.windows import (
+    COLUMNS,
     STRIP,
     largest_of,
     no_tensor,
@@ -29,7 +30,7 @@ from effvit.kernels.cuda.windows import (
     store_at,
 )
 
-_AT_ONCE = tl.constexpr(64)  # windows
+_BLOCK = tl.constexpr(64)  # windows
 
 
 @triton.jit
@@ -37,7 +38,7 @@ def mix_windows(
     q, k, v, y, parts, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, y_b, y_h, y_n,
     heads, number, rows, columns, size, dilation, before, down, across, prefix, first, d, e, scale,
     MIXES: tl.constexpr, PREFIX: tl.constexpr, ASKS: tl.constexpr, EXACT: tl.constexpr,
-    W: tl.constexpr, S: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    W: tl.constexpr, S: tl.constexpr, E: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Outputs of a window's patches, whose queries begin at ``first``, and parts of those of the prefix tokens."""
     b, h, window = place(tl.program_id(0), heads, number)
@@ -52,10 +53,10 @@ def mix_windows(
         for start in range(0, size * size, STRIP):
             mine, is_mine = patches_of(window, start, rows, columns, size, dilation, before, down, across, STRIP)
             at, keys = first + mine, prefix + tokens
-            scores = scores_of(q, k, at, keys, is_mine, there, q_n, k_n, d, scale, EXACT, STRIP, W, D)
+            scores = scores_of(q, k, at, keys, is_mine, there, q_n, k_n, d, scale, EXACT, STRIP, W, AT_ONCE)
             largest = largest_of(scores)
             if PREFIX:
-                to_prefix = scores_of(q, k, at, s, is_mine, is_prefix, q_n, k_n, d, scale, EXACT, STRIP, S, D)
+                to_prefix = scores_of(q, k, at, s, is_mine, is_prefix, q_n, k_n, d, scale, EXACT, STRIP, S, AT_ONCE)
                 largest = tl.maximum(largest, tl.max(to_prefix, axis=1))
             p = tl.exp(scores - largest[:, None])
             total = tl.sum(p, axis=1)
@@ -66,7 +67,7 @@ def mix_windows(
                 out += product(p, rows_of(v, 0, v_n, prefix, e, S, E), EXACT)
             store_at(y, at, is_mine, y_n, e, out / tl.where(is_mine, total, 1.0)[:, None], E)
     if ASKS:
-        scores = scores_of(q, k, s, prefix + tokens, is_prefix, there, q_n, k_n, d, scale, EXACT, S, W, D)
+        scores = scores_of(q, k, s, prefix + tokens, is_prefix, there, q_n, k_n, d, scale, EXACT, S, W, AT_ONCE)
         largest = largest_of(scores)
         p = tl.exp(scores - largest[:, None])
         out = product(p, rows_at(v, prefix + tokens, there, v_n, e, E), EXACT)
@@ -93,8 +94,8 @@ def join_windows(
     largest = tl.max(scores, axis=0)
     p = tl.exp(scores - largest)
     total, out = tl.sum(p, axis=0), tl.sum(p[:, None] * value, axis=0)
-    for start in range(0, number, _AT_ONCE):
-        window = start + tl.arange(0, _AT_ONCE)
+    for start in range(0, number, _BLOCK):
+        window = start + tl.arange(0, _BLOCK)
         at = parts + ((head.to(tl.int64) * number + window) * prefix + s) * (e + 2)
         of_window = tl.load(at + e + 1, mask=window < number, other=float("-inf"))
         most = tl.maximum(largest, tl.max(of_window, axis=0))
@@ -125,6 +126,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, windows: Sequence[int]) -> tuple[Ten
     first = q.shape[2] - windows[1] * windows[2]
     for run in runs_of(windows, q.shape[1]):
         options = options_of(run, prefix, first > 0, q, k, v)
+        at_once, rounded = options.pop("D"), options["W"] > 32 and not options["EXACT"]
         if not run.mixes and not options["ASKS"]:
             continue
         q_, k_, v_ = (x[:, run.heads] for x in (q, k, v))
@@ -134,13 +136,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, windows: Sequence[int]) -> tuple[Ten
             parts = q.new_empty(len(q) * q_.shape[1], run.number, prefix, e + 2, dtype=torch.float32)
         strides = tuple(stride for x in (q_, k_, v_, to) for stride in x.stride()[:3])
         mix_windows[(len(q) * q_.shape[1] * run.number,)](
-            q_, k_, v_, to, parts, *strides, *run.arguments, prefix, first, d, e, scale, **options
-        )
+            q_, k_, v_, to, parts, *strides, *run.arguments, prefix, first, d, e, scale,
+            AT_ONCE=min(COLUMNS, at_once) if rounded else at_once, **options,
+        )  # fmt: skip
         if options["ASKS"]:
             join_windows[(len(q) * q_.shape[1] * prefix,)](
                 *(q_, k_, v_, to, parts, state[:, run.heads], *strides, *state.stride()[:2]),
                 *(q_.shape[1], run.number, prefix, d, e, scale),
-                **{name: options[name] for name in ("S", "D", "E")},
+                S=options["S"],
+                D=at_once,
+                E=options["E"],
             )
     return y, of_others, state
 

@@ -1,7 +1,7 @@
 """Gradients of `window_attention`, window by window; probabilities are computed again.
 
-A program writes the gradients of its window's tokens. Those of prefix tokens, of which every window has a part, are sums
-of parts in the order of windows.
+A program writes the gradients of its window's tokens. Every window has a part of those of prefix tokens. Parts are added
+up in the order of windows.
 """
 
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ from effvit.kernels.cuda.windows import (
     patches_of,
     place,
     prefix_of,
+    products_of,
     rows_at,
     runs_of,
-    products_of,
     scores_of,
     store_at,
 )
@@ -32,13 +32,13 @@ from effvit.kernels.cuda.windows import (
 @triton.jit
 def _of_asking(
     gradient, q, k, v, state, of_k, in_k, g_n, q_n, k_n, v_n, prefix, d, e, scale, EXACT: tl.constexpr,
-    S: tl.constexpr, B: tl.constexpr, E: tl.constexpr,
+    S: tl.constexpr, B: tl.constexpr, E: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Probabilities P of some keys for prefix tokens, and gradients P (∂P - ∂y · y) of their scores."""
     s = tl.arange(0, S)
-    scores = scores_of(q, k, s, of_k, s < prefix, in_k, q_n, k_n, d, scale, EXACT, S, B, COLUMNS)
+    scores = scores_of(q, k, s, of_k, s < prefix, in_k, q_n, k_n, d, scale, EXACT, S, B, AT_ONCE)
     p = tl.exp(scores - tl.load(state + s * (e + 1) + e, mask=s < prefix, other=0.0)[:, None])
-    d_p = products_of(gradient, v, s, of_k, s < prefix, in_k, g_n, v_n, e, EXACT, S, B, COLUMNS)
+    d_p = products_of(gradient, v, s, of_k, s < prefix, in_k, g_n, v_n, e, EXACT, S, B, AT_ONCE)
     d_y = rows_of(gradient, 0, g_n, prefix, e, S, E)
     return p, p * (d_p - tl.sum(d_y * rows_of(state, 0, e + 1, prefix, e, S, E), axis=1)[:, None])
 
@@ -50,7 +50,8 @@ def through_windows(
     iq_b, iq_h, iq_n, ik_b, ik_h, ik_n, iv_b, iv_h, iv_n, oq_b, oq_h, oq_n, ok_b, ok_h, ok_n, ov_b, ov_h, ov_n,
     heads, number, rows, columns, size, dilation, before, down, across, prefix, first, d, e, scale,
     MIXES: tl.constexpr, PREFIX: tl.constexpr, ASKS: tl.constexpr, EXACT: tl.constexpr,
-    W: tl.constexpr, S: tl.constexpr, D: tl.constexpr, E: tl.constexpr, OF_Q: tl.constexpr, OF_K: tl.constexpr,
+    W: tl.constexpr, S: tl.constexpr, D: tl.constexpr, E: tl.constexpr, AT_ONCE: tl.constexpr,
+    OF_Q: tl.constexpr, OF_K: tl.constexpr,
 ):  # fmt: skip
     """∂q, ∂k, ∂v of a window's patches, and its part of those of the prefix tokens.
 
@@ -77,27 +78,27 @@ def through_windows(
     if ASKS:
         state += b * s_b + h * s_h
         p, d_scores = _of_asking(
-            gradient, q, k, v, state, keys, there, g_n, q_n, k_n, v_n, prefix, d, e, scale, EXACT, S, W, E
+            gradient, q, k, v, state, keys, there, g_n, q_n, k_n, v_n, prefix, d, e, scale, EXACT, S, W, E, AT_ONCE
         )
         if OF_K:
             of_v += product(tl.trans(p), rows_of(gradient, 0, g_n, prefix, e, S, E), EXACT)
             of_k += product(tl.trans(d_scores), scale * rows_of(q, 0, q_n, prefix, d, S, D), EXACT)
         if OF_Q:
-            for column in range(0, d, COLUMNS):
-                of_q = product(d_scores, rows_at(k + column, keys, there, k_n, d - column, COLUMNS), EXACT)
-                store_rows(parts + column, 0, 2 * d + e, prefix, d - column, scale * of_q, S, COLUMNS)
+            for column in range(0, d, AT_ONCE):
+                of_q = product(d_scores, rows_at(k + column, keys, there, k_n, d - column, AT_ONCE), EXACT)
+                store_rows(parts + column, 0, 2 * d + e, prefix, d - column, scale * of_q, S, AT_ONCE)
     if MIXES:
         of_k_s = tl.zeros((S, D), tl.float32)
         of_v_s = tl.zeros((S, E), tl.float32)
         for start in range(0, size * size, STRIP):
             mine, is_mine = patches_of(window, start, rows, columns, size, dilation, before, down, across, STRIP)
             at = first + mine
-            scores = scores_of(q, k, at, keys, is_mine, there, q_n, k_n, d, scale, EXACT, STRIP, W, COLUMNS)
-            d_p = products_of(gradient, v, at, keys, is_mine, there, g_n, v_n, e, EXACT, STRIP, W, COLUMNS)
+            scores = scores_of(q, k, at, keys, is_mine, there, q_n, k_n, d, scale, EXACT, STRIP, W, AT_ONCE)
+            d_p = products_of(gradient, v, at, keys, is_mine, there, g_n, v_n, e, EXACT, STRIP, W, AT_ONCE)
             largest = largest_of(scores)
             if PREFIX:
-                to_prefix = scores_of(q, k, at, s, is_mine, is_prefix, q_n, k_n, d, scale, EXACT, STRIP, S, COLUMNS)
-                d_p_s = products_of(gradient, v, at, s, is_mine, is_prefix, g_n, v_n, e, EXACT, STRIP, S, COLUMNS)
+                to_prefix = scores_of(q, k, at, s, is_mine, is_prefix, q_n, k_n, d, scale, EXACT, STRIP, S, AT_ONCE)
+                d_p_s = products_of(gradient, v, at, s, is_mine, is_prefix, g_n, v_n, e, EXACT, STRIP, S, AT_ONCE)
                 largest = tl.maximum(largest, tl.max(to_prefix, axis=1))
             p = tl.exp(scores - largest[:, None])
             total = tl.sum(p, axis=1)
@@ -121,11 +122,11 @@ def through_windows(
                     of_v_s += product(tl.trans(p_s), d_y, EXACT)
                     of_k_s += product(tl.trans(d_scores_s), query, EXACT)
             if OF_Q:
-                for column in range(0, d, COLUMNS):
-                    of_q = product(d_scores, rows_at(k + column, keys, there, k_n, d - column, COLUMNS), EXACT)
+                for column in range(0, d, AT_ONCE):
+                    of_q = product(d_scores, rows_at(k + column, keys, there, k_n, d - column, AT_ONCE), EXACT)
                     if PREFIX:
-                        of_q += product(d_scores_s, rows_of(k + column, 0, k_n, prefix, d - column, S, COLUMNS), EXACT)
-                    store_at(d_q + column, at, is_mine, oq_n, d - column, scale * of_q, COLUMNS)
+                        of_q += product(d_scores_s, rows_of(k + column, 0, k_n, prefix, d - column, S, AT_ONCE), EXACT)
+                    store_at(d_q + column, at, is_mine, oq_n, d - column, scale * of_q, AT_ONCE)
         if OF_K and PREFIX:
             store_rows(parts + d, 0, 2 * d + e, prefix, d, of_k_s, S, D)
             store_rows(parts + 2 * d, 0, 2 * d + e, prefix, e, of_v_s, S, E)
@@ -140,7 +141,7 @@ def through_prefix(
     g_b, g_h, g_n, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, s_b, s_h,
     ik_b, ik_h, ik_n, iv_b, iv_h, iv_n, oq_b, oq_h, oq_n, ok_b, ok_h, ok_n, ov_b, ov_h, ov_n,
     heads, prefix, d, e, scale, MIXES: tl.constexpr, ASKS: tl.constexpr, EXACT: tl.constexpr,
-    S: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
+    S: tl.constexpr, D: tl.constexpr, E: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """∂q, ∂k, ∂v of a head's prefix tokens: sums over windows, what is given, and what they get of one another."""
     head = tl.program_id(0).to(tl.int64)
@@ -161,7 +162,7 @@ def through_prefix(
         s = tl.arange(0, S)
         p, d_scores = _of_asking(
             *(gradient, q, k, v + b * v_b + h * v_h, state + b * s_b + h * s_h),
-            *(s, s < prefix, g_n, q_n, k_n, v_n, prefix, d, e, scale, EXACT, S, S, E),
+            *(s, s < prefix, g_n, q_n, k_n, v_n, prefix, d, e, scale, EXACT, S, S, E, AT_ONCE),
         )
         of_v += product(tl.trans(p), rows_of(gradient, 0, g_n, prefix, e, S, E), EXACT)
         of_k += product(tl.trans(d_scores), scale * rows_of(q, 0, q_n, prefix, d, S, D), EXACT)
@@ -193,6 +194,7 @@ def attend_backward(
     first = q.shape[2] - windows[1] * windows[2]
     for run in runs_of(windows, q.shape[1]):
         options = options_of(run, prefix, first > 0, q, k, v)
+        options["AT_ONCE"] = min(COLUMNS, options["D"]) if options["EXACT"] or not run.mixes else options["D"]
         mixes, asks = options["MIXES"], options["ASKS"]
         d_y = gradient[:, run.heads] if mixes else of_others
         q_, k_, v_, state_, *to = (x[:, run.heads] for x in (q, k, v, state, d_q, d_k, d_v))
@@ -215,7 +217,7 @@ def attend_backward(
             through_prefix[(heads,)](
                 *(d_y, q_, k_, v_, state_, given_k, given_v, *to, parts.sum(dim=1) if parts.numel() else parts),
                 *(*strides, *_strides(given_k, given_v, *to), q_.shape[1], prefix, d, e, scale),
-                **{name: options[name] for name in ("MIXES", "ASKS", "EXACT", "S", "D", "E")},
+                **{name: options[name] for name in ("MIXES", "ASKS", "EXACT", "S", "D", "E", "AT_ONCE")},
             )
     return d_q, d_k, d_v
 

@@ -16,7 +16,8 @@ MOST_PATCHES, MOST_PREFIX, WIDEST = 64, 16, 64
 STRIP = tl.constexpr(16)
 """Queries at a time: with those of a whole window, scores and their gradients would not fit into registers."""
 
-COLUMNS = tl.constexpr(32)
+COLUMNS = 32
+"""Columns that some kernels multiply at a time, as found by compiling them: with more they run out of registers."""
 
 _ALONE = 8  # patches a side that a program takes where heads have no windows
 _LOWEST = tl.constexpr(-1e38)
@@ -97,7 +98,7 @@ def patches_of(window, start, rows, columns, size, dilation, before, down, acros
 def rows_at(start, tokens, there, stride, width, WIDTH: tl.constexpr):
     """Rows of these tokens in float32, with zeros for what is not there."""
     columns = tl.arange(0, WIDTH)[None, :]
-    at = start + (tokens[:, None] * stride + columns)  # fewer registers than in 64 bits
+    at = start + (tokens[:, None] * stride + columns)  # offsets of 64 bits would take too many registers
     return tl.load(at, mask=there[:, None] & (columns < width), other=0.0).to(tl.float32)
 
 
@@ -105,7 +106,7 @@ def rows_at(start, tokens, there, stride, width, WIDTH: tl.constexpr):
 def store_at(start, tokens, there, stride, width, x, WIDTH: tl.constexpr):
     """Write such rows, rounded to the precision of that memory."""
     columns = tl.arange(0, WIDTH)[None, :]
-    at = start + (tokens[:, None] * stride + columns)  # fewer registers than in 64 bits
+    at = start + (tokens[:, None] * stride + columns)  # offsets of 64 bits would take too many registers
     tl.store(at, x.to(start.dtype.element_ty), mask=there[:, None] & (columns < width))
 
 
