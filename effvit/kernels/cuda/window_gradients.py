@@ -1,7 +1,7 @@
 """Gradients of `window_attention`, window by window; probabilities are computed again.
 
-A program writes the gradients of its window's tokens. Every window has a part of those of prefix tokens. Parts are added
-up in the order of windows.
+A program writes the gradients of its window's tokens. Every window has a part of those of prefix tokens; parts are
+added up in the order of windows.
 """
 
 from collections.abc import Sequence
