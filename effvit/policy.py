@@ -50,7 +50,8 @@ def kernels(device: torch.device = _CPU) -> str:
         return "reference"
     if device.type == "cuda":
         form = "Triton" if takes_triton(device) else "torch"
-        return ", ".join(f"{primitive}: {form}" for primitive in ("features", "pseudo-inverse", "token convolution"))
+        primitives = ("features", "windows", "pseudo-inverse", "token convolution")
+        return ", ".join(f"{primitive}: {form}" for primitive in primitives)
     forms = {
         "linear": "oneDNN" if ONEDNN_PRODUCTS else "torch",
         "its weight gradient": "oneDNN" if ONEDNN_WEIGHT_GRADIENTS else "torch",

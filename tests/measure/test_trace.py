@@ -15,8 +15,6 @@ from effvit.measure.without_gpu import Cuda, OnCuda, _known_to_autocast, autocas
 # out where it is met.
 ABOVE = {
     "standard": (40, 80, 18.3),  # whose N x N matrix is in memory
-    "hybrid": (40, 80, 2.9),
-    "window": (40, 80, 2.9),
 }
 
 
