@@ -126,7 +126,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, windows: Sequence[int]) -> tuple[Ten
     first = q.shape[2] - windows[1] * windows[2]
     for run in runs_of(windows, q.shape[1]):
         options = options_of(run, prefix, first > 0, q, k, v)
-        at_once, rounded = options.pop("D"), options["W"] > 32 and not options["EXACT"]
+        width = options.pop("D")
+        at_once = width if options["EXACT"] or options["W"] <= 32 else min(COLUMNS, width)
         if not run.mixes and not options["ASKS"]:
             continue
         q_, k_, v_ = (x[:, run.heads] for x in (q, k, v))
@@ -136,15 +137,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, windows: Sequence[int]) -> tuple[Ten
             parts = q.new_empty(len(q) * q_.shape[1], run.number, prefix, e + 2, dtype=torch.float32)
         strides = tuple(stride for x in (q_, k_, v_, to) for stride in x.stride()[:3])
         mix_windows[(len(q) * q_.shape[1] * run.number,)](
-            q_, k_, v_, to, parts, *strides, *run.arguments, prefix, first, d, e, scale,
-            AT_ONCE=min(COLUMNS, at_once) if rounded else at_once, **options,
-        )  # fmt: skip
+            *(q_, k_, v_, to, parts, *strides, *run.arguments, prefix, first, d, e, scale),
+            AT_ONCE=at_once,
+            **options,
+        )
         if options["ASKS"]:
             join_windows[(len(q) * q_.shape[1] * prefix,)](
                 *(q_, k_, v_, to, parts, state[:, run.heads], *strides, *state.stride()[:2]),
                 *(q_.shape[1], run.number, prefix, d, e, scale),
                 S=options["S"],
-                D=at_once,
+                D=width,
                 E=options["E"],
             )
     return y, of_others, state

@@ -194,8 +194,8 @@ def attend_backward(
     first = q.shape[2] - windows[1] * windows[2]
     for run in runs_of(windows, q.shape[1]):
         options = options_of(run, prefix, first > 0, q, k, v)
-        options["AT_ONCE"] = min(COLUMNS, options["D"]) if options["EXACT"] or not run.mixes else options["D"]
-        mixes, asks = options["MIXES"], options["ASKS"]
+        mixes, asks, exact, width = (options[name] for name in ("MIXES", "ASKS", "EXACT", "D"))
+        options["AT_ONCE"] = min(COLUMNS, width) if exact or not mixes else width
         d_y = gradient[:, run.heads] if mixes else of_others
         q_, k_, v_, state_, *to = (x[:, run.heads] for x in (q, k, v, state, d_q, d_k, d_v))
         heads = len(q) * q_.shape[1]
@@ -204,7 +204,7 @@ def attend_backward(
             parts = q.new_empty(heads, run.number, prefix, 2 * d + e, dtype=torch.float32)
         strides = *_strides(d_y, q_, k_, v_), *state_.stride()[:2]
         # All at once, exact products for so many keys would not fit into registers.
-        in_two = mixes and options["EXACT"] and options["W"] > 32
+        in_two = mixes and exact and options["W"] > 32
         for of_q, of_k in ((True, False), (False, True)) if in_two else ((True, True),):
             through_windows[(heads * run.number,)](
                 *(d_y, q_, k_, v_, state_, given_q, given_k, given_v, *to, parts),
