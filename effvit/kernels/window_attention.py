@@ -324,9 +324,9 @@ def scatter(y: Tensor, prefix: int, of_heads: OfHeads, dtype: torch.dtype) -> Te
 def in_triton(q: Tensor, k: Tensor, v: Tensor, windows: OfHeads) -> tuple[Tensor, ...]:
     """By `effvit.kernels.cuda`, where tokens lie. Queries of the patches, or of all tokens.
 
-    There may be more heads than windows. Then there is more than one result: what comes of the first heads; outputs of
-    the prefix tokens of the other heads; and for these heads to go on with queries of patches, keys and values, whose
-    gradients are put into place with all others.
+    With more heads than windows there are five results: outputs of the first heads; outputs of the prefix tokens in the
+    other heads; and these heads' queries of patches, keys and values. What is made of those three has its gradients
+    written to the same memory as all others, without a copy of the whole.
     """
     return InTriton.apply(q, k, v, windows)
 

@@ -25,7 +25,7 @@ _LOWEST = tl.constexpr(-1e38)
 
 
 class Run(NamedTuple):
-    """Neighbouring heads with equal windows, and what their kernels are told of those."""
+    """Neighbouring heads with equal windows, and the arguments of their kernels."""
 
     heads: slice
     mixes: bool
