@@ -31,6 +31,7 @@ LONGEST = (
     "test_resume.py",
     "test_experiments.py",
     "test_cluster.py",
+    "test_triton.py",
     "test_parallel.py",
     "test_report.py",
     "test_real_imagenet.py",

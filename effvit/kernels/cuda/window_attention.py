@@ -30,7 +30,7 @@ from effvit.kernels.cuda.windows import (
     store_at,
 )
 
-_BLOCK = tl.constexpr(64)  # windows
+_BLOCK = tl.constexpr(32)  # windows
 
 
 @triton.jit
