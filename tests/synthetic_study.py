@@ -139,7 +139,6 @@ def _benchmark(directory, attention):
     ]
     rows += [
         _row(size * 800, fused_size * 800, quantity="train_memory", batch_size=64, unit="bytes"),
-        _row(3e8, 3e8, quantity="max_rss", batch_size=None, unit="bytes"),
     ]
     pd.DataFrame(rows).astype({"batch_size": "Int64"}).to_csv(directory / "cost.csv", index=False)
 

@@ -22,7 +22,6 @@ from effvit.measure.execution import EAGER, Execution, busy_share, launch_bound
 from effvit.measure.latency import Call
 from effvit.measure.macs import count_macs
 from effvit.measure.memory import MIB, resident_bytes
-from effvit.measure.rss import max_rss_bytes
 from effvit.measure.workload import adamw, inference, training_step
 from effvit.model.vit import ViT, ViTConfig
 
@@ -107,9 +106,6 @@ def measure_cost(
     ]
 
     rest: list[Row] = []
-    if device.type == "cpu":  # on a GPU a process's resident memory is that of the driver
-        rss = max_rss_bytes((config, fused_config), batch_size, how.precision)
-        rest.append(pair.row("max_rss", batch_size, "bytes", Comparison.single(*rss)))
     for quantity, make, timed in (("energy", infer, forward), ("train_energy", train, step)):
         if energy := pair.energy(make, batch_size, timed):
             rest.append(pair.row(quantity, batch_size, "J", energy))

@@ -39,12 +39,6 @@ def clock(monkeypatch):
     return seconds
 
 
-@pytest.fixture(autouse=True)
-def no_processes(monkeypatch):
-    """The operating system's view has its own test, with real processes."""
-    monkeypatch.setattr(module, "max_rss_bytes", lambda configs, batch_size, precision: [300, 200])
-
-
 def measure(config=SMALL, batch_size=4, memory_mib=4.0, budget_s=0.02):
     steps = list(measure_cost(config, batch_size=batch_size, memory_mib=memory_mib, budget_s=budget_s, device=CPU))
     assert len(steps) == COST_STEPS
@@ -58,10 +52,10 @@ def test_every_quantity_is_measured_relative(attention):
     assert (table["status"] == "ok").all() and (table[NUMBERS] > 0).all().all()
     batches = table.groupby("quantity")["batch_size"].agg(list)
     assert batches["latency"] == [1, 4] and batches["throughput"][0] == 4 < batches["throughput"][1]
-    for quantity in ("train_step", "train_throughput", "inference_memory", "train_memory", "max_rss"):
+    for quantity in ("train_step", "train_throughput", "inference_memory", "train_memory"):
         assert batches[quantity] == [4]
     units = dict(zip(table["quantity"], table["unit"], strict=True))
-    assert {units[q] for q in ("inference_memory", "train_memory", "max_rss")} == {"bytes"}
+    assert {units[q] for q in ("inference_memory", "train_memory")} == {"bytes"}
     assert {units[q] for q in ("throughput", "train_throughput")} == {"images/s"}
 
 
@@ -80,11 +74,6 @@ def test_latency_is_per_image_and_throughput_its_inverse():
     assert throughput["q25"] <= 1e3 / latency["median"] <= throughput["q75"]
     step, images = table.loc[("train_step", 4)], table.loc[("train_throughput", 4)]
     assert images["q25"] <= 4e3 / step["median"] <= images["q75"]
-
-
-def test_max_rss_stands_beside_that_of_fused():
-    row = measure().set_index("quantity").loc["max_rss"]
-    assert (row["median"], row["fused_median"], row["ratio_to_fused"]) == (300, 200, 1.5)
 
 
 @pytest.mark.parametrize("attention", available_attention())

@@ -91,7 +91,6 @@ def test_blocks_are_compiled_each_by_itself(mode, how, monkeypatch):
 
 
 def test_energy_of_an_image_is_a_row_where_something_counts_it(monkeypatch):
-    monkeypatch.setattr("effvit.measure.benchmark.max_rss_bytes", lambda *_: [1, 1])
     settings = {"batch_size": 4, "memory_mib": 4.0, "budget_s": 0.1, "device": CPU, "how": EAGER}
 
     def quantities():
