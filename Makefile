@@ -73,7 +73,7 @@ lint: env ## format, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-quick: lint ## lint and the fast tests, while you work: 2 to 3 minutes on two cores
+quick: lint ## lint and the fast tests, while you work: 70 to 100 s on two cores
 	CUDA_VISIBLE_DEVICES= $(BIN)/pytest --numprocesses logical --dist loadfile -m "not slow"
 
 # Without CUDA: otherwise as many processes as there are cores would share the first GPU and its memory.
