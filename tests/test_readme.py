@@ -139,6 +139,7 @@ def test_images_of_ones_own_are_prepared_trained_and_predicted(effvit, tmp_path)
     assert list(ran) == ["prepare", "train", "evaluate", "predict"]
     assert json.loads((tmp_path / "runs/photos-test/evaluation.json").read_text(encoding="utf-8"))["top1"] == 1.0
     assert "light" in ran["predict"].out
+    assert "top-1 100.00%" in ran["evaluate"].out and "top-5" not in ran["evaluate"].out  # of two classes
 
 
 def test_the_mechanism_that_the_readme_adds_passes_the_tests_that_all_mechanisms_pass(tmp_path):
