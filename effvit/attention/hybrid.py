@@ -4,13 +4,11 @@ effvit's own, inspired by ACC-ViT's atrous windows and gated fusion (Ibtehaz et 
 and by linear attention (Katharopoulos et al. 2020, arXiv 2006.16236; Han et al. 2023, arXiv 2308.00442).
 """
 
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from effvit.attention.base import DISTINCT, Attention, AttentionOptions, Grid, register
 from effvit.errors import UserError
@@ -19,7 +17,6 @@ from effvit.kernels.prefix_and_patches import prefix_and_patches
 from effvit.kernels.shares import shares, weighted_sum
 from effvit.kernels.window_attention import Windows, window_attention
 
-_POWER = 3.0  # of focused features, as published
 _Branch = Literal["regional", "dilated", "linear"]
 
 
@@ -38,10 +35,9 @@ class HybridOptions(AttentionOptions):
 
     @model_validator(mode="after")
     def _branches_have_what_they_need(self) -> "HybridOptions":
-        if "regional" in self.branches and 1 not in self.dilations:
-            raise ValueError("branches: 'regional' needs dilation 1 among dilations")
-        if "dilated" in self.branches and max(self.dilations) == 1:
-            raise ValueError("branches: 'dilated' needs a dilation above 1 among dilations")
+        for name, which, has in (("regional", 1, 1 in self.dilations), ("dilated", "above 1", max(self.dilations) > 1)):
+            if name in self.branches and not has:
+                raise ValueError(f"branches: {name!r} needs dilation {which} among dilations")
         if self.global_every and ("linear" not in self.branches or len(self.branches) == 1):
             raise ValueError("global_every: needs 'linear' and another one among branches")
         return self
@@ -70,18 +66,19 @@ class HybridAttention(Attention):
 
     def __init__(self, dim: int, num_heads: int, grid_size: Grid, options: HybridOptions, **kwargs: Any) -> None:
         super().__init__(dim, num_heads, grid_size, options, **kwargs)
-        gated, g, number, side = options.fusion == "gate", options.global_every, self.layer + 1, max(grid_size)
-        branches = [name for name in options.branches if not g or (name == "linear") == (number % g == 0)]
-        used = [r for r in options.dilations if ("regional" if r == 1 else "dilated") in branches]
+        gated, g, side = options.fusion == "gate", options.global_every, max(grid_size)
+        names = [name for name in options.branches if not g or (name == "linear") == ((self.layer + 1) % g == 0)]
+        used = [r for r in options.dilations if ("regional" if r == 1 else "dilated") in names]
         # No larger than what there is of each phase: windows that hang over the grid cost as if they were whole.
-        self.windows = [Windows(*grid_size, min(options.window_size, -(-side // r)), r) for r in used]
-        self.branch_names = [*(f"window r={r}" for r in used), *(["linear"] if "linear" in branches else [])]
-        r = len(self.branch_names)
+        windows = [Windows(*grid_size, min(options.window_size, -(-side // r)), r) for r in used]
+        self.branches: list[Windows | None] = [*windows, *([None] if "linear" in names else [])]  # None: linear
+        self.branch_names = ["linear" if w is None else f"window r={w.dilation}" for w in self.branches]
+        r = len(self.branches)
         self.branch_of_heads = sorted((self.layer * num_heads + head) % r for head in range(num_heads))
         self.heads_of_branches = [num_heads if gated else self.branch_of_heads.count(branch) for branch in range(r)]
         self.gate = nn.Linear(dim, r) if gated and r > 1 else None
-        focused = self.head_dim * self.heads_of_branches[-1] if options.feature_map == "focused" else 0
-        self.scale = nn.Parameter(torch.zeros(focused)) if focused and "linear" in branches else None
+        focused = options.feature_map == "focused" and "linear" in names
+        self.scale = nn.Parameter(torch.zeros(self.head_dim * self.heads_of_branches[-1])) if focused else None
         self.reset_mechanism()
 
     def reset_mechanism(self) -> None:
@@ -97,34 +94,27 @@ class HybridAttention(Attention):
         return shares(self.gate(x[:, self.prefix_tokens :]))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
-        tokens = self.prefix_tokens, self.num_patches
-        if context:
-            mix = lambda *qkv: weighted_sum(self.branches(*qkv), context[0])  # noqa: E731
-            return prefix_and_patches(q, k, v, tokens, [None] * self.num_heads, self.dropout_p, mix)
-        windows = [[*self.windows, None][branch] for branch in self.branch_of_heads]
-        return prefix_and_patches(q, k, v, tokens, windows, self.dropout_p, self.linear)
+        p, heads, tokens = self.dropout_p, self.num_heads, (self.prefix_tokens, self.num_patches)
 
-    def branches(self, q: Tensor, k: Tensor, v: Tensor) -> Iterator[Tensor]:
-        """Patches' queries ``(B, H, P, d)`` and all keys and values through one branch after the other."""
-        for windows in self.windows:
-            yield window_attention(q, k, v, [windows] * self.num_heads, self.dropout_p)
-        if "linear" in self.branch_names:
-            yield self.linear(q, k, v)
+        def mixed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            outputs = (window_attention(q, k, v, [w] * heads, p) if w else self.linear(q, k, v) for w in self.branches)
+            return weighted_sum(outputs, *context)
+
+        windows = [None if context else self.branches[branch] for branch in self.branch_of_heads]
+        return prefix_and_patches(q, k, v, tokens, windows, p, mixed if context else self.linear)
 
     def linear(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Patches' queries ``(B, h, P, d)`` through the linear branch in its h heads."""
-        features = Features(self.options.feature_map, eps=1e-6)  # elu's exp underflows far below 0
+        features = Features(self.options.feature_map, eps=1e-6)  # far below 0, elu's exp underflows as relu does
         if self.scale is not None:
-            scale = F.softplus(self.scale).unflatten(0, (-1, 1, self.head_dim))
-            features = Features("focused", 0.0, None, scale, _POWER)
+            scale = nn.functional.softplus(self.scale).unflatten(0, (-1, 1, self.head_dim))
+            features = Features("focused", 0.0, None, scale, power=3.0)  # as published
         return feature_attention(q, k, v, features, self.dropout_p)
 
     def mixing_macs(self) -> int:
         """2SNC; a head 2P'd(w² + S) with P' patches of the padded grid, or Nd² + Pd² + Pd; a gate of R branches PCR."""
         n, p, d, s = self.num_tokens, self.num_patches, self.head_dim, self.prefix_tokens
-        total = 2 * s * n * self.dim
-        for heads, windows in zip(self.heads_of_branches, self.windows, strict=False):
-            total += heads * 2 * windows.area * d * (windows.size**2 + s)
-        if "linear" in self.branch_names:
-            total += self.heads_of_branches[-1] * (n * d**2 + p * d**2 + p * d)
+        linear, total = n * d**2 + p * d**2 + p * d, 2 * s * n * self.dim
+        for heads, w in zip(self.heads_of_branches, self.branches, strict=True):
+            total += heads * (2 * w.area * d * (w.size**2 + s) if w else linear)
         return total if self.gate is None else total + p * self.dim * len(self.branch_names)

@@ -307,15 +307,17 @@ class InTriton(torch.autograd.Function):
 
         q, k, v, omega, state = ctx.saved_tensors
         kernel, eps, scale = ctx.rest
+        focused = kernel == "focused"
         if not torch.is_grad_enabled():
             d_q, d_k, d_v, d_scale = attend_backward(*gradients, q, k, v, omega, state, *ctx.rest)
-            return d_q, d_k, d_v, d_scale if kernel == "focused" else None, None, None, None
-        if kernel == "focused":
-            equation = lambda q, k, v, s: reference(q, k, v, Features(kernel, eps, scale=s, power=scale))  # noqa: E731
-            return *choice.through_equation(equation, (q, k, v, omega), gradients[0]), None, None, None
-        features = Features(kernel, eps, omega, scale)
-        found = choice.through_equation(lambda q, k, v: reference(q, k, v, features), (q, k, v), gradients[0])
-        return *found, None, None, None, None
+            return d_q, d_k, d_v, d_scale if focused else None, None, None, None
+
+        def equation(q: Tensor, k: Tensor, v: Tensor, s: Tensor | None = None) -> Tensor:
+            features = Features(kernel, eps, omega, scale) if s is None else Features(kernel, eps, None, s, scale)
+            return reference(q, k, v, features)
+
+        found = choice.through_equation(equation, (q, k, v, omega) if focused else (q, k, v), *gradients)
+        return *found, *[None] * (3 if focused else 4)
 
 
 FORMS = {"by blocks": by_blocks}

@@ -215,7 +215,7 @@ def test_focused_features_have_a_scale_for_each_channel_of_the_linear_heads():
 
 def test_windows_are_no_larger_than_the_phase_that_they_are_cut_from():
     clipped = build_attention("hybrid", 12, 3, (8, 8), window_size=4, dilations=[1, 2, 4], branches=["dilated"])
-    assert [(windows.size, windows.area) for windows in clipped.windows] == [(4, 64), (2, 64)]
+    assert [(windows.size, windows.area) for windows in clipped.branches] == [(4, 64), (2, 64)]
     n, p, c, d = 65, 64, 12, 4
     two_heads_of_dilation_2, one_of_4 = 2 * 2 * p * d * (4**2 + 1), 2 * p * d * (2**2 + 1)
     assert clipped.macs() == 4 * n * c**2 + 2 * n * c + two_heads_of_dilation_2 + one_of_4

@@ -31,8 +31,9 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
 def test_queued_sweeps_train_each_mechanism_alone_in_checkouts_of_their_own(repository: Repository) -> None:
     before = repository.summary()
     try:
-        for name in MECHANISMS:  # in one sweep over both, DVC would know the stages of the first alone
-            repository.run(f"dvc exp run --queue -S attention={name} -S train.epochs=2,3 evaluate")
+        # In one sweep over both, DVC would know the stages of the first alone.
+        repository.run("dvc exp run --queue -S attention=fused -S train.epochs=2,3 evaluate")
+        repository.run("dvc exp run --queue -S attention=linformer -S train.epochs=2 evaluate")
         repository.run("dvc exp run --queue -S attention.linformer.k=0")
         repository.run("dvc queue start")
         deadline = time.monotonic() + 1200
@@ -43,12 +44,12 @@ def test_queued_sweeps_train_each_mechanism_alone_in_checkouts_of_their_own(repo
         repository.run("dvc queue stop --kill || true")
     ended = dict(re.findall(r"^(\w{7}) .*(Success|Failed)", status, re.MULTILINE))
     said = {task: repository.run(f"dvc queue logs {task}") for task in ended}
-    assert sorted(ended.values()) == ["Failed", *["Success"] * 4], f"{status}\n{said}"
+    assert sorted(ended.values()) == ["Failed", *["Success"] * 3], f"{status}\n{said}"
     trained = []
     for ran in (stages_run(said[task]) for task, state in ended.items() if state == "Success"):
         named = {name for name in MECHANISMS for stage in ran if name in stage}
         trained += [name for name in named if named == {name} and f"train@digits-{name}-0" in ran]
-    assert sorted(trained) == ["fused", "fused", "linformer", "linformer"]
+    assert sorted(trained) == ["fused", "fused", "linformer"]
     assert repository.run("git status --porcelain") == "" and repository.summary() == before
 
 
@@ -127,4 +128,4 @@ def test_make_show_is_readable_at_160_columns(repository: Repository) -> None:
     assert header[:2] == ["Experiment", "State"]
     assert set(header[2:]) == {f"digits.{mechanism}" for mechanism in mechanisms}
     states = [line.split()[3] for line in lines if re.search("[├└]──", line)]
-    assert sorted(state for state in states if state != "-") == ["Failed", *["Success"] * 4]
+    assert sorted(state for state in states if state != "-") == ["Failed", *["Success"] * 3]
