@@ -61,9 +61,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def ctrl_c() -> None:
-    """Ctrl-C as a program finds it: a shell starts what runs behind it with Ctrl-C ignored, and commands end it."""
+def signals() -> None:
+    """Ctrl-C and hang-up as a program finds them: a shell or nohup starts what runs behind it with these ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
