@@ -49,7 +49,7 @@ class StandardAttention(Attention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
         scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)  # (B, H, N, N)
-        probabilities = scores.softmax(dim=-1)
+        probabilities = scores.softmax(dim=-1, dtype=scores.dtype)  # autocast would have it in float32, which v is not
         return F.dropout(probabilities, self.dropout_p) @ v
 
     def mixing_macs(self) -> int:

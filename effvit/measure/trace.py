@@ -18,6 +18,7 @@ from effvit.attention import Attention
 from effvit.attention.linformer import LinformerAttention
 from effvit.attention.nystromformer import NystromformerAttention
 from effvit.attention.pooled import PooledAttention
+from effvit.attention.standard import StandardAttention
 from effvit.attention.uniform import UniformAttention
 from effvit.measure.subject import Block
 from effvit.measure.without_gpu import Cuda, OnCuda, autocast, moved, run
@@ -140,8 +141,11 @@ def least_bytes(block: Attention, batch_size: int, dtype: torch.dtype) -> tuple[
         backward  b (r + N + r)  |  b (r + r + 2 (r + 2m))  |  b (r + 2m + N) + 4N   rows, and 8W
 
     r is N, and so is m but where keys and values are few (`linformer`, `pooled`). What is of a fixed size for each
-    head (landmarks, sums over features) is left out. Two mechanisms have another mixing:
+    head (landmarks, sums over features) is left out. Three mechanisms have another mixing:
 
+    - `standard` has its N x N matrices of H heads in memory, as that is what it is: scores and probabilities are each
+      written and read once forward, and backward the gradients of both too, those of the scores read for q and for k,
+      and the probabilities read for v and for the softmax: b 4HN² / C | b 7HN² / C rows more.
     - `uniform` reads v, and writes its one row for every token, as the projection is that of all: b 2N | b 2N.
     - `nystromformer` cannot begin before it has its landmarks, which are means of all q and k. It reads q and k for
       them, k and v for K₃ v, q and v for y and the convolution: b 7N. Backward it reads ∂y, q and v for ∂(Z K₃ v) and
@@ -164,4 +168,5 @@ def least_bytes(block: Attention, batch_size: int, dtype: torch.dtype) -> tuple[
         backward = b * 3 * n + b * (2 * n + 2 * thirds) + (b * (thirds + n) + 4 * n)
         if isinstance(block, NystromformerAttention) and block.has_landmarks:
             forward, backward = forward + b * 3 * n, backward + b * 3 * n
-    return forward * row + 4 * weights, backward * row + 8 * weights
+    matrix = batch_size * block.num_heads * b * n**2 if isinstance(block, StandardAttention) else 0
+    return forward * row + 4 * matrix + 4 * weights, backward * row + 7 * matrix + 8 * weights
