@@ -30,7 +30,7 @@ EVERYTHING = {
 @pytest.fixture
 def nothing_kept():
     """What is kept on a device is made anew."""
-    kept = (transforms._normalisation, randaugment_by_tables.tables)
+    kept = (transforms._normalisation, randaugment_by_tables.tables, randaugment_by_tables.stretched)
     for each in kept:
         each.cache_clear()
     yield
@@ -75,6 +75,18 @@ def test_validation_reads_its_sums_once(tiny_config, digits, monkeypatch, nothin
             Training.validate.__wrapped__(training)
     batches = -(-digits.counts["validation"] // 40)
     assert (len(traffic.uploads), len(traffic.downloads), traffic.reads) == (batches + 2, 1, []), "two for mean and std"
+
+
+@pytest.mark.parametrize("count", [3, 64])
+def test_randaugment_launches_the_same_for_any_batch(count, monkeypatch, nothing_kept):
+    with fake_cuda(monkeypatch) as traffic:
+        images = torch.empty(count, 3, 16, 16, dtype=torch.uint8, device="cuda:0")
+        choices = torch.empty(2, count, dtype=torch.int64, device="cuda:0")
+        randaugment_by_tables.by_tables(images, choices, 9)  # makes what is kept
+        traffic.reset()
+        randaugment_by_tables.by_tables(images, choices, 9)
+    assert traffic.launches == 91, "as docs/gpu.md says"
+    assert (traffic.uploads, traffic.downloads, traffic.reads) == ([], [], [])
 
 
 def test_what_is_uploaded_together_arrives_as_it_was():

@@ -8,17 +8,19 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from effvit.data.loading.ahead import ahead
 from effvit.data.loading.augmentation import Augmentation, Draws, augment, draw
 from effvit.data.loading.prepared import PreparedDataset
 from effvit.data.loading.resident import resident
 from effvit.seeding import Purpose, derive, numpy_generator
 
+T = TypeVar("T")
 _ALIGNED = 16  # bytes: where a tensor of any dtype may begin
 
 
@@ -69,14 +71,19 @@ def training_batches(
     shares = _shares(
         dataset, "train", np.split(order, range(batch_size, count, batch_size))[start:], place, workers, **decoding
     )
+
+    def made() -> Iterator[tuple[Parcel, Draws, int]]:
+        for step, (found, part, total) in enumerate(shares, start):
+            rng = numpy_generator(seed, Purpose.AUGMENTATION, epoch, step)
+            draws = draw(rng, total, dataset.image_size, augmentation).share(part)
+            yield Parcel.of([*found, *draws.tensors().values()], place.device), draws, total
+
     kept = resident(dataset, "train", place.device)
-    for step, (found, part, total) in enumerate(shares, start):
-        rng = numpy_generator(seed, Purpose.AUGMENTATION, epoch, step)
-        draws = draw(rng, total, dataset.image_size, augmentation).share(part)
+    for parcel, draws, total in _in_time(made(), place.device):
+        arrived = parcel.sent(place.device)
         chance = draws.tensors()
-        arrived = upload([*found, *chance.values()], place.device)
-        drawn: dict[str, Any] = dict(zip(chance, arrived[len(found) :], strict=True))
-        images, labels = arrived[: len(found)] if kept is None else kept.at(arrived[0])
+        drawn: dict[str, Any] = dict(zip(chance, arrived[len(arrived) - len(chance) :], strict=True))
+        images, labels = arrived[:2] if kept is None else kept.at(arrived[0])
         yield Batch(*augment(images, labels, replace(draws, **drawn), augmentation, dataset), total)
 
 
@@ -84,11 +91,18 @@ def validation_batches(dataset: PreparedDataset, place: Place, *, batch_size: in
     """Shares of the validation part's batches, unchanged."""
     count = dataset.counts["validation"]
     batches = np.split(np.arange(count), range(batch_size, count, batch_size))
+    shares = _shares(dataset, "validation", batches, place, workers, seed=0)
+    made = ((Parcel.of(found, place.device), total) for found, _, total in shares)
     kept = resident(dataset, "validation", place.device)
-    for found, _, total in _shares(dataset, "validation", batches, place, workers, seed=0):
-        arrived = upload(found, place.device)
+    for parcel, total in _in_time(made, place.device):
+        arrived = parcel.sent(place.device)
         images, labels = arrived if kept is None else kept.at(arrived[0])
         yield Batch(*augment(images, labels, Draws(), Augmentation(), dataset), total)
+
+
+def _in_time(items: Iterator[T], device: torch.device) -> Iterator[T]:
+    """What is made on the host for a device: where it is another processor, while that is busy with the one before."""
+    return items if device.type == "cpu" else ahead(items)
 
 
 def _shares(
@@ -112,11 +126,23 @@ def _shares(
         yield [torch.from_numpy(array), torch.from_numpy(labels[index])], part, len(batch)
 
 
-def upload(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Move tensors of the CPU to a device; to CUDA as one copy from pinned memory, for which the host does not wait."""
-    if device.type != "cuda":
-        return [tensor.to(device) for tensor in tensors]
-    return unpack(pack(tensors, pinned=True).to(device, non_blocking=True), tensors)
+@dataclass(frozen=True)
+class Parcel:
+    """Tensors of the CPU on their way to a device: to CUDA in one copy from pinned memory, for which no one waits."""
+
+    tensors: Sequence[Tensor]
+    packed: Tensor | None
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], device: torch.device) -> "Parcel":
+        """Make tensors ready to be sent."""
+        return cls(tensors, pack(tensors, pinned=True) if device.type == "cuda" else None)
+
+    def sent(self, device: torch.device) -> list[Tensor]:
+        """The tensors on the device."""
+        if self.packed is None:
+            return [tensor.to(device) for tensor in self.tensors]
+        return unpack(self.packed.to(device, non_blocking=True), self.tensors)
 
 
 def pack(tensors: Sequence[Tensor], *, pinned: bool = False) -> Tensor:

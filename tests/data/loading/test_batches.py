@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 import torch
 
+from effvit.data.loading import batches as module
 from effvit.data.loading import resident
+from effvit.data.loading.ahead import ahead
 from effvit.data.loading.augmentation import Augmentation
 from effvit.data.loading.batches import Place, training_batches, validation_batches
 from effvit.data.loading.transforms import to_float
@@ -73,6 +75,14 @@ def test_a_split_that_stays_on_the_device_gives_the_same_batches(digits, monkeyp
         assert len(one) == len(other)
         for a, b in zip(one, other, strict=True):
             assert torch.equal(a.images, b.images) and torch.equal(a.targets, b.targets) and a.total == b.total
+
+
+def test_batches_made_a_batch_ahead_are_the_same(digits, monkeypatch):
+    of_training, of_validation = batches(digits), list(validation_batches(digits, Place(CPU), batch_size=68))
+    monkeypatch.setattr(module, "_in_time", lambda items, device: ahead(items))  # as on a GPU
+    again = [*batches(digits), *validation_batches(digits, Place(CPU), batch_size=68)]
+    for one, other in zip([*of_training, *of_validation], again, strict=True):
+        assert torch.equal(one.images, other.images) and torch.equal(one.targets, other.targets)
 
 
 def test_a_split_stays_only_where_it_is_small_and_is_moved_once(digits, monkeypatch):
