@@ -4,7 +4,6 @@ import functools
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import attrgetter
@@ -13,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from effvit import policy
-from effvit.errors import UserError
+from effvit.errors import UserError, say_once
 from effvit.processor import processor_name
 
 _Answer = TypeVar("_Answer")
@@ -38,6 +37,7 @@ class Machine:
     instructions: str | None  # that PyTorch's CPU kernels use, e.g. AVX512
     gpu: str | None
     gpu_memory_mib: int | None
+    gpu_clock_mhz: int | None  # the highest of its multiprocessors
     compute_capability: str | None
     driver: str | None
     cuda: str | None
@@ -61,7 +61,7 @@ def pick_device(name: str) -> torch.device:
     there = {"cuda": _cuda_is_usable(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         if not there["cuda"] and (reason := unusable_gpu()):
-            _say_once(reason)
+            say_once(reason)
         name = next(kind for kind, available in there.items() if available)
     if name not in there:
         raise UserError(f"device={name!r}: unknown, expected one of auto, {', '.join(there)}")
@@ -133,13 +133,14 @@ def _rounds(backend: str) -> bool:
 
 def _gpu(device: torch.device) -> dict[str, Any]:
     """Fields of a GPU, all None on other devices."""
-    fields = ("gpu", "gpu_memory_mib", "compute_capability", "driver", "cuda", "cudnn")
+    fields = ("gpu", "gpu_memory_mib", "gpu_clock_mhz", "compute_capability", "driver", "cuda", "cudnn")
     if device.type != "cuda":
         return dict.fromkeys(fields)
     properties = torch.cuda.get_device_properties(device)
     values = (
         properties.name,
         properties.total_memory // 2**20,
+        _clock_mhz(),
         f"{properties.major}.{properties.minor}",
         _driver(),
         torch.version.cuda,
@@ -154,8 +155,12 @@ def gpu_uuid(device: torch.device) -> str:
     return uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
 
 
+@functools.cache
 def _emptiest_gpu() -> int:
-    """Number of the GPU of those that PyTorch sees with the lowest memory in use; the first where nobody knows."""
+    """Number of the GPU of those that PyTorch sees with the lowest memory in use; the first where nobody knows.
+
+    Asked once a process, which would otherwise move away from its own memory.
+    """
     used = dict(line.split(", ") for line in _ask_driver("uuid", "memory.used") if line.count(", ") == 1)
     known = {uuid: int(mib) for uuid, mib in used.items() if mib.isdecimal()}
     numbers = range(torch.cuda.device_count())
@@ -167,6 +172,12 @@ def _driver() -> str | None:
     """Version of NVIDIA's driver, which PyTorch does not know; None where NVIDIA's own tool does not say."""
     said = _ask_driver("driver_version")
     return said[0] if said else None
+
+
+@functools.cache
+def _clock_mhz() -> int | None:
+    said = _ask_driver("clocks.max.sm")
+    return int(said[0]) if said and said[0].isdecimal() else None
 
 
 def _ask_driver(*fields: str) -> list[str]:
@@ -208,8 +219,3 @@ def unusable_gpu() -> str | None:
     if torch.version.cuda is None:
         return f"{name} is not used, PyTorch {torch.__version__} is built for the CPU: make env"
     return f"{name} is not used, CUDA {torch.version.cuda} needs a newer driver than {driver}: make env TORCH=cu126"
-
-
-@functools.cache
-def _say_once(line: str) -> None:
-    print(line, file=sys.stderr)

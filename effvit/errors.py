@@ -1,6 +1,7 @@
 """Errors that a user can mend, reported in one line."""
 
 import errno
+import functools
 import re
 import signal
 import sys
@@ -98,6 +99,12 @@ def _keys_at(loc: tuple[Any, ...], model: Any) -> list[str] | None:
 
 def _shorten(text: str) -> str:
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """Print a line to stderr, once a process."""
+    print(line, file=sys.stderr)
 
 
 def print_error(message: str) -> None:

@@ -4,15 +4,20 @@
 """
 
 import os
+import shutil
+import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Literal
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from effvit.errors import UserError
+from effvit.errors import UserError, say_once
 from effvit.processor import is_amds
 
 Precision = Literal["float32", "tf32", "bfloat16"]
@@ -24,7 +29,19 @@ _ASKED = os.environ.get("EFFVIT_KERNELS", "")
 if _ASKED not in ("", "reference"):
     raise UserError(f"EFFVIT_KERNELS={_ASKED}: expected reference, or nothing for the fastest forms")
 ONLY_REFERENCE = _ASKED == "reference"
-TRITON_ON = "cuda" if find_spec("triton") and torch.version.hip is None else None
+
+
+def _triton_lacks() -> str | None:
+    """What Triton, where it is installed, needs on Linux to launch a kernel and does not find."""
+    if sys.platform != "linux":
+        return None
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "a C compiler"
+    return None if Path(sysconfig.get_path("include"), "Python.h").is_file() else "Python.h (python3-dev)"
+
+
+_TRITON = find_spec("triton") is not None and torch.version.hip is None
+TRITON_ON = "cuda" if _TRITON and _triton_lacks() is None else None
 """Kind of device on which kernels of `effvit.kernels.cuda` run: GPUs of NVIDIA, and none without Triton."""
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
@@ -94,6 +111,11 @@ def apply(device: torch.device, *, deterministic: bool, tf32: bool = True, threa
         torch.set_num_threads(threads)
     if device.type != "cuda":
         return
+    if deterministic:  # cuBLAS is so with a workspace of fixed size alone, set before its first call
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if _TRITON and (lacking := _triton_lacks()):
+        say_once(f"Triton finds no {lacking.removeprefix('a ')}: kernels of PyTorch run in place of its own, slower")
+    # By the older of PyTorch's two interfaces, which sets both.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     # The default of Hopper and later in some modes and not in others, with NaN gradients in masked windows: a baseline
     # of its own, by `cudnn_attention`.
@@ -105,16 +127,39 @@ def kept() -> Iterator[None]:
     """Undo afterwards whatever `apply` changes meanwhile."""
     mode = torch.get_deterministic_debug_mode()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    tf32 = list(_rounding())
     cudnn, threads = torch.backends.cuda.cudnn_sdp_enabled(), torch.get_num_threads()
     try:
         yield
     finally:
         torch.set_deterministic_debug_mode(mode)
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+        for backend, name, value in tf32:
+            setattr(backend, name, value)
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
         torch.set_num_threads(threads)
+
+
+def rounds_products() -> bool:
+    """Whether float32 products on a GPU may round their factors to TF32."""
+    products = torch.backends.cuda.matmul
+    if hasattr(products, "fp32_precision"):  # from PyTorch 2.9 on, and readable whichever interface set it
+        return bool(products.fp32_precision == "tf32")
+    return products.allow_tf32
+
+
+def _rounding() -> Iterator[tuple[Any, str, Any]]:
+    """How float32 rounds on a GPU: backend, attribute, value.
+
+    By the older interface, or by the newer where that was used, after which PyTorch does not let the older be read.
+    """
+    backends = torch.backends
+    for older, newer in ((backends.cuda.matmul, ("cuda.matmul",)), (backends.cudnn, ("cudnn.conv", "cudnn.rnn"))):
+        try:
+            yield older, "allow_tf32", older.allow_tf32
+        except RuntimeError:
+            for backend in (attrgetter(name)(backends) for name in newer):
+                yield backend, "fp32_precision", backend.fp32_precision
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""study_gpu: what a GPU can say in twenty minutes, a CSV for each part under docs/machines: `make study-gpu`.
+"""study_gpu: what a GPU can say in 20 minutes, a CSV for each part under docs/machines: `make study-gpu`.
 
 Each part has a time budget. What ends within it is written. The same command again measures again, and resumes
 unfinished trainings.
@@ -54,6 +54,7 @@ class Size:
     mechanisms: tuple[str, ...]
     blocks: dict[str, str]  # options of `effvit scaling`
     compiled: dict[str, str]
+    equations: dict[str, str]  # of mechanisms with kernels in Triton, by PyTorch's operators alone
     peers: dict[str, str]  # options of `effvit bench-peers`
     images: dict[str, tuple[int, ...]]  # sizes in pixels for each model; with the first one it is trained
     batch_size: int
@@ -62,6 +63,7 @@ class Size:
     minutes: dict[str, float]  # of each part
 
 
+_IN_TRITON = ("performer", "nystromformer", "hybrid", "linear", "focused", "window")
 _BLOCKS = {
     "model": "small",
     "width": "384x6,192x3",
@@ -72,7 +74,10 @@ _BLOCKS = {
 FULL = Size(
     mechanisms=available_attention(),
     blocks=_BLOCKS | {"tokens": "197,401,1025,2305,4097,16385,65537", "precision": "bfloat16", "budget-s": "0.05"},
-    compiled=_BLOCKS | {"tokens": "1025,4097", "precision": "bfloat16", "execution": "compiled", "budget-s": "0.05"},
+    # A compilation takes seconds, and each mechanism has one for each length, pass and model.
+    compiled=_BLOCKS
+    | {"width": "384x6", "tokens": "1025", "precision": "bfloat16", "execution": "compiled", "budget-s": "0.05"},
+    equations=_BLOCKS | {"width": "384x6", "tokens": "197,1025,4097", "precision": "bfloat16", "budget-s": "0.05"},
     peers={
         "width": "384x6",
         "tokens": "197,1025,4097",
@@ -84,12 +89,13 @@ FULL = Size(
     batch_size=128,
     budget_s=10.0,
     cells=("dataset=cifar10", "model=small", "attention=field", "train=long", "train.epochs=100", "seeds=[0,1,2]"),
-    minutes={"blocks": 5, "compiled": 2, "peers": 2, "models": 4, "cells": 7},
+    minutes={"blocks": 4, "compiled": 3, "equations": 1, "peers": 2, "models": 3, "cells": 7},
 )
 DRY = Size(
     mechanisms=("linear",),
     blocks={"tokens": "17", "width": "16x2", "hidden-size": "16", "budget-s": "0.01", "tokens-per-batch": "34"},
     compiled={},
+    equations={},
     peers={},
     images={"tiny": (16,)},
     batch_size=64,
@@ -114,6 +120,7 @@ def parts(size: Size, machine: Machine, device: str, work: Path, results: Path, 
     for name, command, options, file in (
         ("blocks", "scaling", size.blocks, "scaling.csv"),
         ("compiled", "scaling", size.compiled, "scaling.csv"),
+        ("equations", "scaling", size.equations, "scaling.csv"),
         ("peers", "bench-peers", size.peers, "peers.csv"),
     ):
         if options:
@@ -128,11 +135,13 @@ def _of_mechanisms(
 ) -> Part:
     """A command for each mechanism, and the file that it writes."""
     flags = [word for key, value in given.items() for word in (f"--{key}", value)]
+    before = ["env", "EFFVIT_KERNELS=reference"] if part == "equations" else []
+    names = [name for name in size.mechanisms if part != "equations" or name in _IN_TRITON]
     commands = {
-        f"{part} {name}": _effvit(command, attention=name, device=device, output_dir=work / name) + flags
-        for name in size.mechanisms
+        f"{part} {name}": [*before, *_effvit(command, attention=name, device=device, output_dir=work / name), *flags]
+        for name in names
     }
-    tables = partial(_joined, {name: work / name / file for name in size.mechanisms})
+    tables = partial(_joined, {name: work / name / file for name in names})
     return Part(size.minutes[part], [commands], tables)
 
 
@@ -261,7 +270,7 @@ def run_parts(chosen: Mapping[str, Part], machine: Machine, output: Path, run: R
 def main() -> int:
     """Exit status: 0 where everything ran, in time or not."""
     parser = argparse.ArgumentParser(prog="python -m stages.study_gpu", description=__doc__)
-    parser.add_argument("parts", nargs="*", help="blocks, compiled, peers, models, cells; all by default")
+    parser.add_argument("parts", nargs="*", help="blocks, compiled, equations, peers, models, cells; all by default")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu is a dry run of small sizes")
     parser.add_argument("--jobs", type=int, default=6, help="trainings at a time")
     parser.add_argument("--output-dir", type=Path, default=Path("docs/machines"))

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from effvit import device, policy
 from effvit.device import measuring_device, pick_device, this_machine
-from effvit.errors import UserError
+from effvit.errors import UserError, say_once
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -24,15 +24,18 @@ def h200(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91300)
     tool = tmp_path / "nvidia-smi"
-    tool.write_text('#!/bin/sh\n[ "$1" = --query-gpu=driver_version ] && printf "580.65.06\\n580.65.06\\n"\n')
+    said = "--query-gpu=driver_version) echo 580.65.06 ;; --query-gpu=clocks.max.sm) echo 1980"
+    tool.write_text(f'#!/bin/sh\ncase "$1" in {said} ;; esac\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     device._driver.cache_clear()
+    device._clock_mhz.cache_clear()
     with policy.kept():  # PyTorch's defaults, whatever earlier tests left
         torch.backends.cuda.enable_cudnn_sdp(True)
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = False, True
         yield tool
     device._driver.cache_clear()
+    device._clock_mhz.cache_clear()
 
 
 def test_a_cpu_is_described_by_its_name_and_threads():
@@ -61,7 +64,7 @@ def test_what_runs_on_the_cpu_does_not_name_the_gpu(h200):
 def test_a_gpu_is_described_with_its_driver_and_libraries(h200):
     machine = this_machine(CUDA)
     assert (machine.device, machine.name, machine.gpu) == ("cuda", "NVIDIA H200", "NVIDIA H200")
-    assert (machine.gpu_memory_mib, machine.compute_capability) == (143_167, "9.0")
+    assert (machine.gpu_memory_mib, machine.compute_capability, machine.gpu_clock_mhz) == (143_167, "9.0", 1980)
     assert (machine.driver, machine.cuda, machine.cudnn) == ("580.65.06", "13.0", 91300)
     assert machine.processor == this_machine(CPU).processor
 
@@ -69,7 +72,7 @@ def test_a_gpu_is_described_with_its_driver_and_libraries(h200):
 @pytest.mark.parametrize("tool", ["exit 9", "true"], ids=["fails", "says nothing"])
 def test_a_driver_that_does_not_say_its_version_is_none(h200, tool):
     h200.write_text(f"#!/bin/sh\n{tool}\n")
-    assert this_machine(CUDA).driver is None
+    assert (this_machine(CUDA).driver, this_machine(CUDA).gpu_clock_mhz) == (None, None)
 
 
 def test_without_the_drivers_tool_its_version_is_none(h200, monkeypatch, tmp_path):
@@ -114,7 +117,7 @@ def test_a_gpu_that_the_driver_keeps_from_pytorch_is_told_once_and_the_cpu_taken
     h200.write_text('#!/bin/sh\necho "NVIDIA L4, 535.183.01"\n')
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    device._say_once.cache_clear()
+    say_once.cache_clear()
     assert [pick_device("auto").type for _ in range(2)] == ["cpu", "cpu"]
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "NVIDIA L4 is not used, CUDA 13.0 needs a newer driver than 535.183.01: make env TORCH=cu126"
@@ -133,7 +136,7 @@ def test_a_gpu_without_kernels_in_this_pytorch_is_not_taken(h200, monkeypatch, c
     old = SimpleNamespace(name="Tesla V100", total_memory=2**34, major=7, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: old)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    device._say_once.cache_clear()
+    say_once.cache_clear()
     assert pick_device("auto").type == "cpu"
     assert "Tesla V100 has compute capability 7.0" in (said := capsys.readouterr().err)
     assert "needs 7.5 or more: make env TORCH=cu126" in said
@@ -148,9 +151,14 @@ def test_of_several_gpus_the_one_with_least_memory_in_use_is_taken(h200, monkeyp
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: of[getattr(device, "index", device)])
     h200.write_text("#!/bin/sh\nprintf 'GPU-33cc, 900\\nGPU-11aa, 700\\nGPU-44dd, 0\\nGPU-22bb, 3\\n'\n")
+    device._emptiest_gpu.cache_clear()
     assert pick_device("auto") == pick_device("cuda") == measuring_device("auto") == torch.device("cuda", 1)
+    h200.write_text("#!/bin/sh\nprintf 'GPU-33cc, 0\nGPU-11aa, 0\nGPU-22bb, 9000\n'\n")
+    assert pick_device("cuda") == torch.device("cuda", 1), "where this process is already"
+    device._emptiest_gpu.cache_clear()
     h200.write_text("#!/bin/sh\nexit 9\n")
     assert pick_device("cuda") == torch.device("cuda", 0)
+    device._emptiest_gpu.cache_clear()
 
 
 def test_measurements_take_the_gpu_or_the_cpu_and_never_mps(monkeypatch):

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -53,7 +55,7 @@ def test_what_is_set_for_a_gpu_is_recorded_and_undone(monkeypatch, deterministic
     assert settings() == before
 
 
-GPU_FIELDS = ("gpu", "gpu_memory_mib", "compute_capability", "driver", "cuda", "cudnn")
+GPU_FIELDS = ("gpu", "gpu_memory_mib", "gpu_clock_mhz", "compute_capability", "driver", "cuda", "cudnn")
 
 
 def test_a_cpu_keeps_what_belongs_to_gpus():
@@ -90,3 +92,61 @@ def test_graphs_need_cuda(digits, tiny_config):
     recipe = TrainConfig(epochs=1, batch_size=700, lr=1e-3, device="cpu", compile="graphs")
     with policy.kept(), pytest.raises(UserError, match="compile=graphs: needs a CUDA device"):
         Training(tiny_config(), digits, recipe, seed=0, horizontal_flip=False)
+
+
+@pytest.fixture
+def newer_interface():
+    """Of PyTorch's two for TF32; who used it may not read the older one."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("PyTorch before 2.9 has one")
+    backends = torch.backends
+    yield backends
+    backends.fp32_precision = backends.cudnn.fp32_precision = "none"
+    backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32 = False, True  # sets both
+
+
+@pytest.mark.parametrize("name", ["matmul", "all", "cudnn"])
+def test_whichever_interface_set_tf32_it_is_read_and_put_back(newer_interface, name):
+    owner = {"matmul": torch.backends.cuda.matmul, "all": torch.backends, "cudnn": torch.backends.cudnn}[name]
+    torch.backends.cuda.matmul.fp32_precision = "none"  # so that what is set for all holds for it
+    owner.fp32_precision = "ieee" if name == "cudnn" else "tf32"
+
+    def seen():
+        newer = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+        return [backend.fp32_precision for backend in newer]
+
+    before = seen()
+    assert policy.rounds_products() == (name != "cudnn")
+    for tf32 in (True, False):
+        with policy.kept():
+            policy.apply(CUDA, deterministic=False, tf32=tf32)
+            assert policy.rounds_products() == tf32
+        assert seen() == before
+
+
+def test_without_a_compiler_or_pythons_header_triton_is_not_taken(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("sys.platform", "linux")
+    assert policy._triton_lacks() is None or policy.TRITON_ON is None
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("CC", "cc")
+    assert policy._triton_lacks() == "Python.h (python3-dev)"
+    monkeypatch.setattr(policy, "_TRITON", True)
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with policy.kept():
+        policy.apply(CPU, deterministic=True)
+        assert capsys.readouterr().err == ""
+        for _ in range(2):
+            policy.apply(CUDA, deterministic=True)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("Triton finds no C compiler: ")
+
+
+def test_cublas_has_a_workspace_of_fixed_size_where_bytes_shall_be_the_same(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    for deterministic, expected in ((False, None), (True, ":4096:8")):
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+        with policy.kept():
+            policy.apply(CUDA, deterministic=deterministic)
+        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == expected
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")

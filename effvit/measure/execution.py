@@ -36,7 +36,9 @@ class Execution(NamedTuple):
         policy.apply(device, deterministic=deterministic, tf32=self.precision != "float32")
 
     def autocast(self, device: torch.device) -> AbstractContextManager[object]:
-        """Context of a forward pass."""
+        """Context of a forward pass, the results of which the next one may overwrite."""
+        if self.mode == "graphs":  # or each compiled block would be a pass of its own
+            torch.compiler.cudagraph_mark_step_begin()
         return torch.autocast(device.type, torch.bfloat16) if self.precision == "bfloat16" else nullcontext()
 
     def prepare(self, module: nn.Module, device: torch.device) -> None:

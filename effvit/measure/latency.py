@@ -1,8 +1,9 @@
 """Time of several calls measured alternately, so that whatever disturbs the machine disturbs all of them alike."""
 
+import math
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import ceil
 from typing import Any
 
@@ -17,6 +18,7 @@ Stopwatch = Callable[[Call, int], float]
 """Seconds that calling so many times in a row takes."""
 
 _SHORTEST_SAMPLE_S = 1e-3  # below it the clock's own cost would show
+_SETTLING_S, _IDLE_S = 0.3, 1.0  # that a GPU is busy until its clocks settle, and idle until they fall again
 _WARM_UP_SHARE = 0.05
 _MOST_WARM_UPS = 50
 
@@ -48,6 +50,8 @@ def interleaved(
     """
     measure = stopwatch or stopwatch_for(device)
     names = list(calls)
+    if device.type == "cuda":
+        _settle(list(calls.values()), measure)
     repeats = {name: _warm_up(calls[name], measure, budget_s) for name in names}
     samples: dict[str, list[float]] = {name: [] for name in names}
     spent = 0.0
@@ -63,7 +67,19 @@ def interleaved(
                 spent >= budget_s or all(median_interval(s) <= relative_interval for s in samples.values())
             ):
                 break
+    _last_busy[0] = time.monotonic()
     return {name: np.array(samples[name]) for name in calls}
+
+
+_last_busy = [-math.inf]  # when the last measurement ended
+
+
+def _settle(calls: Sequence[Call], measure: Stopwatch) -> None:
+    """Keep a GPU busy that was idle until its clocks are those of one that works."""
+    if time.monotonic() - _last_busy[0] > _IDLE_S:
+        spent = 0.0
+        while spent < _SETTLING_S:
+            spent += sum(measure(call, 1) for call in calls)
 
 
 def median_interval(samples: list[float]) -> float:

@@ -131,7 +131,7 @@ def trace_block(block: Block, tokens: int, batch_size: int, *, bfloat16: bool) -
 
 
 def least_bytes(block: Attention, batch_size: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes that no implementation in three kernels could do without: forward and backward.
+    """Bytes that no implementation of a mechanism in three kernels could do without: forward and backward.
 
     The kernels are the maps (x to q, k, v), the mixing (to y) and the projection. Each reads its inputs, weights and
     what the forward pass kept once, and writes its results once. With r rows of q and y and m of k and v, of C numbers
@@ -143,9 +143,9 @@ def least_bytes(block: Attention, batch_size: int, dtype: torch.dtype) -> tuple[
     r is N, and so is m but where keys and values are few (`linformer`, `pooled`). What is of a fixed size for each
     head (landmarks, sums over features) is left out. Three mechanisms have another mixing:
 
-    - `standard` has its N x N matrices of H heads in memory, as that is what it is: scores and probabilities are each
-      written and read once forward, and backward the gradients of both too, those of the scores read for q and for k,
-      and the probabilities read for v and for the softmax: b 4HN² / C | b 7HN² / C rows more.
+    - `standard` has its N x N matrices of H heads in memory, as that is what tells it from `fused`: scores and
+      probabilities are each written and read once forward, and backward the gradients of both too, those of the scores
+      read for q and for k, and the probabilities read for v and for the softmax: b 4HN² / C | b 7HN² / C rows more.
     - `uniform` reads v, and writes its one row for every token, as the projection is that of all: b 2N | b 2N.
     - `nystromformer` cannot begin before it has its landmarks, which are means of all q and k. It reads q and k for
       them, k and v for K₃ v, q and v for y and the convolution: b 7N. Backward it reads ∂y, q and v for ∂(Z K₃ v) and

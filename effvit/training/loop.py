@@ -121,13 +121,14 @@ class Training(Generic[M, D]):
         init(self.model)
         self.optimizer = build_optimizer(self.model, recipe)
         self._forward, self._update = self.fabric.setup(self.model, self.optimizer)
-        self._exchange = Exchange(self.fabric, self.model.parameters())
+        self._graphs = recipe.compile == "graphs"
+        self._exchange = Exchange(self.fabric, self.model.parameters(), stay=self._graphs)
         self._averaged = Average(self.model, recipe.ema_decay) if recipe.ema_decay else None
         for module in dict.fromkeys((self.model, self.weights)):
             compile_blocks(module, recipe.compile, self.place.device)
         compiled = recipe.compile != "off" and self.place.device.type == "cuda"
         self._fills_up = compiled and not any(isinstance(module, _OF_THE_BATCH) for module in self.model.modules())
-        self._most_images = 0  # at once so far
+        self._most_images = self._usual_images(recipe.batch_size)  # at once
         self._attentions = [module for module in self.model.modules() if isinstance(module, Attention)]
         self._pending: deque[tuple[_Figures, int, int]] = deque()  # figures, images and number of steps done
         self._settled: list[tuple[Step, int]] = []  # of those that have been read
@@ -137,6 +138,13 @@ class Training(Generic[M, D]):
         self.micro_batch_size = recipe.micro_batch_size  # 0 for as many as a step has
         self.epoch = self.step = 0  # epochs that are over, steps of the one after them
         self.loss_sum = self.right = self.seconds = 0.0  # of those steps
+
+    def _usual_images(self, batch_size: int) -> int:
+        """Images of this process in a batch that is not the last; loaders show theirs later."""
+        if isinstance(self.dataset, Loaders):
+            return 0
+        part = self.place.share(min(batch_size, self.dataset.counts["train"]))
+        return int(part.stop - part.start)
 
     @property
     def weights(self) -> M:
@@ -263,6 +271,8 @@ class Training(Generic[M, D]):
 
     def _logits(self, forward: Callable[[Tensor], Any], images: Tensor) -> Tensor:
         """Logits in float32. Where shapes are compiled for CUDA, a last, small batch is filled up with black images."""
+        if self._graphs:  # all blocks belong to one pass, whose results the next may overwrite
+            torch.compiler.cudagraph_mark_step_begin()
         if not self._fills_up:
             return logits_of(forward(images)).float()
         self._most_images = max(self._most_images, len(images))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies.ddp import DDPStrategy
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -43,8 +44,6 @@ def make_fabric(device: str, devices: int = 1, precision: str = "32-true") -> Fa
     # Before Fabric is built, which would report another precision in lines of its own.
     if precision == "16-mixed" and device != "cuda" and (device != "auto" or not torch.cuda.is_available()):
         raise UserError("precision=16-mixed: needs a CUDA device; try bf16-mixed or 32-true")
-    # cuBLAS is deterministic only with a workspace of fixed size, set before its first call.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     nodes = 1
     if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
@@ -56,7 +55,7 @@ def make_fabric(device: str, devices: int = 1, precision: str = "32-true") -> Fa
     which: Any = devices if several or where.index is None else [where.index]
     try:
         fabric = Fabric(accelerator=where.type, devices=which, num_nodes=nodes, strategy=strategy, precision=precision)  # type: ignore[arg-type]
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, MisconfigurationException) as error:
         asked = f"device={device}" + (f", devices={devices}" if devices > 1 else "")
         raise UserError(f"{asked}: not usable here, try auto or cpu ({error})") from error
     _watch_leader()
@@ -105,11 +104,17 @@ class Exchange:
     Not by DDP's own hooks, which work inside the backward pass: there, a process without images in a last, small batch
     could not take part, and one that ran out of memory could not begin again. With several processes gradients are
     views of one buffer for each dtype, so that nothing is copied to send it.
+
+    Args:
+        fabric: its processes take part.
+        parameters: whose gradients.
+        stay: whether gradients stay where they are even with one process: CUDA graphs use their own memory again.
     """
 
-    def __init__(self, fabric: Fabric, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, fabric: Fabric, parameters: Iterable[nn.Parameter], *, stay: bool = False) -> None:
         self._buffers: list[Tensor] = []
-        if fabric.world_size == 1:
+        self._several = fabric.world_size > 1
+        if not (self._several or stay):
             return
         of_dtypes: dict[torch.dtype, list[nn.Parameter]] = defaultdict(list)
         for parameter in parameters:
@@ -134,7 +139,7 @@ class Exchange:
 
         Buckets are sent one after another and waited for together, with no barrier before.
         """
-        if not self._buffers:
+        if not self._several:
             return figures
         buckets = [part for buffer in self._buffers for part in buffer.split(_BUCKET_BYTES // buffer.element_size())]
         sent = [torch.distributed.all_reduce(part, async_op=True) for part in (*buckets, figures)]

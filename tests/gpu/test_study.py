@@ -43,6 +43,15 @@ def in_this_process(effvit, monkeypatch):
     return run
 
 
+def test_equations_are_timed_of_what_has_kernels_in_triton(machine, tmp_path):
+    parts = study_gpu.parts(study_gpu.FULL, machine, "cuda", tmp_path / "work", tmp_path, jobs=1)
+    (commands,) = parts["equations"].rounds
+    assert "equations performer" in commands and "equations fused" not in commands
+    assert all(words[:2] == ["env", "EFFVIT_KERNELS=reference"] for words in commands.values())
+    (plain,) = parts["blocks"].rounds
+    assert len(plain) == len(study_gpu.FULL.mechanisms) and "env" not in plain["blocks fused"]
+
+
 def test_every_part_writes_its_table(machine, device, tmp_path, in_this_process):
     results = tmp_path / "machines"
     parts = study_gpu.parts(study_gpu.DRY, machine, device.type, tmp_path / "work", results, jobs=1)

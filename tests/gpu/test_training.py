@@ -112,14 +112,50 @@ def test_too_little_memory_halves_what_is_done_at_once(training, full, monkeypat
     assert "retrying with" in said[0] and losses[0] > 0
 
 
+@pytest.mark.parametrize("size", [16, 28, 224])
 @pytest.mark.parametrize("magnitude", [9, 30])
-def test_augmented_pixels_are_those_of_the_cpu(magnitude, device):
+def test_augmented_pixels_are_those_of_the_cpu(magnitude, size, device, full):
+    if size > 28 and not full:
+        pytest.skip("tests/data/loading has smaller ones on the CPU")
     generator = torch.Generator().manual_seed(magnitude)
-    images = torch.randint(0, 256, (2 * len(VARIANTS), 3, 16, 16), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 256, (2 * len(VARIANTS), 3, size, size), dtype=torch.uint8, generator=generator)
     choices = torch.arange(len(VARIANTS)).repeat(2)
     choices = torch.stack([choices, choices[torch.randperm(len(choices), generator=generator)]])
     found = by_tables(images.to(device), choices.to(device), magnitude)
     assert torch.equal(found.cpu(), randaugment(images, choices, magnitude))
+
+
+@pytest.mark.parametrize("how", ["on", "graphs"])
+def test_compiled_training_and_validation_are_eager_ones(how, training, full, note):
+    if not full:
+        pytest.skip("tests/training/test_loop.py compiles on the CPU")
+    same = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    recipe = {"precision": "32-true", "micro_batch_size": 24}
+    runs = [training(same, compile=each, **recipe) for each in ("off", how)]
+    losses, others = (take(run, 6) for run in runs)
+    validated = [run.validate() for run in runs]
+    note(losses=others[-1], validation=validated[1][0])
+    assert others == pytest.approx(losses, rel=1e-2) and validated[1] == pytest.approx(validated[0], rel=2e-2)
+
+
+def test_sums_over_a_group_of_one_are_what_they_were(device, tmp_path):
+    """By NCCL on a GPU, and gloo on a CPU."""
+    code = f"""
+from types import SimpleNamespace
+import torch
+from effvit.training.parallel import Exchange
+device = torch.device("{device.type}")
+backend = "nccl" if device.type == "cuda" else "gloo"
+torch.distributed.init_process_group(backend, init_method="file://{tmp_path}/meet", rank=0, world_size=1)
+layer = torch.nn.Linear(3, 2).to(device)
+exchange = Exchange(SimpleNamespace(world_size=2, device=device), layer.parameters())
+layer(torch.ones(4, 3, device=device)).sum().backward()
+figures = exchange.sum(torch.arange(3.0, device=device))
+assert layer.weight.grad.tolist() == [[4.0] * 3] * 2 and figures.tolist() == [0.0, 1.0, 2.0]
+torch.distributed.destroy_process_group()
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-2000:]
 
 
 def test_processes_train_together(digits_dir, tmp_path, full):

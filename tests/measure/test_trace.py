@@ -1,8 +1,10 @@
 """What is counted of a block on a GPU that is not there."""
 
+import re
+
 import pytest
 import torch
-from mechanisms import CASES
+from mechanisms import CASES, WITH_VALUE_CONV
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,6 +23,21 @@ def test_launches_and_bytes_are_within_the_budget(name):
     traced = trace_block(Block(name, {}, 384, 6), 1025, 64, bfloat16=True)
     assert (traced.forward.launches <= MOST_FORWARD, traced.backward.launches <= MOST_BACKWARD) == (True, True)
     assert traced.ratio <= MOST_RATIO
+
+
+# Of "will throw a RuntimeError" in the documentation of torch.use_deterministic_algorithms, as operators.
+RAISES = re.compile(
+    r"(?!_?max_pool2d)_?(adaptive_)?(avg|max|fractional_max)_(pool[23]d|unpool[23]d)_backward|upsample_\w+_backward"
+    r"|(reflection|replication)_pad\w+_backward|grid_sampler_2d_backward|_cumsum\w*|histc|kthvalue|put_|nll_loss2d\w*"
+    r"|_embedding_bag\w*|_ctc_loss\w*|resize_|median\w*|bincount"
+)
+
+
+@pytest.mark.parametrize(("name", "options"), [case for case in CASES if case not in WITH_VALUE_CONV])
+def test_no_operator_is_one_that_deterministic_training_refuses_on_a_gpu(name, options):
+    traced = trace_block(Block(name, options, 48, 4), 50, 2, bfloat16=False)  # 7 x 7 patches, which little divides
+    assert len(traced.backward.calls) > 5
+    assert [called for called, _ in traced.forward.calls + traced.backward.calls if RAISES.fullmatch(called)] == []
 
 
 def test_fused_moves_what_its_products_and_its_attention_read_and_write():

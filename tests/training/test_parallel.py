@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import TINY, TINY_FLAGS
 from lightning_fabric import Fabric
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from processes import finished, read_until
 
 from effvit.data.loading.batches import Place
@@ -176,8 +177,33 @@ def test_a_start_that_fails_leaves_nothing_behind_for_the_next(monkeypatch):
         patch.setattr(Fabric, "launch", fail)
         with pytest.raises(RuntimeError, match="no port"):
             make_fabric("cpu")
-    assert os.environ.keys() - before.keys() <= {"CUBLAS_WORKSPACE_CONFIG"}
+    assert os.environ.keys() == before.keys()
     assert make_fabric("cpu").world_size == 1
+
+
+def test_more_devices_than_there_are_is_one_line(monkeypatch):
+    def refuse(**settings):
+        raise MisconfigurationException("You requested gpu: [0, 1, 2, 3] But your machine only has: [0]")
+
+    monkeypatch.setattr("effvit.training.parallel.Fabric", refuse)
+    with pytest.raises(UserError, match="device=cpu, devices=4: not usable here"):
+        make_fabric("cpu", devices=4)
+
+
+def test_gradients_stay_where_they_are_if_they_shall():
+    layer, alone = torch.nn.Linear(3, 2), SimpleNamespace(world_size=1, device=torch.device("cpu"))
+    exchange = Exchange(alone, layer.parameters(), stay=True)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    places = [parameter.grad.data_ptr() for parameter in layer.parameters()]
+    x = torch.arange(12.0).view(4, 3)
+    for _ in range(2):
+        exchange.clear(optimizer)
+        for part in x.split(2):
+            layer(part).sum().backward()
+        figures = torch.ones(3)
+        assert exchange.sum(figures) is figures
+        assert torch.equal(layer.weight.grad, x.sum(dim=0).expand(2, 3)) and layer.bias.grad.tolist() == [4, 4]
+    assert [parameter.grad.data_ptr() for parameter in layer.parameters()] == places
 
 
 def test_what_ends_one_process_is_told_in_one_line_by_each(command, tmp_path):

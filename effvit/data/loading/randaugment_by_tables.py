@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from effvit.data.loading.randaugment import LARGEST, OPERATIONS, VARIANTS
 
 _LEVELS = 256
+_MOST_VALUES = 2**24  # of pixels at once, which take 45 times as many bytes meanwhile
 _MOVING = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 _POINTWISE = ("Brightness", "Posterize", "Solarize")
 _OF_THE_IMAGE = ("AutoContrast", "Equalize", "Color", "Sharpness")
@@ -83,10 +84,14 @@ def by_tables(images: Tensor, choices: Tensor, magnitude: int) -> Tensor:
     As `effvit.data.loading.randaugment.randaugment`, with ``choices`` on the images' device.
     """
     of_variants = tables(*images.shape[-2:], magnitude, images.device)
-    chosen = Tables(*(table[choices] for table in of_variants))
-    for of_images in zip(*(table.unbind() for table in chosen), strict=True):
-        images = _round(images, Tables(*of_images))
-    return images
+    at_once = max(1, _MOST_VALUES // images[0].numel()) if len(images) else 1
+    parts = []
+    for part, numbers in zip(images.split(at_once), choices.split(at_once, dim=1), strict=True):
+        chosen = Tables(*(table[numbers] for table in of_variants))
+        for of_images in zip(*(table.unbind() for table in chosen), strict=True):
+            part = _round(part, Tables(*of_images))
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _round(images: Tensor, chosen: Tables) -> Tensor:
@@ -102,7 +107,8 @@ def _round(images: Tensor, chosen: Tables) -> Tensor:
 
     pixels = flat.float()
     grey = _grey(flat)
-    other = torch.where(coloured, grey, grey.mean(dim=2, keepdim=True))
+    mean = grey.sum(dim=2, keepdim=True).div_(grey.shape[2])  # a sum of whole numbers is exact in any order
+    other = torch.where(coloured, grey, mean)
     other = torch.where(sharpened, _blurred(pixels.view_as(images)).flatten(2).sub_(pixels), other)
     # Rounded twice, as a multiplication and a fused addition are.
     mixed = pixels.mul_(chosen.own).addcmul_(other, chosen.others).clamp_(0, _LEVELS - 1)

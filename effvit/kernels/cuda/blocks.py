@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from effvit import policy
+
 
 @triton.jit
 def rows_of(start, first, stride, number, width, ROWS: tl.constexpr, WIDTH: tl.constexpr):
@@ -55,7 +57,7 @@ def side(width: int) -> int:
 
 def is_exact(*factors: Tensor) -> bool:
     """Whether products are to be as exact as in float32: of such factors, where PyTorch's may not round to TF32."""
-    return torch.float32 in [x.dtype for x in factors] and not torch.backends.cuda.matmul.allow_tf32
+    return torch.float32 in [x.dtype for x in factors] and not policy.rounds_products()
 
 
 def on_its_device(operator: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
+from effvit.data.loading import randaugment_by_tables
 from effvit.data.loading.randaugment import LARGEST, OPERATIONS, VARIANTS, randaugment
 from effvit.data.loading.randaugment_by_tables import by_tables
 
@@ -47,3 +48,13 @@ def test_by_tables_every_pixel_is_that_of_the_operations(magnitude, shape):
     choices = torch.arange(len(VARIANTS)).repeat(2)
     choices = torch.stack([choices, choices[torch.randperm(len(choices), generator=generator)]])
     assert torch.equal(by_tables(images, choices, magnitude), randaugment(images, choices, magnitude))
+
+
+def test_many_images_are_done_in_parts_that_fit_and_each_as_it_would_be(monkeypatch):
+    choices = torch.randint(len(VARIANTS), (2, 6), generator=torch.Generator().manual_seed(3))
+    whole = by_tables(IMAGES, choices, 9)
+    monkeypatch.setattr(randaugment_by_tables, "_MOST_VALUES", 4 * IMAGES[0].numel() + 1)
+    assert torch.equal(by_tables(IMAGES, choices, 9), whole)
+    monkeypatch.setattr(randaugment_by_tables, "_MOST_VALUES", 1)
+    assert torch.equal(by_tables(IMAGES, choices, 9), whole)
+    assert by_tables(IMAGES[:0], choices[:, :0], 9).shape == (0, 3, 16, 16)
