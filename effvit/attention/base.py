@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from effvit.errors import UserError
+from effvit.kernels.choice import is_plain
 from effvit.kernels.grid_convolution import grid_convolution
 from effvit.kernels.linear import apply_linear
 from effvit.kernels.qkv import apply_qkv
@@ -155,8 +156,11 @@ class Attention(nn.Module):
         """Mixed values ``(B, H, N, d)`` plus ``value_conv`` of the patches' own, where there is one."""
         if self.value_conv is None:
             return y
-        tokens, kernels = y.transpose(1, 2).flatten(2), self.value_conv.weight[:, 0]
-        return self.split_heads(grid_convolution(tokens, self.patch_values(x, v), kernels, self.grid_size))
+        tokens, patches = y.transpose(1, 2).flatten(2), self.patch_values(x, v)
+        if is_plain(self.value_conv, nn.Conv2d):
+            return self.split_heads(grid_convolution(tokens, patches, self.value_conv.weight[:, 0], self.grid_size))
+        convolved = self.value_conv(patches.transpose(1, 2).unflatten(2, self.grid_size)).flatten(2).transpose(1, 2)
+        return self.split_heads(tokens + nn.functional.pad(convolved, (0, 0, self.prefix_tokens, 0)))
 
     def patch_values(self, x: Tensor, v: Tensor) -> Tensor:
         """Values of the patches ``(B, P, C)``, from the tokens ``(B, N, C)`` or what `project` made of them."""
@@ -166,9 +170,13 @@ class Attention(nn.Module):
         """Matrix ``(H, N, N)`` of ``value_conv``, by the mean kernel of each head's channels; 0 without it."""
         if self.value_conv is None:
             return 0
-        n, p = self.num_tokens, self.num_patches
-        kernels = self.value_conv.weight.to(y.dtype).unflatten(0, (self.num_heads, -1)).mean(dim=(1, 2))  # (H, w, w)
-        eye = torch.eye(p, dtype=y.dtype, device=y.device).repeat(1, self.num_heads)[None]  # (1, P, H P)
+        n, p, h = self.num_tokens, self.num_patches, self.num_heads
+        if not is_plain(self.value_conv, nn.Conv2d):  # the same patch in all channels
+            patches = torch.eye(p, dtype=y.dtype, device=y.device).view(p, 1, *self.grid_size)
+            called = self.value_conv(patches.expand(-1, self.dim, -1, -1)).unflatten(1, (h, -1)).mean(2)
+            return nn.functional.pad(called.flatten(2).permute(1, 2, 0), (self.prefix_tokens, 0, self.prefix_tokens, 0))
+        kernels = self.value_conv.weight.to(y.dtype).unflatten(0, (h, -1)).mean(dim=(1, 2))  # (H, w, w)
+        eye = torch.eye(p, dtype=y.dtype, device=y.device).repeat(1, h)[None]  # (1, P, H P)
         nothing = eye.new_zeros(1, n, eye.shape[-1])
         columns = grid_convolution(nothing, eye, kernels.repeat_interleave(p, dim=0), self.grid_size)
         return nn.functional.pad(columns[0].unflatten(-1, (-1, p)).transpose(0, 1), (self.prefix_tokens, 0))

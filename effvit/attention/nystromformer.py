@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from effvit.attention.base import Attention, AttentionOptions, Grid, register
-from effvit.kernels.choice import primitive, without_autocast
+from effvit.kernels.choice import is_plain, primitive, without_autocast
 from effvit.kernels.landmarks import landmark_members
 from effvit.kernels.pseudo_inverse import MOST_ITERATIONS, pseudo_inverse
 from effvit.kernels.softmax_attention import softmax_attention
@@ -41,8 +41,8 @@ class NystromformerAttention(Attention):
 
     K₁ = softmax(q k̃ᵀ / √d), K₂ = softmax(q̃ k̃ᵀ / √d), K₃ = softmax(q̃ kᵀ / √d), with landmarks q̃, k̃ ``(m, d)``.
 
-    Each prefix token is a landmark of its own; the patches share the other m - S, each the mean of neighbours in the
-    grid (docs/mechanisms.md has the measurement behind it).
+    Each of the S prefix tokens is a landmark of its own, as long as m > S; the patches share the other m - S, each the
+    mean of neighbours in the grid (docs/mechanisms.md has the measurement behind it).
     """
 
     Options = NystromformerOptions
@@ -81,6 +81,8 @@ class NystromformerAttention(Attention):
     def plus_convolution(self, y: Tensor, v: Tensor) -> Tensor:
         """y plus values ``(B, H, N, e)`` convolved over tokens, with each head's kernel."""
         assert self.conv is not None, "no convolution with conv_kernel_size 0"
+        if not is_plain(self.conv, nn.Conv2d):
+            return y + self.conv(v)
         rows, values = (tokens.transpose(1, 2).flatten(2) for tokens in (y, v))  # (B, N, H e), as they lie in memory
         kernels = self.conv.weight.flatten(1).to(v.dtype).repeat_interleave(v.shape[-1], dim=0)  # (H e, w)
         return token_convolution(values, kernels, rows).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

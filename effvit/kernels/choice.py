@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.nn import functional as F
 from torch.nn.modules import module as global_hooks
+from torch.utils._device import DeviceContext
 
 from effvit import policy
 
@@ -19,6 +20,7 @@ _OF_TRITON = (torch.float32, torch.bfloat16, torch.float16)
 # PyTorch 2.6 does not say whether it compiles or exports.
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 _LINEAR = F.linear  # counters such as ptflops put their own in its place
+_FORWARDS = {kind: kind.forward for kind in (nn.Linear, nn.Conv2d)}  # and others theirs in place of these
 
 
 def on_cpu(*tensors: Tensor) -> bool:
@@ -31,9 +33,15 @@ def on_cpu(*tensors: Tensor) -> bool:
         return False
     if torch._C._are_functorch_transforms_active() or in_forward_mode():
         return False
-    if torch._C._len_torch_dispatch_stack() or F.linear is not _LINEAR:
+    if torch._C._len_torch_dispatch_stack() or F.linear is not _LINEAR or _in_function_mode():
         return False
     return all(type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" for tensor in tensors)
+
+
+def _in_function_mode() -> bool:
+    """Whether functions of PyTorch's are watched, other than for where new tensors go."""
+    number = torch._C._len_torch_function_stack()
+    return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(number))
 
 
 def eager_on_cuda(*tensors: Tensor) -> bool:
@@ -118,14 +126,15 @@ def cast_once(x: Tensor) -> Tensor:
     return x
 
 
-def is_plain(layer: nn.Module, kind: type[nn.Linear] = nn.Linear) -> TypeGuard[nn.Linear]:
-    """Whether calling a linear layer of this class is what the class says and nothing else.
+def is_plain(layer: nn.Module, kind: type[nn.Linear | nn.Conv2d] = nn.Linear) -> TypeGuard[nn.Linear]:
+    """Whether calling a layer of this class is what the class says and nothing else.
 
     Then its weights may be read in place of the call. Not so with hooks, pruning, parametrisations, adapters, quantised
     weights, or a ``forward`` of its own.
     """
     return (
         type(layer) is kind
+        and kind.forward is _FORWARDS.get(kind, kind.forward)
         and "forward" not in layer.__dict__
         and "weight" in layer._parameters
         and not any(map(_acts, (layer._forward_hooks, layer._forward_pre_hooks)))

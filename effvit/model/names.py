@@ -134,9 +134,7 @@ def _find(names: list[str]) -> tuple[str, str, Scheme]:
             if match := re.fullmatch(rf"((?:.*?\.)??){scheme.mark}", name):
                 prefix = match[1]
                 if other := next((name for name in names if not name.startswith(prefix)), None):
-                    raise UserError(
-                        f"some names begin with {prefix}, others do not ({other}); save one model's weights"
-                    )
+                    raise UserError(f"some names begin with {prefix}, others do not ({other}): save only those that do")
                 return name, prefix, scheme
     raise UserError(
         "not the weights of a ViT in the names of timm, transformers or torchvision "

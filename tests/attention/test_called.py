@@ -11,10 +11,14 @@ from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize, prune
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from effvit import ViT, ViTConfig, build_attention, policy
+from effvit.attention.linformer import LinformerAttention
 from effvit.attention.performer import draw_features
+from effvit.attention.pooled import PooledAttention
+from effvit.kernels.qkv import QKVLinear
 
 pytestmark = pytest.mark.slow
 
@@ -174,12 +178,121 @@ def test_pruning_and_parametrisations_act(name, options):
     torch.testing.assert_close(doubled(x), by_hand(x), rtol=1e-5, atol=1e-6)
 
 
+CONVOLUTIONS = pytest.mark.parametrize(
+    "name, options, key",
+    [*((*case, "value_conv") for case in WITH_VALUE_CONV), ("nystromformer", {"num_landmarks": 5}, "conv")],
+)
+
+
+def with_convolution_scaled(name, options, key, factor):
+    attention = attention_of(name, options)
+    with torch.no_grad():
+        getattr(attention, key).weight.mul_(factor)
+    return attention
+
+
+@CONVOLUTIONS
+def test_hooks_on_a_convolution_are_called_and_what_they_return_counts(name, options, key):
+    x, seen = torch.randn(2, TOKENS, WIDTH), []
+    hooked = attention_of(name, options)
+    convolution = getattr(hooked, key)
+    handle = convolution.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    before = attention_of(name, options)(x, return_map=True)
+    torch.testing.assert_close(hooked(x, return_map=True), before, rtol=1e-5, atol=1e-6)
+    assert seen
+    handle.remove()
+    handle = convolution.register_forward_hook(lambda module, inputs, output: output * 0)
+    for found, expected in zip(
+        hooked(x, return_map=True),
+        with_convolution_scaled(name, options, key, 0)(x, return_map=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    handle.remove()
+    convolution.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
+    doubled = with_convolution_scaled(name, options, key, 2)
+    torch.testing.assert_close(hooked(x), doubled(x), rtol=1e-5, atol=1e-6)
+    gradients = []
+    convolution.register_full_backward_hook(lambda module, inputs, outputs: gradients.append(outputs))
+    hooked(x).sum().backward()
+    assert gradients
+
+
+@CONVOLUTIONS
+def test_what_replaces_the_weight_of_a_convolution_acts(name, options, key):
+    x = torch.randn(2, TOKENS, WIDTH)
+    normed = attention_of(name, options)
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        nn.utils.weight_norm(getattr(normed, key))
+    with torch.no_grad():
+        getattr(normed, key).weight_g.mul_(2)
+    doubled = with_convolution_scaled(name, options, key, 2)
+    torch.testing.assert_close(normed(x), doubled(x), rtol=1e-5, atol=1e-6)
+
+    pruned = attention_of(name, options)
+    prune.l1_unstructured(getattr(pruned, key), "weight", amount=0.5)
+    for _ in range(2):  # a graph of its own for each step
+        pruned(x).sum().backward()
+    by_hand = attention_of(name, options)
+    with torch.no_grad():
+        getattr(by_hand, key).weight.mul_(getattr(pruned, key).weight_mask)
+    torch.testing.assert_close(pruned(x), by_hand(x), rtol=1e-5, atol=1e-6)
+
+
+@CONVOLUTIONS
+def test_peft_trains_its_adapter_of_a_convolution(name, options, key):
+    peft = pytest.importorskip("peft", reason="needs peft, of the extra peers", exc_type=ImportError)
+    if key == "conv":  # PyTorch itself crashes in the backward pass of a kernel twice as long as the image
+        options = options | {"conv_kernel_size": 5}
+    model, images = model_of(name, options), torch.randn(2, 3, 16, 16)
+    groups = getattr(model.blocks[0].attn, key).groups  # which divide the rank
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=groups, target_modules=[key], init_lora_weights=False))
+    adapted(images).sum().backward()
+    # Of the first block: what the last one makes of patches is not seen by the class token.
+    gradients = [p.grad for name, p in adapted.named_parameters() if "lora_" in name and "blocks.0." in name]
+    assert gradients and all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
+
+
+@BY_NAME
+def test_a_forward_put_in_place_of_linear_layers_own_is_called(name, options, monkeypatch):
+    attention, calls, forward = attention_of(name, options), [], nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda layer, x: calls.append(layer) or forward(layer, x))
+    attention(torch.randn(2, TOKENS, WIDTH))
+    assert attention.proj in calls
+    merged = merged_layer(attention)
+    assert isinstance(merged, QKVLinear) or merged in calls
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@BY_NAME
+def test_a_mode_that_watches_functions_sees_products_on_every_processor(name, options, onednn, monkeypatch):
+    class Counting(TorchFunctionMode):
+        count = 0
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            self.count += function is nn.functional.linear
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(policy, "ONEDNN_PRODUCTS", onednn and policy._ONEDNN is not None)
+    attention, x = attention_of(name, options), torch.randn(2, TOKENS, WIDTH)
+    with Counting() as mode:
+        attention(x)
+    assert mode.count >= 2
+
+
 @BY_NAME
 def test_dynamic_quantisation_replaces_the_maps_and_is_near(name, options):
+    """But for `QKVLinear`, which PyTorch does not know: it looks for layers of just the class that it is given."""
     model, images = model_of(name, options), torch.randn(32, 3, 16, 16)
     quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
-    kinds = {type(module).__module__ for key, module in quantized.named_modules() if key.endswith("attn.proj")}
-    assert all("quantized" in kind for kind in kinds)
+    maps = [
+        module
+        for key, module in quantized.named_modules()
+        if ".attn." in key and key.endswith((".qkv", ".proj", ".query", ".value"))
+    ]
+    left = {type(module) for module in maps if "quantized" not in type(module).__module__}
+    assert maps and left <= {QKVLinear}
+    assert left == ({QKVLinear} if isinstance(model.blocks[0].attn, LinformerAttention | PooledAttention) else set())
     expected = model(images)
     assert (quantized(images) - expected).norm() / expected.norm() < 0.1
 

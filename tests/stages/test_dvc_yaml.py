@@ -35,7 +35,7 @@ INERT = {
     # What the system says of the machine, and what follows from that alone, which metrics/machine.json records.
     "effvit/device.py",
     "effvit/memory.py",
-    "effvit/policy.py",
+    "effvit/policy.py",  # training's precision and determinism apart, see `test_training_depends_on_its_rules`
     "effvit/processor.py",
     "effvit/study/config.py",  # rules; the values themselves are params
     "effvit/cli/__init__.py",  # how long threads spin while another process is busy
@@ -172,6 +172,11 @@ def test_stage_depends_on_all_code_that_it_runs(imported, stage):
 
 def test_a_stages_dependencies_are_seen_at_a_glance():
     assert {stage: len(content["deps"]) for stage, content in STAGES.items() if len(content["deps"]) > MOST_DEPS} == {}
+
+
+def test_training_depends_on_its_rules():
+    """What `auto` stands for as a precision, and what determinism sets."""
+    assert "effvit/policy.py" in STAGES["train"]["deps"]
 
 
 def test_code_without_a_say_is_there():
