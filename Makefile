@@ -59,7 +59,8 @@ hybrid-search: env ## forms of the hybrid and what they are compared with: an ex
 	queue -S attention=hybrid -S attention.hybrid.feature_map=elu,relu,focused -S model.value_conv=0,3 && \
 	queue -S attention=hybrid -S attention.hybrid.fusion=gate -S model.value_conv=0,3 && \
 	queue -S attention=hybrid -S attention.hybrid.feature_map=focused -S model.value_conv=3 -S attention.hybrid.global_every=2 && \
-	queue -S attention=hybrid -S attention.hybrid.feature_map=focused -S model.value_conv=3 -S 'attention.hybrid.dilations=[1,2,4]'
+	queue -S attention=hybrid -S attention.hybrid.feature_map=focused -S model.value_conv=3 -S 'attention.hybrid.dilations=[1,2,4]' && \
+	for attention in $(COMPARED) hybrid; do queue -S attention=$$attention -S model.value_conv=3 -S 'seeds=[1]' || exit; done
 	. $(BIN)/activate && dvc exp run --run-all && effvit variants --output-dir docs/hybrid-search && python -m stages.tables
 
 params: env ## compose params.yaml from conf/

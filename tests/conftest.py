@@ -153,7 +153,8 @@ def digits12(digits12_dir):
 def exported(tmp_path_factory, digits12) -> dict[str, Path]:
     """By mechanism, a directory with a tiny model on 3 x 3 patches, its ``model.onnx`` and ``int8.onnx``.
 
-    After a mechanism's name may stand ``+value_conv``. Each is made when it is first asked for: that takes seconds.
+    After a mechanism's name may stand ``+value_conv`` or ``+gate``. Each is made when it is first asked for: that
+    takes seconds.
     """
     import torch
     from mechanisms import FIRST
@@ -169,8 +170,11 @@ def exported(tmp_path_factory, digits12) -> dict[str, Path]:
             attention, _, more = name.partition("+")
             size = {"image_size": 12, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
             size |= {"intermediate_size": 16, "initializer_range": 0.5}
-            size |= {"value_conv": 3} if more else {}
-            config = ViTConfig(**size, attention=attention, attention_options=dict(FIRST)[attention])
+            size |= {"value_conv": 3} if more == "value_conv" else {}
+            if attention == "hybrid":  # a head for each branch
+                size |= {"hidden_size": 12, "num_attention_heads": 3}
+            options = dict(FIRST)[attention] | ({"fusion": "gate", "feature_map": "focused"} if more == "gate" else {})
+            config = ViTConfig(**size, attention=attention, attention_options=options)
             model = ViT(config).eval()
             with torch.no_grad():
                 for parameter in model.parameters():  # none that a graph could do without, as it could without zeros

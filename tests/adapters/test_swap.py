@@ -35,7 +35,7 @@ from effvit.model.resize import resize_projection
 pytestmark = pytest.mark.slow
 
 OWN_WEIGHTS = {"linformer": {"E", "F"}, "performer": {"omega"}, "nystromformer": {"conv.weight"}}
-OWN_WEIGHTS |= {"hybrid": {"gate.weight", "gate.bias"}, "focused": {"scale"}}
+OWN_WEIGHTS |= {"focused": {"scale"}}
 
 
 def swapped(family, name, **more):
@@ -45,6 +45,14 @@ def swapped(family, name, **more):
 
 def attentions(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, Attention)}
+
+
+@pytest.mark.parametrize("family", TIMM)
+def test_weights_that_only_an_option_has_are_reported_as_new(family):
+    model = host(family)
+    report = swap_attention(model, "hybrid", window_size=2, fusion="gate", feature_map="focused")
+    assert {key.split(".attn.")[-1] for key in report.new} == {"gate.weight", "gate.bias", "scale"}
+    assert outputs(model, images()).isfinite().all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

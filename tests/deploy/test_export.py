@@ -26,7 +26,7 @@ from effvit.model.trained_on import TrainedOn
 
 pytestmark = pytest.mark.slow
 
-MECHANISMS = (*available_attention(), "fused+value_conv", "pooled+value_conv")
+MECHANISMS = (*available_attention(), "fused+value_conv", "pooled+value_conv", "hybrid+gate")
 
 
 def session_of(path):
