@@ -115,8 +115,11 @@ def apply(device: torch.device, *, deterministic: bool, tf32: bool = True, threa
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if _TRITON and (lacking := _triton_lacks()):
         say_once(f"Triton finds no {lacking.removeprefix('a ')}: kernels of PyTorch run in place of its own, slower")
-    # By the older of PyTorch's two interfaces, which sets both.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    # The older of PyTorch's two interfaces sets both, but leaves convolutions to what was set for all.
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    for backend in _newer("cudnn.conv", "cudnn.rnn") if not tf32 else ():
+        backend.fp32_precision = "ieee"
     # The default of Hopper and later in some modes and not in others, with NaN gradients in masked windows: a baseline
     # of its own, by `cudnn_attention`.
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -127,15 +130,13 @@ def kept() -> Iterator[None]:
     """Undo afterwards whatever `apply` changes meanwhile."""
     mode = torch.get_deterministic_debug_mode()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    tf32 = list(_rounding())
     cudnn, threads = torch.backends.cuda.cudnn_sdp_enabled(), torch.get_num_threads()
     try:
-        yield
+        with _rounding_kept():
+            yield
     finally:
         torch.set_deterministic_debug_mode(mode)
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
-        for backend, name, value in tf32:
-            setattr(backend, name, value)
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
         torch.set_num_threads(threads)
 
@@ -148,18 +149,37 @@ def rounds_products() -> bool:
     return products.allow_tf32
 
 
-def _rounding() -> Iterator[tuple[Any, str, Any]]:
-    """How float32 rounds on a GPU: backend, attribute, value.
+def _newer(*names: str) -> list[Any]:
+    """Those of PyTorch's back ends that round as its newer interface says: none before PyTorch 2.9."""
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        return []
+    return [attrgetter(name)(torch.backends) for name in names]
 
-    By the older interface, or by the newer where that was used, after which PyTorch does not let the older be read.
+
+@contextmanager
+def _rounding_kept() -> Iterator[None]:
+    """Undo afterwards what is set meanwhile of how float32 rounds.
+
+    By both interfaces: where the newer was used, PyTorch does not let the older be read.
     """
-    backends = torch.backends
-    for older, newer in ((backends.cuda.matmul, ("cuda.matmul",)), (backends.cudnn, ("cudnn.conv", "cudnn.rnn"))):
-        try:
-            yield older, "allow_tf32", older.allow_tf32
-        except RuntimeError:
-            for backend in (attrgetter(name)(backends) for name in newer):
-                yield backend, "fp32_precision", backend.fp32_precision
+    try:
+        products: str | None = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        products = None
+    try:
+        convolutions: bool | None = torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        convolutions = None
+    newer = [(each, each.fp32_precision) for each in _newer("cuda.matmul", "mkldnn.matmul", "cudnn.conv", "cudnn.rnn")]
+    try:
+        yield
+    finally:
+        if products is not None:
+            torch.set_float32_matmul_precision(products)
+        if convolutions is not None:
+            torch.backends.cudnn.allow_tf32 = convolutions
+        for each, precision in newer:
+            each.fp32_precision = precision
 
 
 @contextmanager

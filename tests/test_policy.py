@@ -100,9 +100,9 @@ def newer_interface():
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         pytest.skip("PyTorch before 2.9 has one")
     backends = torch.backends
-    yield backends
+    with policy.kept():
+        yield backends
     backends.fp32_precision = backends.cudnn.fp32_precision = "none"
-    backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32 = False, True  # sets both
 
 
 @pytest.mark.parametrize("name", ["matmul", "all", "cudnn"])
@@ -121,7 +121,22 @@ def test_whichever_interface_set_tf32_it_is_read_and_put_back(newer_interface, n
         with policy.kept():
             policy.apply(CUDA, deterministic=False, tf32=tf32)
             assert policy.rounds_products() == tf32
+            assert [each == "tf32" for each in seen()] == [tf32] * 3
+            assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest"), "which Lightning reads"
         assert seen() == before
+
+
+@pytest.mark.parametrize("name", ["highest", "high", "medium"])
+def test_what_the_older_interface_set_is_put_back_and_can_be_read(newer_interface, name):
+    torch.set_float32_matmul_precision(name)
+    backends = torch.backends
+    every = backends.cuda.matmul, backends.mkldnn.matmul, backends.cudnn.conv, backends.cudnn.rnn
+    before = [each.fp32_precision for each in every], torch.get_float32_matmul_precision()
+    for tf32 in (True, False):
+        with policy.kept():
+            policy.apply(CUDA, deterministic=False, tf32=tf32)
+            assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+        assert ([each.fp32_precision for each in every], torch.get_float32_matmul_precision()) == before
 
 
 def test_without_a_compiler_or_pythons_header_triton_is_not_taken(monkeypatch, tmp_path, capsys):

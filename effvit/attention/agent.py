@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from effvit.attention.base import Attention, AttentionOptions, Grid, register
-from effvit.kernels.grid_pooling import grid_pooling
+from effvit.kernels.grid_pooling import grid_pooling, uneven_members
 from effvit.kernels.softmax_attention import softmax_attention
 
 
@@ -31,10 +31,12 @@ class AgentAttention(Attention):
     complexity = "O(N n)"
     paper = "Han et al. 2024, arXiv 2312.08874"
     needs_grid = True
+    members: Tensor | None
 
     def __init__(self, dim: int, num_heads: int, grid_size: Grid, options: AgentOptions, **kwargs: Any) -> None:
         super().__init__(dim, num_heads, grid_size, options, **kwargs)
         self.cells = min(options.agent_size, grid_size[0]), min(options.agent_size, grid_size[1])
+        self.register_buffer("members", uneven_members(grid_size, self.cells), persistent=False)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
         agents = self.agents(q)
@@ -43,7 +45,7 @@ class AgentAttention(Attention):
     def agents(self, q: Tensor) -> Tensor:
         """Queries ``(B, H, N, d)`` to agents ``(B, H, n, d)``."""
         patches = q.transpose(1, 2).flatten(2)[:, self.prefix_tokens :]
-        return self.split_heads(grid_pooling(patches, self.grid_size, self.cells))
+        return self.split_heads(grid_pooling(patches, self.grid_size, self.cells, self.members))
 
     def mixing_macs(self) -> int:
         """4NnC."""

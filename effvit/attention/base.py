@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from effvit.errors import UserError
-from effvit.kernels.choice import is_plain
+from effvit.kernels.choice import is_plain_depthwise
 from effvit.kernels.grid_convolution import grid_convolution
 from effvit.kernels.linear import apply_linear
 from effvit.kernels.qkv import apply_qkv
@@ -157,7 +157,7 @@ class Attention(nn.Module):
         if self.value_conv is None:
             return y
         tokens, patches = y.transpose(1, 2).flatten(2), self.patch_values(x, v)
-        if is_plain(self.value_conv, nn.Conv2d):
+        if is_plain_depthwise(self.value_conv):
             return self.split_heads(grid_convolution(tokens, patches, self.value_conv.weight[:, 0], self.grid_size))
         convolved = self.value_conv(patches.transpose(1, 2).unflatten(2, self.grid_size)).flatten(2).transpose(1, 2)
         return self.split_heads(tokens + nn.functional.pad(convolved, (0, 0, self.prefix_tokens, 0)))
@@ -171,7 +171,7 @@ class Attention(nn.Module):
         if self.value_conv is None:
             return 0
         n, p, h = self.num_tokens, self.num_patches, self.num_heads
-        if not is_plain(self.value_conv, nn.Conv2d):  # the same patch in all channels
+        if not is_plain_depthwise(self.value_conv):  # the same patch in all channels
             patches = torch.eye(p, dtype=y.dtype, device=y.device).view(p, 1, *self.grid_size)
             called = self.value_conv(patches.expand(-1, self.dim, -1, -1)).unflatten(1, (h, -1)).mean(2)
             return nn.functional.pad(called.flatten(2).permute(1, 2, 0), (self.prefix_tokens, 0, self.prefix_tokens, 0))

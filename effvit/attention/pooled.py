@@ -12,7 +12,7 @@ from torch import Tensor
 
 from effvit.attention.base import Attention, AttentionOptions, Grid, register
 from effvit.kernels.choice import cast_once
-from effvit.kernels.grid_pooling import grid_pooling
+from effvit.kernels.grid_pooling import grid_pooling, uneven_members
 from effvit.kernels.qkv import QKVLinear, apply_qkv_apart, apply_v
 from effvit.kernels.softmax_attention import softmax_attention
 
@@ -34,10 +34,12 @@ class PooledAttention(Attention):
     complexity = "O(N M)"
     paper = "Wang et al. 2022, arXiv 2106.13797"
     needs_grid = True
+    members: Tensor | None
 
     def __init__(self, dim: int, num_heads: int, grid_size: Grid, options: PooledOptions, **kwargs: Any) -> None:
         super().__init__(dim, num_heads, grid_size, options, **kwargs)
         self.cells = min(options.pool_size, grid_size[0]), min(options.pool_size, grid_size[1])
+        self.register_buffer("members", uneven_members(grid_size, self.cells), persistent=False)
         self.num_pooled = self.prefix_tokens + self.cells[0] * self.cells[1]
 
     def build_maps(self, qkv_bias: bool) -> None:
@@ -53,9 +55,9 @@ class PooledAttention(Attention):
     def pool(self, x: Tensor) -> Tensor:
         """Tokens ``(B, S + P, C)`` to ``(B, M, C)``."""
         if not self.prefix_tokens:
-            return grid_pooling(x, self.grid_size, self.cells)
+            return grid_pooling(x, self.grid_size, self.cells, self.members)
         prefix, patches = x.split([self.prefix_tokens, self.num_patches], dim=1)
-        return torch.cat([prefix, grid_pooling(patches, self.grid_size, self.cells)], dim=1)
+        return torch.cat([prefix, grid_pooling(patches, self.grid_size, self.cells, self.members)], dim=1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
         return softmax_attention(q, k, v, self.dropout_p)

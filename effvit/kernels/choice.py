@@ -20,7 +20,9 @@ _OF_TRITON = (torch.float32, torch.bfloat16, torch.float16)
 # PyTorch 2.6 does not say whether it compiles or exports.
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 _LINEAR = F.linear  # counters such as ptflops put their own in its place
-_FORWARDS = {kind: kind.forward for kind in (nn.Linear, nn.Conv2d)}  # and others theirs in place of these
+_FORWARDS: dict[type[nn.Module], Any] = {
+    kind: kind.forward for kind in (nn.Linear, nn.Conv2d)
+}  # and others theirs in place of these
 
 
 def on_cpu(*tensors: Tensor) -> bool:
@@ -126,7 +128,7 @@ def cast_once(x: Tensor) -> Tensor:
     return x
 
 
-def is_plain(layer: nn.Module, kind: type[nn.Linear | nn.Conv2d] = nn.Linear) -> TypeGuard[nn.Linear]:
+def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> TypeGuard[Any]:
     """Whether calling a layer of this class is what the class says and nothing else.
 
     Then its weights may be read in place of the call. Not so with hooks, pruning, parametrisations, adapters, quantised
@@ -141,6 +143,18 @@ def is_plain(layer: nn.Module, kind: type[nn.Linear | nn.Conv2d] = nn.Linear) ->
         and not any(map(_acts, (layer._backward_hooks, layer._backward_pre_hooks)))
         and not any(map(_acts, _GLOBAL_HOOKS))
         and type(layer.weight) in (Tensor, nn.Parameter, torch._subclasses.FakeTensor, *STAND_INS)
+    )
+
+
+def is_plain_depthwise(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether calling a convolution is a kernel for each channel, zeros beyond the borders, and nothing else."""
+    return (
+        is_plain(layer, nn.Conv2d)
+        and layer.bias is None
+        and layer.groups == layer.in_channels == layer.out_channels
+        and layer.stride == layer.dilation == (1, 1)
+        and layer.padding_mode == "zeros"
+        and layer.padding == tuple(side // 2 for side in layer.kernel_size)
     )
 
 

@@ -23,13 +23,18 @@ def reference(x: Tensor, grid_size: Grid, cells: Grid) -> Tensor:
 
 
 @choice.primitive
-def grid_pooling(x: Tensor, grid_size: Grid, cells: Grid) -> Tensor:
-    """`reference` by the form that suits the device."""
+def grid_pooling(x: Tensor, grid_size: Grid, cells: Grid, members: Tensor | None = None) -> Tensor:
+    """`reference` by the form that suits the device; on CUDA with what `uneven_members` gives."""
     if cells == grid_size:
         return x
     if policy.ONLY_REFERENCE:
         return reference(x, grid_size, cells)
-    return by_sides(x, grid_size, cells) if x.device.type == "cuda" else as_images(x, grid_size, cells)
+    if x.device.type == "cuda":  # where PyTorch's pooling adds its gradients up in no fixed order
+        if members is not None:
+            return by_members(x, members)
+        if not any(side % number for side, number in zip(grid_size, cells, strict=True)):
+            return even(x, grid_size, cells)
+    return as_images(x, grid_size, cells)
 
 
 def as_images(x: Tensor, grid_size: Grid, cells: Grid) -> Tensor:
@@ -38,29 +43,43 @@ def as_images(x: Tensor, grid_size: Grid, cells: Grid) -> Tensor:
     return F.adaptive_avg_pool2d(images, cells).flatten(2).transpose(1, 2).contiguous()
 
 
-def by_sides(x: Tensor, grid_size: Grid, cells: Grid) -> Tensor:
-    """Means of rows, then of columns. PyTorch's pooling adds its gradients up in no fixed order on CUDA."""
-    grid = x.unflatten(1, grid_size)
-    for dim, number in enumerate(cells, start=1):
-        grid = _means(grid, dim, number)
-    return grid.flatten(1, 2)
+def even(x: Tensor, grid_size: Grid, cells: Grid) -> Tensor:
+    """Means of cells that divide the grid."""
+    (rows, columns), (height, width) = cells, (side // number for side, number in zip(grid_size, cells, strict=True))
+    return x.unflatten(1, (rows, height, columns, width)).mean(dim=(2, 4)).flatten(1, 2)
 
 
-def _means(x: Tensor, dim: int, number: int) -> Tensor:
-    """Means over ``number`` ranges of a dimension; where they overlap, a product with their membership."""
-    side = x.shape[dim]
-    if side % number == 0:
-        return x.unflatten(dim, (number, side // number)).mean(dim + 1)
-    cell, place = torch.arange(number, device=x.device)[:, None], torch.arange(side, device=x.device)
-    first, end = cell * side // number, ((cell + 1) * side + number - 1) // number
-    shares = ((place >= first) & (place < end)).to(x.dtype) / (end - first)
-    with choice.without_autocast(x):
-        means = shares.to(x.dtype) @ x.flatten(dim + 1).flatten(0, dim - 1)
-    return means.unflatten(0, x.shape[:dim]).unflatten(-1, x.shape[dim + 1 :])
+def by_members(x: Tensor, members: Tensor) -> Tensor:
+    """Sums over members as one product, and their means."""
+    sums = torch.bmm(members.to(x.dtype).expand(x.shape[0], -1, -1), x)
+    return (sums / members.sum(dim=-1, keepdim=True)).to(x.dtype)
+
+
+def uneven_members(grid_size: Grid, cells: Grid) -> Tensor | None:
+    """Which patches each cell is the mean of, ``(rows*columns, gh*gw)``; None where cells divide the grid.
+
+    Zeros and, in a row, equal powers of two, which are exact in any precision and make sums no larger than patches.
+    """
+    if not any(side % number for side, number in zip(grid_size, cells, strict=True)):
+        return None
+    with torch.device("cpu"):  # a table, which must have its values wherever the weights are
+        sides = []
+        for side, number in zip(grid_size, cells, strict=True):
+            table = torch.zeros(number, side)
+            for row, members in zip(table, _ranges(side, number), strict=True):
+                row[members] = 1
+            sides.append(table)
+        ones = torch.kron(*sides)
+        return torch.ldexp(ones, -torch.frexp(ones.sum(dim=-1, keepdim=True)).exponent)
 
 
 def _ranges(side: int, number: int) -> list[slice]:
     return [slice(i * side // number, -(-(i + 1) * side // number)) for i in range(number)]
 
 
-FORMS = {"as images": as_images, "by sides": by_sides}
+def _as_on_cuda(x: Tensor, grid_size: Grid, cells: Grid) -> Tensor:
+    members = uneven_members(grid_size, cells)
+    return even(x, grid_size, cells) if members is None else by_members(x, members.to(x))
+
+
+FORMS = {"as images": as_images, "as on CUDA": _as_on_cuda}

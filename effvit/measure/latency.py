@@ -77,6 +77,8 @@ _last_busy = [-math.inf]  # when the last measurement ended
 def _settle(calls: Sequence[Call], measure: Stopwatch) -> None:
     """Keep a GPU busy that was idle until its clocks are those of one that works."""
     if time.monotonic() - _last_busy[0] > _IDLE_S:
+        for call in calls:  # which may compile or load
+            measure(call, 1)
         spent = 0.0
         while spent < _SETTLING_S:
             spent += sum(measure(call, 1) for call in calls)

@@ -21,6 +21,7 @@ from effvit.attention import Attention
 from effvit.data.loading.batches import Batch, steps_of, training_batches, validation_batches
 from effvit.data.loading.loaders import Loaders
 from effvit.data.loading.prepared import PreparedDataset
+from effvit.device import pick_device
 from effvit.errors import UserError
 from effvit.memory import is_out_of_memory, peak_resident_bytes
 from effvit.model.logits import logits_of
@@ -106,6 +107,8 @@ class Training(Generic[M, D]):
         self.augmentation = recipe.augmentation(horizontal_flip)
         self._report, self._should_stop = report, should_stop
         keep_freed_memory()
+        # Before Fabric, which reads what it sets.
+        policy.apply(pick_device(recipe.device), deterministic=recipe.deterministic, threads=recipe.threads)
         self.fabric: Fabric = make_fabric(recipe.device, recipe.devices, recipe.precision)
         precision = policy.training_precision(recipe.precision, self.fabric.device)
         self.recipe = recipe = recipe.model_copy(update={"precision": precision})
@@ -116,7 +119,6 @@ class Training(Generic[M, D]):
                 f"warm-up shortened to {recipe.warmup_epochs:g} epochs"
             )
         seed_everything(seed, verbose=False)
-        policy.apply(self.place.device, deterministic=recipe.deterministic, threads=recipe.threads)
         self.model = cast(M, ViT(model)) if isinstance(model, ViTConfig) else model
         init(self.model)
         self.optimizer = build_optimizer(self.model, recipe)

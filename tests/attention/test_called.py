@@ -240,6 +240,31 @@ def test_what_replaces_the_weight_of_a_convolution_acts(name, options, key):
 
 
 @CONVOLUTIONS
+def test_a_convolution_of_another_kind_in_its_place_is_called(name, options, key):
+    """With a bias, of all channels, or on other tokens: none of which its weight alone says."""
+    x, attention = torch.randn(2, TOKENS, WIDTH), attention_of(name, options)
+    plain = getattr(attention, key)
+    sizes = {"kernel_size": plain.kernel_size, "padding": plain.padding, "groups": plain.groups, "bias": False}
+    before, channels = attention(x), plain.in_channels
+    for change in (
+        {"bias": True},
+        {"groups": 1},
+        {"dilation": 2, "padding": tuple(2 * side for side in plain.padding)},
+    ):
+        called = []
+        other = nn.Conv2d(channels, channels, **(sizes | change))
+        other.register_forward_hook(lambda module, inputs, output, called=called: called.append(output))
+        setattr(attention, key, other)
+        assert attention(x).shape == before.shape and len(called) == 1
+        other._forward_hooks.clear()
+        with torch.no_grad():
+            other.weight.zero_()
+            if other.bias is not None:
+                other.bias.fill_(5.0)
+        assert torch.equal(attention(x), with_convolution_scaled(name, options, key, 0)(x)) == (other.bias is None)
+
+
+@CONVOLUTIONS
 def test_peft_trains_its_adapter_of_a_convolution(name, options, key):
     peft = pytest.importorskip("peft", reason="needs peft, of the extra peers", exc_type=ImportError)
     if key == "conv":  # PyTorch itself crashes in the backward pass of a kernel twice as long as the image

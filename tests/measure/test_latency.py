@@ -79,12 +79,13 @@ def test_warming_up_is_no_sample():
 
 def test_a_gpu_that_was_idle_is_kept_busy_first(monkeypatch):
     monkeypatch.setattr(latency, "_last_busy", [-float("inf")])
+    monkeypatch.setattr(latency.time, "monotonic", lambda: 5.0)
     counts = []
     for _ in range(2):
         clock = Clock(a=0.02, b=0.01)
         interleaved(clock.calls, device=torch.device("cuda"), stopwatch=clock, budget_s=0.0, min_rounds=1)
         counts.append(len(clock.log))
-    assert counts == [20 + 2 + 2, 2 + 2], "0.3 s; then what warms each call up, and a round"
+    assert counts == [2 + 20 + 2 + 2, 2 + 2], "one each, 0.3 s; then what warms each call up, and a round"
 
 
 def test_garbage_is_not_collected_while_measuring_and_is_afterwards():

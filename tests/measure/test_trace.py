@@ -18,17 +18,20 @@ def on_cuda(*shape, dtype=torch.float32):
     return OnCuda(torch.empty(*shape, dtype=dtype, device="meta"))
 
 
+@pytest.mark.parametrize("tokens", [197, 1025])
 @pytest.mark.parametrize("name", available_attention())
-def test_launches_and_bytes_are_within_the_budget(name):
-    traced = trace_block(Block(name, {}, 384, 6), 1025, 64, bfloat16=True)
+def test_launches_and_bytes_are_within_the_budget(name, tokens):
+    traced = trace_block(Block(name, {}, 384, 6), tokens, 64, bfloat16=True)
     assert (traced.forward.launches <= MOST_FORWARD, traced.backward.launches <= MOST_BACKWARD) == (True, True)
-    assert traced.ratio <= MOST_RATIO
+    # With few tokens landmarks and weights count, which the minimum leaves out.
+    assert traced.ratio <= (MOST_RATIO if tokens > 1000 else 1.2 * MOST_RATIO)
 
 
 # Of "will throw a RuntimeError" in the documentation of torch.use_deterministic_algorithms, as operators.
 RAISES = re.compile(
-    r"(?!_?max_pool2d)_?(adaptive_)?(avg|max|fractional_max)_(pool[23]d|unpool[23]d)_backward|upsample_\w+_backward"
-    r"|(reflection|replication)_pad\w+_backward|grid_sampler_2d_backward|_cumsum\w*|histc|kthvalue|put_|nll_loss2d\w*"
+    r"(?!_?max_pool2d)_?(adaptive_)?(avg|max|fractional_max)_(pool[23]d|unpool[23]d)(_with_indices)?_backward"
+    r"|upsample_\w+_backward"
+    r"|(reflection|replication)_pad\w+_backward|grid_sampler_2d_backward|_?cumsum\w*|histc|kthvalue|put_|nll_loss2d\w*"
     r"|_embedding_bag\w*|_ctc_loss\w*|resize_|median\w*|bincount"
 )
 
