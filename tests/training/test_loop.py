@@ -104,6 +104,20 @@ def test_a_small_last_batch_is_filled_up_where_shapes_are_compiled_and_counts_no
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
+def test_a_run_taken_up_at_a_small_last_batch_fills_it_up_as_it_would_have(digits, tiny_config):
+    recipe = TrainConfig(**RECIPE | {"batch_size": 200})
+    first, second = (Training(tiny_config(), digits, recipe, seed=0, horizontal_flip=False) for _ in range(2))
+    events = first.run()
+    while first.step < first.steps_per_epoch - 1:
+        next(events)
+    second.restore(*first.state())
+    seen = []
+    second._fills_up = True
+    second.model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    event = next(second.run())
+    assert (event.images, seen) == (digits.counts["train"] % 200, [200])
+
+
 class WatchedRows(np.ndarray):
     """Images that note which rows are read."""
 
