@@ -182,7 +182,7 @@ def test_tables_of_machines_are_those_of_docs_machines():
 
 
 def test_a_table_of_a_machine_has_its_ratios_and_names_the_fastest(tmp_path):
-    from stages.tables import choice
+    from stages.choosing import choice
 
     rows = [
         ("model", 224, 197, "fused", 10.4, 1.0, 1.0, 1.0, "ok"),
@@ -217,11 +217,51 @@ def test_a_table_of_a_machine_has_its_ratios_and_names_the_fastest(tmp_path):
     assert "A GPU, float32, random weights, 95" in lines[7] and "thread" not in lines[7]
 
 
+def test_a_machines_page_says_what_fits_which_budget_and_never_the_control(tmp_path):
+    from stages.choosing import machine
+
+    made = [  # mechanism, image size, ratio, upper end
+        ("fused", 224, 1.0, 1.0),
+        ("linear", 224, 0.8, 0.95),  # perhaps not a tenth
+        ("fused", 768, 1.0, 1.0),
+        ("uniform", 768, 0.1, 0.11),
+        ("pooled", 768, 0.45, 0.5),
+        ("linear", 768, 0.4, 0.51),
+        ("window", 768, 0.7, 0.8),
+        ("performer", 768, 0.89, 0.91),
+        ("standard", 768, None, None),
+        ("fused", 1536, None, None),
+    ]
+    rows = [
+        {"scope": scope, "image_size": size, "tokens": size, "attention": attention, "ratio_to_fused": ratio}
+        | {"ratio_low": ratio and ratio - 0.01, "ratio_high": high, "status": "ok" if ratio else "out of memory"}
+        | {"median": ratio and 10 * ratio, "macs": 2e9, "memory_bytes": None if ratio is None else ratio * 2**20}
+        for attention, size, ratio, high in made
+        for scope in ("model", "block")
+    ]
+    table = pd.DataFrame(rows).assign(
+        model="vit_base", batch_size=1, machine="A CPU", device="cpu", threads=4, precision="float32"
+    )
+    table.to_csv(tmp_path / "cpu.csv", index=False)
+    text = machine(tmp_path / "cpu.csv")
+    lines = text.splitlines()
+    assert lines[0] == "### A CPU, 4 threads, float32" and lines[2] == "#### vit_base"
+    assert lines[4] == (
+        "At 224 px stay with `fused`: no other is shown to save a tenth of the time. At 768 px `linear` takes 0.40 of "
+        "`fused`'s time. At 1536 px `fused` is out of memory: nothing to compare with."
+    )
+    assert "| 224 px, 224 tokens | 10 ms | – | – | – |" in lines
+    assert "| 768 px, 768 tokens | 10 ms | `pooled` | `linear` | `window` |" in lines
+    costs = text[text.index("<details>") :]
+    assert "| `fused` | 2 GMACs, 1 MiB | 2 GMACs, 1 MiB | 2 GMACs, – |" in costs
+    assert "| `pooled` | – | 1.00, 0.45 | – |" in costs and "| `standard` | – | 1.00, – | – |" in costs
+
+
 @pytest.mark.parametrize(
     ("given", "said"), [("{}", ", default options."), ('{"pool_size": 7}', ", options `pooled` `pool_size=7`.")]
 )
 def test_a_table_of_a_machine_names_options_that_are_not_the_default(tmp_path, given, said):
-    from stages.tables import choice
+    from stages.choosing import choice
 
     row = {"scope": "model", "image_size": 224, "tokens": 197, "median": 10.4, "status": "ok", "threads": 2}
     row |= dict.fromkeys(("ratio_to_fused", "ratio_low", "ratio_high"), 1.0)

@@ -141,6 +141,7 @@ def test_stages_are_those_of_the_study():
         "__init__",
         "study",
         "params",
+        "choosing",
         "tables",
         "jobs",
         "restore",
