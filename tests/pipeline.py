@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm_python
 import yaml
 from filelock import FileLock
 
@@ -21,6 +22,9 @@ MODEL = (
 )
 BENCHMARK = {"budget_s": 0.02, "memory_mib": 16, "batch_size": 8}
 SCALING = {"budget_s": 0.02, "tokens": [65, 257]}
+PATH = (
+    f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where each stage starts as a process of its own
+)
 
 
 class Repository:
@@ -29,7 +33,7 @@ class Repository:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.environment = os.environ | {
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PATH": PATH if (warm := warm_python.directory()) is None else f"{warm}{os.pathsep}{PATH}",
             "DVC_SITE_CACHE_DIR": str(path.parent / "site-cache"),
             "DVC_GLOBAL_CONFIG_DIR": str(path.parent / "global-config"),
             "COLUMNS": "160",

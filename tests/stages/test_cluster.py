@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from pipeline import MECHANISMS, Repository, copy_of_study, stages_run
+from pipeline import MECHANISMS, PATH, Repository, copy_of_study, stages_run
 
 pytestmark = pytest.mark.slow
 
@@ -69,6 +69,7 @@ def test_a_full_disk_on_one_machine_loses_its_cell_alone(
     repository: Repository, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     full = clone(repository, tmp_path_factory.mktemp("full") / "effvit")
+    full.environment["PATH"] = PATH  # of processes that see the small file system
     before = objects(repository)
     small = f"mkdir models && mount -t tmpfs -o size=24k none models && dvc repro --pull train@{NEW[0]}"
     said = full.run(f"unshare -rm sh -c '{small}'", fails=True)
@@ -115,7 +116,7 @@ def test_four_jobs_one_of_them_killed_end_with_the_bytes_of_those_that_ran_in_tu
     repository.run("dvc remote default --unset")  # which has these cells
     assert "error: no default remote to keep results in" in script(repository)
     assert repository.run("effvit cells --stage train --missing").split() == [f"train@{cell}" for cell in NEW]
-    environment = repository.environment
+    environment = repository.environment | {"PATH": PATH}  # one is found by its command, and killed
     command = ["python", "-m", "stages.jobs", "4"]
     jobs = subprocess.Popen(
         command, cwd=repository.path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
