@@ -425,7 +425,7 @@ def test_mechanisms_with_windows_are_what_they_are_without_triton(name, prefix, 
 def test_a_compiled_step_has_them_as_operators_and_no_break(name):
     from torch._dynamo.backends.common import aot_autograd
 
-    module, (x,) = mechanism(name), drawn((2, 13, 24))
+    module, (x,) = mechanism(name), drawn((1, 13, 24))
     parameters, graphs = list(module.parameters()), []
 
     def note(graph, _):

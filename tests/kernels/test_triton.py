@@ -57,7 +57,18 @@ def test_gpus_with_tf32_take_them(capability, expected, monkeypatch):
     assert ("Triton" in policy.kernels(torch.device("cuda"))) == expected
 
 
-@pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"])
+AMPERE, HOPPER = 80, 90
+# Of the kinds with several sizes the largest alone are compiled for both, which have the same registers to a thread.
+for_both = pytest.mark.parametrize("compiled", [AMPERE, HOPPER], indirect=True, ids="sm_{}".format)
+
+
+def sizes(names, largest, others):
+    """Tests of these sizes: the largest for both GPUs, the others for the older one."""
+    cases = [(gpu, *size) for gpu in (AMPERE, HOPPER) for size in largest] + [(AMPERE, *size) for size in others]
+    return pytest.mark.parametrize(("compiled", *names), cases, indirect=["compiled"])
+
+
+@pytest.fixture
 def compiled(request, monkeypatch):
     """What launches compile to in place of running, for a GPU that is not here."""
     pytest.importorskip("triton")
@@ -101,12 +112,10 @@ def assert_in_registers(compiled, number, directory):
 
 
 # Widths of 12 compile to what those of 16 do, and the number of features is known when they run.
-@pytest.mark.parametrize(
+@sizes(
     ("kernel", "d", "m", "dtype"),
-    [
-        *[("exp", 64, 128, torch.float32), ("exp", 32, 128, torch.bfloat16), ("softmax", 12, None, torch.bfloat16)],
-        *[("focused", 64, None, torch.float32), ("focused", 64, None, torch.bfloat16)],
-    ],
+    [("exp", 64, 128, torch.float32), ("focused", 64, None, torch.float32), ("focused", 64, None, torch.bfloat16)],
+    [("exp", 32, 128, torch.bfloat16), ("softmax", 12, None, torch.bfloat16)],
 )
 def test_attention_by_features_stays_in_registers(kernel, d, m, dtype, compiled, tmp_path):
     from effvit.kernels.cuda.feature_attention import attend
@@ -119,6 +128,7 @@ def test_attention_by_features_stays_in_registers(kernel, d, m, dtype, compiled,
     assert_in_registers(compiled, 6, tmp_path)
 
 
+@for_both
 def test_the_pseudo_inverse_stays_in_registers(compiled, tmp_path):
     from effvit.kernels.cuda.pseudo_inverse import LARGEST, invert, invert_backward
 
@@ -127,6 +137,7 @@ def test_the_pseudo_inverse_stays_in_registers(compiled, tmp_path):
     assert_in_registers(compiled, 3, tmp_path)
 
 
+@for_both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_convolution_stays_in_registers(dtype, compiled, tmp_path):
     from effvit.kernels.cuda.token_convolution import convolution, convolution_backward
@@ -136,11 +147,12 @@ def test_the_convolution_stays_in_registers(dtype, compiled, tmp_path):
     assert_in_registers(compiled, 3, tmp_path)
 
 
-@pytest.mark.parametrize(
+@sizes(
     ("w", "prefix", "d", "dtype", "number"),
+    [(8, 1, 64, torch.float32, 9), (8, 1, 64, torch.bfloat16, 8)],
     [
-        *[(8, 1, 64, torch.float32, 9), (8, 1, 64, torch.bfloat16, 8), (5, 1, 64, torch.float32, 8)],
-        *[(4, 1, 64, torch.float32, 8), (4, 1, 64, torch.bfloat16, 8), (7, 0, 32, torch.bfloat16, 3)],
+        *[(5, 1, 64, torch.float32, 8), (4, 1, 64, torch.float32, 8), (4, 1, 64, torch.bfloat16, 8)],
+        (7, 0, 32, torch.bfloat16, 3),
     ],
 )
 def test_attention_in_windows_stays_in_registers(w, prefix, d, dtype, number, compiled, tmp_path):
