@@ -32,8 +32,8 @@ def test_queued_sweeps_train_each_mechanism_alone_in_checkouts_of_their_own(repo
     before = repository.summary()
     try:
         # In one sweep over both, DVC would know the stages of the first alone.
-        repository.run("dvc exp run --queue -S attention=fused -S train.epochs=2,3 evaluate")
-        repository.run("dvc exp run --queue -S attention=linformer -S train.epochs=2 evaluate")
+        repository.run("dvc exp run --queue -S attention=fused -S train.epochs=2,3 train")
+        repository.run("dvc exp run --queue -S attention=linformer -S train.epochs=2 train")
         repository.run("dvc exp run --queue -S attention.linformer.k=0")
         repository.run("dvc queue start")
         deadline = time.monotonic() + 1200
