@@ -11,6 +11,7 @@ from stages.choosing import choice, machine
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- made by `make tables` -->\n", "<!-- end -->"
+README_MACHINES = ("AMD-EPYC-family-25-model-17-2t-float32.csv",)  # what the README says in words is of these
 
 
 def variants(directory: Path) -> str:
@@ -58,12 +59,11 @@ def placed(text: str, table: str) -> str:
 
 
 def pages(root: Path) -> dict[Path, str]:
-    """Return all pages as they should be: README has the first machine of each device, docs/choosing all."""
-    files = sorted((root / "docs/machines").glob("*.csv"))
-    first = {pd.read_csv(file, usecols=["device"])["device"].iloc[0]: file for file in reversed(files)}
+    """Return all pages as they should be; docs/choosing has all machines."""
+    machines = root / "docs/machines"
     tables = {
-        root / "README.md": "\n".join(choice(file, intervals=False) for file in sorted(first.values())),
-        root / "docs/choosing.md": "\n".join(machine(file) for file in files),
+        root / "README.md": "\n".join(choice(machines / name) for name in README_MACHINES),
+        root / "docs/choosing.md": "\n".join(map(machine, sorted(machines.glob("*.csv")))),
     }
     if (root / "docs/gpu.md").exists():
         tables[root / "docs/gpu.md"] = traced()

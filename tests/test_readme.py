@@ -203,58 +203,91 @@ def test_a_table_of_a_machine_has_its_ratios_and_names_the_fastest(tmp_path):
         "status",
     ]
     table = pd.DataFrame(rows, columns=columns).assign(
-        model="deit_tiny", batch_size=1, machine="A GPU", device="cuda", threads=None, precision="float32"
+        model="deit_tiny", batch_size=1, machine="A GPU", device="cuda", threads=16, precision="float32"
     )
     table.to_csv(tmp_path / "gpu.csv", index=False)
-    lines = choice(tmp_path / "gpu.csv", intervals=True).splitlines()
+    lines = choice(tmp_path / "gpu.csv").splitlines()
     assert lines[0] == "| mechanism | 224 px, 197 tokens |"
     assert lines[2:6] == [
         "| `fused` | 1.00 (10 ms) |",
-        "| `pooled` | **0.80** (0.79 to 0.81) |",
-        "| `linear` | **0.80** (0.80 to 0.81) |",
-        "| `window` | – |",
+        "| `pooled` | **0.80** |",
+        "| `linear` | **0.80** |",
+        "| `window` | out of memory |",
     ]
-    assert "A GPU, float32, random weights, 95" in lines[7] and "thread" not in lines[7]
+    assert lines[7].endswith("A GPU, float32, random weights.")
 
 
-def test_a_machines_page_says_what_fits_which_budget_and_never_the_control(tmp_path):
-    from stages.choosing import machine
-
-    made = [  # mechanism, image size, ratio, upper end
-        ("fused", 224, 1.0, 1.0),
-        ("linear", 224, 0.8, 0.95),  # perhaps not a tenth
-        ("fused", 768, 1.0, 1.0),
-        ("uniform", 768, 0.1, 0.11),
-        ("pooled", 768, 0.45, 0.5),
-        ("linear", 768, 0.4, 0.51),
-        ("window", 768, 0.7, 0.8),
-        ("performer", 768, 0.89, 0.91),
-        ("standard", 768, None, None),
-        ("fused", 1536, None, None),
-    ]
+def written(path, made, **columns):
+    """A machine's file with a model and a block of these mechanisms: name, image size, ratio to fused, upper end."""
     rows = [
-        {"scope": scope, "image_size": size, "tokens": size, "attention": attention, "ratio_to_fused": ratio}
+        {"scope": scope, "image_size": size, "tokens": size, "attention": attention, "ratio_to_fused": ratio, "n": 7}
         | {"ratio_low": ratio and ratio - 0.01, "ratio_high": high, "status": "ok" if ratio else "out of memory"}
         | {"median": ratio and 10 * ratio, "macs": 2e9, "memory_bytes": None if ratio is None else ratio * 2**20}
         for attention, size, ratio, high in made
         for scope in ("model", "block")
     ]
-    table = pd.DataFrame(rows).assign(
-        model="vit_base", batch_size=1, machine="A CPU", device="cpu", threads=4, precision="float32"
-    )
-    table.to_csv(tmp_path / "cpu.csv", index=False)
-    text = machine(tmp_path / "cpu.csv")
+    given = {"model": "vit_base", "batch_size": 1, "machine": "A CPU", "device": "cpu", "threads": 4}
+    given |= {"precision": "float32", "contended": False} | columns
+    pd.DataFrame(rows).assign(**given).to_csv(path, index=False)
+    return path
+
+
+def test_a_machines_page_says_what_fits_which_budget_and_never_the_control(tmp_path):
+    from stages.choosing import machine
+
+    made = [
+        ("fused", 224, 1.0, 1.0),
+        ("linear", 224, 0.8, 0.95),  # perhaps not a tenth
+        ("fused", 768, 1.0, 1.0),
+        ("uniform", 768, 0.1, 0.11),
+        ("pooled", 768, 0.45, 0.504),  # as it is printed, half
+        ("linear", 768, 0.4, 0.51),
+        ("window", 768, 0.7, 0.8),
+        ("performer", 768, 0.35, 0.91),  # the fastest, perhaps
+        ("standard", 768, None, None),
+        ("fused", 1536, None, None),
+    ]
+    text = machine(written(tmp_path / "cpu.csv", made))
     lines = text.splitlines()
-    assert lines[0] == "### A CPU, 4 threads, float32" and lines[2] == "#### vit_base"
-    assert lines[4] == (
-        "At 224 px stay with `fused`: no other is shown to save a tenth of the time. At 768 px `linear` takes 0.40 of "
-        "`fused`'s time. At 1536 px `fused` is out of memory: nothing to compare with."
-    )
+    assert lines[0] == "### A CPU, 4 threads, float32" and lines[2] == "#### vit_base, one image"
+    assert lines[4:7] == [
+        "- At 224 px stay with `fused`: no other is shown to save a tenth of the time.",
+        "- At 768 px take `linear` (0.39 to 0.51): 0.40 of `fused`'s time.",
+        "- At 1536 px `fused` is out of memory: nothing to compare with; the table of the whole model has the times.",
+    ]
     assert "| 224 px, 224 tokens | 10 ms | – | – | – |" in lines
     assert "| 768 px, 768 tokens | 10 ms | `pooled` | `linear` | `window` |" in lines
+    assert "| 1536 px, 1,536 tokens | out of memory | – | – | – |" in lines
+    assert "| `performer` | – | **0.35** (0.34 to 0.91) | – |" in lines
     costs = text[text.index("<details>") :]
-    assert "| `fused` | 2 GMACs, 1 MiB | 2 GMACs, 1 MiB | 2 GMACs, – |" in costs
+    assert "| `fused` | 2 GMACs, 1.0 MiB | 2 GMACs, 1.0 MiB | 2 GMACs, – |" in costs
     assert "| `pooled` | – | 1.00, 0.45 | – |" in costs and "| `standard` | – | 1.00, – | – |" in costs
+
+
+def test_a_gpus_page_names_its_batch_and_takes_cudnns_kernel_for_exact_attention(tmp_path):
+    from stages.choosing import machine
+
+    made = [("fused", 224, 1.0, 1.0), ("fused_cudnn", 224, 0.5, 0.52), ("agent", 224, 0.78, 0.8)]
+    text = machine(
+        written(
+            tmp_path / "gpu.csv", made, machine="A GPU", device="cuda", batch_size=128, options=None, contended=True
+        )
+    )
+    assert "### A GPU, float32" in text and "#### vit_base, 128 images at a time" in text
+    assert (
+        "- At 224 px take `agent` (0.77 to 0.80): 0.78 of `fused`'s time. Exact attention by cuDNN (`fused_cudnn`) "
+        "takes 0.50 of it.\n"
+    ) in text
+    assert "| `agent` | **0.78** (0.77 to 0.80) |" in text and "| `fused_cudnn` | 0.50 (0.49 to 0.52) |" in text
+    assert "Relative to `fused`, 7 rounds; other programs were running, so measure again. `fused_cudnn`: " in text
+
+
+def test_ratios_without_an_interval_are_shown_and_choose_nothing(tmp_path):
+    from stages.choosing import machine
+
+    made = [("fused", 224, 1.0, None), ("agent", 224, 0.5, None)]
+    text = machine(written(tmp_path / "cpu.csv", made))
+    assert "At 224 px too little was measured to choose" in text and "| `agent` | **0.50** |" in text
 
 
 @pytest.mark.parametrize(
@@ -268,11 +301,7 @@ def test_a_table_of_a_machine_names_options_that_are_not_the_default(tmp_path, g
     row |= {"model": "deit_tiny", "batch_size": 1, "machine": "A CPU", "device": "cpu", "precision": "float32"}
     rows = [row | {"attention": "fused", "options": "{}"}, row | {"attention": "pooled", "options": given}]
     pd.DataFrame(rows).to_csv(tmp_path / "cpu.csv", index=False)
-    assert (
-        choice(tmp_path / "cpu.csv", intervals=False)
-        .rstrip()
-        .endswith(f"A CPU, 2 threads, float32, random weights{said}")
-    )
+    assert choice(tmp_path / "cpu.csv").rstrip().endswith(f"A CPU, 2 threads, float32, random weights{said}")
 
 
 def test_the_table_of_cifar10_says_what_the_data_say():
