@@ -22,9 +22,8 @@ MODEL = (
 )
 BENCHMARK = {"budget_s": 0.02, "memory_mib": 16, "batch_size": 8}
 SCALING = {"budget_s": 0.02, "tokens": [65, 257]}
-PATH = (
-    f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where each stage starts as a process of its own
-)
+# With it each stage starts as a process of its own.
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
 class Repository:

@@ -1,18 +1,23 @@
 """A ``python`` for scratch repositories whose stages start with the slow libraries loaded: seconds less for each.
 
 A server imports what stages need of others, nothing of effvit, and forks for every ``python -m stages.NAME``. The child
-has the caller's directory, environment, standard streams and process group, and ends as the caller does; the caller has
-its exit status. All other commands, and all where the system has no file descriptors of processes, run as usual.
+has the caller's directory, environment, standard streams and process group, and is killed where the caller ends first;
+the caller has its exit status. All other commands run as usual, and so do all where a process has no file descriptor.
 """
 
 import atexit
 import json
 import os
+import runpy
+import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import traceback
 from contextlib import suppress
 from pathlib import Path
 
@@ -32,8 +37,7 @@ SLOW = (
     "typer",
     "rich.progress",
 )
-# Not what kills or is killed by name, nor what starts DVC.
-_COLD = ("stages.jobs",)
+_COLD = ("stages.jobs",)  # starts DVCs of its own, and is what signals are sent to
 
 _CALLER = """#!{python} -IS
 import json, os, signal, socket, sys
@@ -54,7 +58,9 @@ sys.exit(status)
 
 def directory() -> Path | None:
     """Where that ``python`` is, with its server running until this process ends; None where there cannot be one."""
-    if not hasattr(os, "pidfd_open"):
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError):
         return None
     if not _started:
         _started.append(_start())
@@ -73,6 +79,7 @@ def _start() -> Path:
     command = [sys.executable, __file__, str(place / "socket")]
     server = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert server.stdout is not None and server.stdout.readline() == b"ready\n"
+    atexit.register(shutil.rmtree, place)
     atexit.register(server.kill)
     return place
 
@@ -104,8 +111,6 @@ def _run_for(caller: socket.socket) -> None:
     if not stage:
         caller.close()
         _become(streams, *json.loads(said))
-    import select
-
     ended = os.pidfd_open(stage)
     ready, _, _ = select.select([ended, caller], [], [])
     if ended not in ready:
@@ -117,10 +122,6 @@ def _run_for(caller: socket.socket) -> None:
 
 
 def _become(streams: list[int], arguments: list[str], cwd: str, group: int, environment: dict[str, str]) -> None:
-    import runpy
-    import threading
-    import traceback
-
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)

@@ -386,7 +386,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_mechanisms_use_them_once_a_step(name, launched, monkeypatch):
-    module, (x,) = mechanism(name), drawn((1, 13, 24))
+    module, (x,) = mechanism(name), drawn((2, 13, 24))
     parameters = list(module.parameters())
     y = module(x)
     gradients = torch.autograd.grad(y.sin().sum(), parameters)

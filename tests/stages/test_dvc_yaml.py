@@ -14,6 +14,7 @@ import pytest
 import vl_convert
 import yaml
 from dvc_render.vega import VegaRenderer
+from warm_python import SLOW
 
 from effvit.attention import available_attention
 from effvit.data import sources
@@ -49,7 +50,7 @@ MOST_DEPS = 12  # that a reader takes in at a glance
 # imports count.
 RUN = """
 import importlib, json, os, runpy, sys
-for name in ("torch", "lightning_fabric", "pandas", "matplotlib.figure", "scipy.stats", "sklearn.datasets", "ptflops"):
+for name in json.loads(sys.argv[2]):
     importlib.import_module(name)
 
 KEPT = ("effvit", "effvit.errors", "effvit.study.config", "effvit.cli")
@@ -125,7 +126,7 @@ def imported(tmp_path_factory):
     (copy / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
     commands = [fill(STAGES[stage]["cmd"]).removeprefix("python -m stages.").split() for stage in STAGES]
     environment = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-c", RUN, json.dumps(commands)]
+    command = [sys.executable, "-c", RUN, json.dumps(commands), json.dumps(SLOW)]
     result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     found = {}
