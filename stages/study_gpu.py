@@ -186,7 +186,9 @@ def _cells(size: Size, device: str, work: Path, jobs: int) -> Part:
 
     cells = [(data, name, seed) for data in params.dataset for seed in params.seeds for name in params.attention]
     rounds = [{f"prepare {data}": stage("prepare", data) for data in params.dataset}]
-    rounds += [{" ".join(map(str, cell)): stage(what, *cell) for cell in cells} for what in ("train", "evaluate")]
+    for first in range(0, len(cells), jobs):  # evaluated before the next are trained, for which time may not do
+        for what in ("train", "evaluate"):
+            rounds.append({" ".join(map(str, cell)): stage(what, *cell) for cell in cells[first : first + jobs]})
 
     def table() -> pd.DataFrame:
         rows = []
