@@ -11,6 +11,7 @@ from effvit.report.tables import Study, by_attention, records
 NO_COMPARISON = "There is no comparison: it needs Fused and at least one other selected mechanism."
 MARGIN = 0.01  # of accuracy: a faster mechanism is recommended where a greater loss is excluded
 CONTROL = "uniform"  # mixes by no weights, and is no choice
+SAME = "standard"  # the function of `fused`, whose weights it takes without loss
 _EQUAL = 0.01  # exact costs (MACs, bytes) that differ by less are as good as the same
 WORTH = 0.9  # of the time of `fused`: nobody changes a model to save less than a tenth
 
@@ -85,6 +86,23 @@ def faster(rows: pd.DataFrame) -> list[dict[str, Any]]:
     verdicts = cost_verdicts(rows)
     known = rows[rows["attention"] != CONTROL].sort_values("ratio_to_fused", kind="stable")
     return [r for r in records(known) if verdicts.get(r["attention"]) == "cheaper" and r["ratio_to_fused"] <= WORTH]
+
+
+def faster_exported(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """The same under onnxruntime, where `fused` is exported as well: with intervals apart from its own there.
+
+    Args:
+        rows: one per mechanism, of the table `hardware`.
+    """
+    known = rows[rows["attention"] != CONTROL].dropna(subset=["onnx_ratio_to_fused"])
+    ranked = records(known.sort_values("onnx_ratio_to_fused", kind="stable"))
+    fused = by_attention(known).get("fused")
+    return [r for r in ranked if fused and _saves_a_tenth(r, fused)]
+
+
+def _saves_a_tenth(row: dict[str, Any], fused: dict[str, Any]) -> bool:
+    apart = row["onnx_ratio_high"] < fused["onnx_ratio_low"]
+    return bool(apart and row["onnx_ratio_to_fused"] <= WORTH * fused["onnx_ratio_to_fused"])
 
 
 def _bounds(row: dict[str, Any], margin: float) -> tuple[float, float]:

@@ -6,8 +6,8 @@ import pandas as pd
 
 from effvit.deploy.rounding import rounded_up
 from effvit.report import wording as w
-from effvit.report.compare import faster
-from effvit.report.tables import Study, records
+from effvit.report.compare import faster, faster_exported
+from effvit.report.tables import Study, by_attention, records
 
 
 def constrained_hardware(study: Study, dataset: str) -> Iterator[str]:
@@ -39,7 +39,7 @@ def _judge(rows: pd.DataFrame) -> str:
 def _latency(rows: pd.DataFrame) -> str:
     known = rows.dropna(subset=["ratio_to_fused"])
     if {"fused"} < set(known["attention"]):
-        return f"One image at a time {w.measured_on(records(known))}: {_judge(known)}"
+        return f"One image at a time in PyTorch {w.measured_on(records(known))}: {_judge(known)}"
     return "Latency on one thread relative to Fused was not measured."
 
 
@@ -76,3 +76,7 @@ def _gains(rows: pd.DataFrame) -> Iterator[str]:
     if len(gains):
         ends = dict.fromkeys((w.times(gains.min()), w.times(gains.max())))
         yield f"Under onnxruntime the same models run at {' to '.join(ends)} the speed of PyTorch."
+    if found := faster_exported(rows):
+        fastest, fused = found[0], by_attention(rows)["fused"]
+        ratio = w.times(fastest["onnx_ratio_to_fused"] / fused["onnx_ratio_to_fused"])
+        yield f"There {w.name(fastest['attention'])} takes least time, {ratio} that of Fused."

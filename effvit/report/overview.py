@@ -160,7 +160,8 @@ def efficiency_of_a_block(study: Study) -> Table:
         rows.append([mechanism(str(attention)), *(_pays_off(found.get(c), shortest) for c in _COSTS), growth])
     note = (
         f"One attention block, one sample, {w.measured_on(records(study.scaling))}. Tokens from which it takes less "
-        f"than Fused, with the 95{w.SPACE}% interval. Growth: exponent of the forward time. {HOW_LENGTHS_ARE_KNOWN}."
+        f"than Fused, with the 95{w.SPACE}% interval. Growth: exponent of the forward time, where its interval "
+        f"is no wider than 1. {HOW_LENGTHS_ARE_KNOWN}."
     )
     return Table("Tokens from which a mechanism pays off", ["Mechanism", *_LENGTHS, "Growth"], rows, note)
 
@@ -196,7 +197,7 @@ def efficiency(study: Study) -> Table:
         f"Measured {w.measured_on(records(study.scaling))}. "
         f"Tokens from which a mechanism takes less than Fused, with the 95{w.SPACE}% interval. “Only”: less between "
         "these lengths, but not at the longest. Slope: exponent with which the time of the forward pass grows with "
-        f"length, with its 95{w.SPACE}% interval. {HOW_LENGTHS_ARE_KNOWN}."
+        f"length, where its 95{w.SPACE}% interval is no wider than 1. {HOW_LENGTHS_ARE_KNOWN}."
     )
     return Table("Efficiency lengths", columns, rows, note)
 

@@ -74,10 +74,11 @@ def length_interval(row: dict[str, Any], shortest: int) -> str:
 
 
 def slope(row: dict[str, Any], digits: int) -> str:
-    """An exponent with its interval; two points have none."""
+    """An exponent with its interval; a dash where that is wider than from linear to quadratic, or is not known."""
     low, high = row["slope_low"], row["slope_high"]
-    interval = f" ({low:.{digits}f} to {high:.{digits}f})" if isfinite(low) and isfinite(high) else ""
-    return f"{row['slope']:.{digits}f}{interval}".replace("-", w.MINUS)
+    if not high - low <= 1:
+        return "–"
+    return f"{row['slope']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})".replace("-", w.MINUS)
 
 
 def _contended(rows: pd.DataFrame) -> Iterator[str]:
