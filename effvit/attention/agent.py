@@ -36,7 +36,7 @@ class AgentAttention(Attention):
     def __init__(self, dim: int, num_heads: int, grid_size: Grid, options: AgentOptions, **kwargs: Any) -> None:
         super().__init__(dim, num_heads, grid_size, options, **kwargs)
         self.cells = min(options.agent_size, grid_size[0]), min(options.agent_size, grid_size[1])
-        self.register_buffer("members", uneven_members(grid_size, self.cells), persistent=False)
+        self.register_table("members", uneven_members(grid_size, self.cells))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
         agents = self.agents(q)

@@ -79,6 +79,7 @@ class Attention(nn.Module):
         value_conv: int = 0,
     ) -> None:
         super().__init__()
+        self._tables: dict[str, Tensor] = {}
         options.check_grid(grid_size, prefix_tokens)
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
         self.grid_size, self.prefix_tokens, self.options = grid_size, prefix_tokens, options
@@ -98,6 +99,23 @@ class Attention(nn.Module):
     def build_maps(self, qkv_bias: bool) -> None:
         """Create the maps from tokens to queries, keys and values: one merged map, rows in the order q, k, v."""
         self.qkv = nn.Linear(self.dim, 3 * self.dim, bias=qkv_bias)
+
+    def register_table(self, name: str, table: Tensor | None) -> None:
+        """A buffer that is made of the grid: not in the state dict, and with its values after ``to_empty`` too.
+
+        Args:
+            name: of the buffer.
+            table: on the CPU, also where the module is built on another device.
+        """
+        self.register_buffer(name, table, persistent=False)
+        if table is not None:
+            self._tables[name] = table
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Attention":
+        super()._apply(fn, recurse)
+        for name, table in self._tables.items():
+            self.register_buffer(name, table.to(self.get_buffer(name)), persistent=False)
+        return self
 
     def forward(self, x: Tensor, return_map: bool = False) -> Any:
         """Mix the tokens of each sample.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from effvit.attention.base import Attention, AttentionOptions, Grid, register
 from effvit.errors import UserError
-from effvit.kernels.choice import cast_once
+from effvit.kernels.choice import cast_once, is_plain
 from effvit.kernels.qkv import QKVLinear, apply_qkv_apart, apply_v
 from effvit.kernels.softmax_attention import softmax_attention
 from effvit.kernels.token_projection import token_projection
@@ -57,8 +57,8 @@ class LinformerAttention(Attention):
         if self.share == "none":
             # Each head has its own E: mixing d columns after the map is cheaper than C columns before it. As the bias
             # is to be added once a row, E (x W + b) is lacking (1 - E 1) b.
-            q, k, v = super().project(x)
             b_k, b_v = self.biases(x)
+            q, k, v = super().project(x)
             k = self.E @ k + (1 - self.E.sum(dim=-1, keepdim=True)) * b_k
             return q, k, self.F @ v + (1 - self.F.sum(dim=-1, keepdim=True)) * b_v
         # E (x W) = (E x) W: projecting tokens first applies the maps to k rows instead of N. The bias is added
@@ -74,7 +74,8 @@ class LinformerAttention(Attention):
 
     def biases(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the maps add to keys and values x W, ``(H, 1, d)`` each."""
-        bias = self.qkv.bias if isinstance(self.qkv, nn.Linear) else self.qkv(x.new_zeros(1, self.dim))[0]
+        plain = is_plain(self.qkv, QKVLinear) or is_plain(self.qkv)
+        bias = self.qkv.bias if plain else self.qkv(x.new_zeros(1, self.dim))[0]
         bias = x.new_zeros(3 * self.dim) if bias is None else bias
         _, b_k, b_v = bias.chunk(3)
         return b_k.view(self.num_heads, 1, self.head_dim), b_v.view(self.num_heads, 1, self.head_dim)

@@ -59,8 +59,7 @@ class NystromformerAttention(Attention):
                 members = landmark_members(grid_size, self.num_landmarks, self.prefix_tokens)
                 # Ones become the power of two that makes sums of tokens no larger than tokens: exact in any precision.
                 members = torch.ldexp(members, -torch.frexp(members.sum(dim=-1, keepdim=True)).exponent)
-            # Derived from the grid, hence not in the state dict.
-            self.register_buffer("members", members, persistent=False)
+            self.register_table("members", members)
         w = options.conv_kernel_size
         # Depthwise over tokens: one kernel a head, the same for each of its channels.
         self.conv = (

@@ -39,7 +39,7 @@ class PooledAttention(Attention):
     def __init__(self, dim: int, num_heads: int, grid_size: Grid, options: PooledOptions, **kwargs: Any) -> None:
         super().__init__(dim, num_heads, grid_size, options, **kwargs)
         self.cells = min(options.pool_size, grid_size[0]), min(options.pool_size, grid_size[1])
-        self.register_buffer("members", uneven_members(grid_size, self.cells), persistent=False)
+        self.register_table("members", uneven_members(grid_size, self.cells))
         self.num_pooled = self.prefix_tokens + self.cells[0] * self.cells[1]
 
     def build_maps(self, qkv_bias: bool) -> None:

@@ -75,6 +75,21 @@ def test_a_hook_on_the_merged_map_is_called_and_what_it_returns_counts(name, opt
 
 
 @BY_NAME
+def test_a_hook_that_replaces_the_merged_map_replaces_its_bias_too(name, options):
+    attention, x = attention_of(name, options), torch.randn(2, TOKENS, WIDTH)
+    layer = merged_layer(attention)
+    if layer.bias is not None:
+        torch.nn.init.normal_(layer.bias)
+    layer.register_forward_hook(lambda module, inputs, output: output * 0)
+    of_zeros = attention_of(name, options)
+    with torch.no_grad():
+        of_zeros.load_state_dict(attention.state_dict())
+        for parameter in merged_layer(of_zeros).parameters():
+            parameter.zero_()
+        torch.testing.assert_close(attention(x), of_zeros(x))
+
+
+@BY_NAME
 def test_a_hook_on_the_output_map_is_called_and_what_it_returns_counts(name, options):
     attention, x = attention_of(name, options), torch.randn(2, TOKENS, WIDTH)
     attention.proj.register_forward_hook(lambda module, inputs, output: output + 1)
@@ -392,6 +407,24 @@ def test_it_is_built_without_memory_and_filled_later(name, options):
     attention.load_state_dict(real.state_dict(), assign=True)
     x = torch.randn(2, TOKENS, WIDTH)
     torch.testing.assert_close(attention.eval()(x), real(x))
+
+
+@pytest.mark.parametrize("of", [attention_of, model_of], ids=["module", "model"])
+@BY_NAME
+def test_it_is_emptied_and_filled_later(name, options, of, monkeypatch):
+    """As `torchrun` with meta weights, accelerate and FSDP do it; tables are no weights, and keep their numbers."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    real = of(name, options)
+    with torch.device("meta"):
+        filled = of(name, options)
+    for there in (filled, copy.deepcopy(real).to("meta"), copy.deepcopy(real).double()):
+        there.to_empty(device="cpu").to(torch.float32).load_state_dict(real.state_dict())
+        buffers = dict(there.named_buffers())
+        assert buffers.keys() == dict(real.named_buffers()).keys()
+        for key, buffer in real.named_buffers():
+            torch.testing.assert_close(buffers[key], buffer)
+        x = torch.randn(2, 3, 16, 16) if of is model_of else torch.randn(2, TOKENS, WIDTH)
+        torch.testing.assert_close(there.eval()(x), real.eval()(x))
 
 
 @BY_NAME
