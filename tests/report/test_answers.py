@@ -531,6 +531,12 @@ def test_lengths_with_one_answer_are_one_row(full):
     assert take(study)[("65 to 577", *YES)][:2] == ["Linformer", "0.80× to 0.50×"]
 
 
+def test_a_tenth_must_be_saved_at_the_upper_end_of_the_interval(full):
+    study = with_model_times(full, linformer=(0.895, 0.885))  # each 0.01 to either side
+    shown = take(study)
+    assert shown[("65", *YES)][0] == "Fused" and shown[("577", *YES)][0] == "Linformer"
+
+
 def test_without_retraining_a_mechanism_must_keep_the_accuracy_of_the_trained_model(full):
     cost = full.cost.copy()
     row = (cost["quantity"] == "latency") & (cost["batch_size"] == 1) & (cost["attention"] == "linformer")
