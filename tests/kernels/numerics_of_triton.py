@@ -271,9 +271,8 @@ def in_one(form):
     ("windows", "prefix", "d", "e", "dtype"),
     [
         *[([Windows(4, 4, 2)] * 2, 1, 12, 10, FLOAT32), ([Windows(4, 8, 4)], 0, 16, 16, FLOAT32)],
-        ([Windows(5, 7, 4)], 5, 64, 64, FLOAT32),
+        *[([Windows(5, 7, 4)], 5, 64, 64, FLOAT32), ([Windows(5, 1, 2, 3)], 1, 12, 12, FLOAT32)],
         *[([Windows(6, 7, 4, shift=2)], 1, 16, 16, FLOAT32), ([Windows(7, 6, 2, 2, shift=1)], 0, 12, 12, FLOAT32)],
-        pytest.param([Windows(5, 1, 2, 3)], 1, 12, 12, FLOAT32, marks=ON_A_GPU),
         pytest.param([Windows(9, 3, 2, 3)], 1, 16, 16, FLOAT32, marks=ON_A_GPU),
         pytest.param([Windows(8, 11, 8)], 1, 64, 64, FLOAT32, marks=ON_A_GPU),
         pytest.param([Windows(14, 7, 7)], 5, 12, 12, FLOAT32, marks=ON_A_GPU),
@@ -329,8 +328,8 @@ def test_scores_far_apart_neither_overflow_nor_vanish_in_windows():
 
 
 def test_windows_of_a_sample_do_not_depend_on_its_batch_and_two_runs_are_equal():
-    windows = [Windows(3, 2, 2)]
-    tensors = windowed(windows, 1, 12, 12, heads=2, b=2)
+    windows = [Windows(3, 2, 2), Windows(3, 2, 3)]
+    tensors = windowed(windows, 1, 12, 12, heads=3, b=2)
 
     def run(tensors):
         inputs = [x.detach().requires_grad_() for x in tensors]
@@ -385,9 +384,7 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=ON_A_GPU) if name == "window" else name for name in EXPECTED]
-)
+@pytest.mark.parametrize("name", EXPECTED)
 def test_mechanisms_use_them_once_a_step(name, launched, monkeypatch):
     module, (x,) = mechanism(name), drawn((2, 13, 24))
     parameters = list(module.parameters())

@@ -114,8 +114,8 @@ def assert_in_registers(compiled, number, directory):
 # Widths of 12 compile to what those of 16 do, and the number of features is known when they run.
 @sizes(
     ("kernel", "d", "m", "dtype"),
-    [("focused", 64, None, torch.float32), ("focused", 64, None, torch.bfloat16)],
-    [("exp", 64, 128, torch.float32), ("softmax", 12, None, torch.bfloat16)],
+    [("exp", 64, 128, torch.float32), ("focused", 64, None, torch.float32), ("focused", 64, None, torch.bfloat16)],
+    [("exp", 32, 128, torch.bfloat16), ("softmax", 12, None, torch.bfloat16)],
 )
 def test_attention_by_features_stays_in_registers(kernel, d, m, dtype, compiled, tmp_path):
     from effvit.kernels.cuda.feature_attention import attend
@@ -150,7 +150,10 @@ def test_the_convolution_stays_in_registers(dtype, compiled, tmp_path):
 @sizes(
     ("w", "prefix", "d", "dtype", "number"),
     [(8, 1, 64, torch.float32, 9), (8, 1, 64, torch.bfloat16, 8)],
-    [(5, 1, 64, torch.float32, 8), (4, 1, 64, torch.bfloat16, 8), (7, 0, 32, torch.bfloat16, 3)],
+    [
+        *[(5, 1, 64, torch.float32, 8), (4, 1, 64, torch.float32, 8), (4, 1, 64, torch.bfloat16, 8)],
+        (7, 0, 32, torch.bfloat16, 3),
+    ],
 )
 def test_attention_in_windows_stays_in_registers(w, prefix, d, dtype, number, compiled, tmp_path):
     from effvit.kernels.cuda.window_attention import attend
