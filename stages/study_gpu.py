@@ -278,6 +278,8 @@ def main() -> int:
     parser.add_argument("--output-dir", type=Path, default=Path("docs/machines"))
     parser.add_argument("--work-dir", type=Path, default=Path(tempfile.gettempdir(), "effvit-study-gpu"))
     given = parser.parse_args()
+    if given.jobs < 1:
+        raise UserError(f"--jobs {given.jobs}: expected at least 1 training at a time")
     where = measuring_device(given.device)
     with policy.kept():
         policy.apply(where, deterministic=True)

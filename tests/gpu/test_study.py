@@ -10,6 +10,7 @@ import pytest
 
 from effvit import policy
 from effvit.device import this_machine
+from effvit.errors import UserError
 from stages import study_gpu
 
 pytestmark = pytest.mark.gpu
@@ -82,6 +83,15 @@ def test_on_a_gpu_it_is_every_mechanism_on_both_widths(machine, tmp_path):
         assert all("stages.train" in words for words in train.values())
         assert all("stages.evaluate" in words for words in evaluate.values())
     assert len({name for commands in rounds for name in commands}) == 36
+
+
+@pytest.mark.parametrize("jobs", ["0", "-3"])
+def test_fewer_than_one_training_at_a_time_is_refused_before_anything_runs(jobs, tmp_path, monkeypatch):
+    command = ["study_gpu", "--device", "cpu", "--jobs", jobs, "--output-dir", tmp_path, "--work-dir", tmp_path]
+    monkeypatch.setattr(sys, "argv", [*map(str, command)])
+    with pytest.raises(UserError, match=f"^--jobs {jobs}: expected at least 1 training at a time$"):
+        study_gpu.main()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_part_without_time_left_says_so_and_the_next_one_runs(machine, tmp_path):
