@@ -78,6 +78,20 @@ def kernels(device: torch.device = _CPU) -> str:
     return ", ".join(f"{primitive}: {form}" for primitive, form in forms.items())
 
 
+@torch.compiler.assume_constant_result
+def note(primitive: str, form: str) -> None:
+    """Keep in mind that a form of a primitive ran; compilers call this while they trace."""
+    _ran.setdefault(primitive, set()).add(form)
+
+
+def ran() -> dict[str, str]:
+    """The forms of each primitive that ran in this process, or were compiled."""
+    return {name: ", ".join(sorted(form.lstrip("_") for form in _ran[name])) for name in sorted(_ran)}
+
+
+_ran: dict[str, set[str]] = {}
+
+
 def takes_triton(device: torch.device) -> bool:
     """Whether a device runs kernels of `effvit.kernels.cuda`, whose products need tensor cores that know TF32."""
     if device.type != TRITON_ON:

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from effvit import policy
 from effvit.device import Machine
 from effvit.files import write_json
 
@@ -18,14 +19,15 @@ _CODE = ("effvit", "stages")
 
 
 def write_provenance(directory: Path, config: dict[str, Any], machine: Machine) -> None:
-    """Write ``provenance.json`` into ``directory``: the resolved ``config`` and where and with what it ran.
+    """Write ``provenance.json`` into ``directory``: the resolved ``config``, and where, with what and by what it ran.
 
     Args:
         directory: existing directory of the result.
         config: settings of the run, as JSON.
         machine: that of the device which computed the result.
     """
-    write_json(directory / "provenance.json", {"config": config, **_environment(), "machine": asdict(machine)})
+    computed = {"machine": asdict(machine), "forms": policy.ran()}
+    write_json(directory / "provenance.json", {"config": config, **_environment(), **computed})
 
 
 def record_machine(path: Path, machine: Machine) -> str:

@@ -11,7 +11,7 @@ from effvit.attention import Attention
 from effvit.attention.standard import StandardAttention
 from effvit.attention.uniform import UniformAttention
 from effvit.kernels.choice import is_plain
-from effvit.kernels.qkv import QKVLinear
+from effvit.kernels.layers import QKVLinear
 from effvit.model.names import fused_to_standard
 
 Origins = dict[str, str]

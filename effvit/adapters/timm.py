@@ -14,7 +14,7 @@ from effvit.adapters.signature import Adapted, adapt
 from effvit.attention import Attention, attention_class, build_attention, check_options, check_value_conv
 from effvit.attention.base import Grid
 from effvit.errors import UserError
-from effvit.kernels.linear import apply_linear
+from effvit.kernels.layers import apply_linear
 
 _NORMS = ("q_norm", "k_norm", "norm")  # in timm's Attention; the last one in newer versions
 

@@ -22,7 +22,7 @@ from effvit.attention.hybrid import HybridAttention
 from effvit.attention.linformer import LinformerAttention
 from effvit.attention.pooled import PooledAttention
 from effvit.evaluation.probe import recorded
-from effvit.kernels.landmarks import block_order
+from effvit.kernels.token_means import block_order
 from effvit.model.pretrained import start_from
 from effvit.model.vit import ViT, ViTConfig
 

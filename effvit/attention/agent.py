@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from effvit.attention.base import Attention, AttentionOptions, Grid, register
-from effvit.kernels.grid_pooling import grid_pooling, uneven_members
-from effvit.kernels.softmax_attention import softmax_attention
+from effvit.kernels.dispatch import grid_pooling, softmax_attention
+from effvit.kernels.grid_pooling import uneven_members
 
 
 class AgentOptions(AttentionOptions):

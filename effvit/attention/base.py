@@ -13,9 +13,8 @@ from torch.fx import Proxy
 
 from effvit.errors import UserError
 from effvit.kernels.choice import is_plain_depthwise
-from effvit.kernels.grid_convolution import grid_convolution
-from effvit.kernels.linear import apply_linear
-from effvit.kernels.qkv import apply_qkv
+from effvit.kernels.dispatch import grid_convolution
+from effvit.kernels.layers import apply_linear, apply_qkv
 
 Grid = tuple[int, int]
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effvit.attention.base import Attention, AttentionOptions, Grid, register
-from effvit.kernels.feature_attention import Features, feature_attention
+from effvit.kernels.dispatch import feature_attention
+from effvit.kernels.feature_attention import Features
 
 
 class FocusedOptions(AttentionOptions):

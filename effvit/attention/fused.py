@@ -7,7 +7,7 @@ out as in timm's ``Attention``: ``qkv.weight`` (3C, C) with rows q, k, v, each h
 from torch import Tensor
 
 from effvit.attention.base import Attention, register
-from effvit.kernels.softmax_attention import softmax_attention
+from effvit.kernels.dispatch import softmax_attention
 
 
 @register

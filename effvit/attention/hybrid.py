@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 from effvit.attention.base import DISTINCT, Attention, AttentionOptions, Grid, register
 from effvit.errors import UserError
-from effvit.kernels.feature_attention import Features, feature_attention
+from effvit.kernels.dispatch import feature_attention, window_attention
+from effvit.kernels.feature_attention import Features
 from effvit.kernels.prefix_and_patches import prefix_and_patches
 from effvit.kernels.shares import shares, weighted_sum
-from effvit.kernels.window_attention import Windows, window_attention
+from effvit.kernels.window_attention import Windows
 
 _Branch = Literal["regional", "dilated", "linear"]
 
 
 class HybridOptions(AttentionOptions):
     """``branches``: regional (windows of dilation 1), dilated (the rest), linear; ``fusion``: heads, or a gate.
-
     ``feature_map``: φ. ``global_every`` g: every g-th block has the linear branch alone, the rest the others; 0: all.
     """
 

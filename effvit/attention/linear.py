@@ -9,7 +9,8 @@ from typing import Literal
 from torch import Tensor
 
 from effvit.attention.base import Attention, AttentionOptions, register
-from effvit.kernels.feature_attention import Features, feature_attention
+from effvit.kernels.dispatch import feature_attention
+from effvit.kernels.feature_attention import Features
 
 _FEATURES = {
     "elu": Features("elu", eps=1e-6),

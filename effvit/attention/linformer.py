@@ -11,10 +11,8 @@ from torch import Tensor, nn
 
 from effvit.attention.base import Attention, AttentionOptions, Grid, register
 from effvit.errors import UserError
-from effvit.kernels.choice import cast_once, is_plain
-from effvit.kernels.qkv import QKVLinear, apply_qkv_apart, apply_v
-from effvit.kernels.softmax_attention import softmax_attention
-from effvit.kernels.token_projection import token_projection
+from effvit.kernels.dispatch import softmax_attention, token_projection
+from effvit.kernels.layers import QKVLinear, apply_qkv_apart, apply_v, qkv_bias
 
 
 class LinformerOptions(AttentionOptions):
@@ -57,28 +55,22 @@ class LinformerAttention(Attention):
         if self.share == "none":
             # Each head has its own E: mixing d columns after the map is cheaper than C columns before it. As the bias
             # is to be added once a row, E (x W + b) is lacking (1 - E 1) b.
-            b_k, b_v = self.biases(x)
+            _, b_k, b_v = (bias.view(self.num_heads, 1, self.head_dim) for bias in qkv_bias(self.qkv, x))
             q, k, v = super().project(x)
             k = self.E @ k + (1 - self.E.sum(dim=-1, keepdim=True)) * b_k
             return q, k, self.F @ v + (1 - self.F.sum(dim=-1, keepdim=True)) * b_v
         # E (x W) = (E x) W: projecting tokens first applies the maps to k rows instead of N. The bias is added
         # after the projection, once a row.
-        x = cast_once(x)
-        if self.F is self.E:
-            (ex,) = token_projection(x, self.E)  # (B, k, C)
-            fx = ex
-        else:
-            ex, fx = token_projection(x, self.E, self.F)
-        q, k, v = apply_qkv_apart(self.qkv, x, ex, fx)
+        q, k, v = apply_qkv_apart(self.qkv, x, self.project_tokens)
         return self.split_heads(q), self.split_heads(k), self.split_heads(v)
 
-    def biases(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What the maps add to keys and values x W, ``(H, 1, d)`` each."""
-        plain = is_plain(self.qkv, QKVLinear) or is_plain(self.qkv)
-        bias = self.qkv.bias if plain else self.qkv(x.new_zeros(1, self.dim))[0]
-        bias = x.new_zeros(3 * self.dim) if bias is None else bias
-        _, b_k, b_v = bias.chunk(3)
-        return b_k.view(self.num_heads, 1, self.head_dim), b_v.view(self.num_heads, 1, self.head_dim)
+    def project_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens ``(B, N, C)`` to E x and F x, ``(B, k, C)``."""
+        if self.F is self.E:
+            (ex,) = token_projection(x, self.E)
+            return ex, ex
+        ex, fx = token_projection(x, self.E, self.F)
+        return ex, fx
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
         return softmax_attention(q, k, v, self.dropout_p)

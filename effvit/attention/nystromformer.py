@@ -10,11 +10,10 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from effvit.attention.base import Attention, AttentionOptions, Grid, register
-from effvit.kernels.choice import is_plain_depthwise, primitive, without_autocast
-from effvit.kernels.landmarks import landmark_members
-from effvit.kernels.pseudo_inverse import MOST_ITERATIONS, pseudo_inverse
-from effvit.kernels.softmax_attention import softmax_attention
-from effvit.kernels.token_convolution import token_convolution
+from effvit.kernels.choice import is_plain_depthwise, one_step, without_autocast
+from effvit.kernels.dispatch import pseudo_inverse, softmax_attention, token_convolution, token_means
+from effvit.kernels.pseudo_inverse import MOST_ITERATIONS
+from effvit.kernels.token_means import landmark_members, scaled
 
 
 class NystromformerOptions(AttentionOptions):
@@ -57,9 +56,7 @@ class NystromformerAttention(Attention):
         if self.has_landmarks:
             with torch.device("cpu"):  # a table, which must have its values wherever the weights are
                 members = landmark_members(grid_size, self.num_landmarks, self.prefix_tokens)
-                # Ones become the power of two that makes sums of tokens no larger than tokens: exact in any precision.
-                members = torch.ldexp(members, -torch.frexp(members.sum(dim=-1, keepdim=True)).exponent)
-            self.register_table("members", members)
+            self.register_table("members", scaled(members))
         w = options.conv_kernel_size
         # Depthwise over tokens: one kernel a head, the same for each of its channels.
         self.conv = (
@@ -88,10 +85,7 @@ class NystromformerAttention(Attention):
 
     def landmarks(self, x: Tensor) -> Tensor:
         """Tokens ``(B, H, N, d)`` to landmarks ``(B, H, m, d)``."""
-        # Sums over members as one product, which neither gathers the tokens nor, backward, scatters their gradients.
-        members = self.get_buffer("members")  # (m, N)
-        sums = torch.bmm(members.to(x.dtype).expand(x.shape[0], -1, -1), x.transpose(1, 2).flatten(2))  # (B, m, C)
-        return self.split_heads((sums / members.sum(dim=-1, keepdim=True)).to(x.dtype))
+        return self.split_heads(token_means(x.transpose(1, 2).flatten(2), self.get_buffer("members")))
 
     def mixing_macs(self) -> int:
         """6NmC + 2m²C + 4THm³ with landmarks, 2N²C where exact; wNC for the convolution."""
@@ -102,7 +96,7 @@ class NystromformerAttention(Attention):
         return 6 * n * m * c + 2 * m**2 * c + 4 * self.pinv_iterations * self.num_heads * m**3 + conv
 
 
-@primitive
+@one_step
 def landmark_product(q_m: Tensor, k_m: Tensor, y: Tensor, iterations: int) -> Tensor:
     """Z y with Z ≈ K₂⁺, of landmarks ``(B, H, m, d)`` and rows ``(B, H, m, e)``."""
     with without_autocast(q_m):  # the iteration squares the condition number

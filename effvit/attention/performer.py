@@ -10,9 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from effvit.attention.base import Attention, AttentionOptions, Grid, register
-from effvit.kernels.choice import is_plain, on_cpu
-from effvit.kernels.feature_attention import Features, feature_attention
-from effvit.kernels.qkv import qkv
+from effvit.kernels.dispatch import feature_attention
+from effvit.kernels.feature_attention import Features
+from effvit.kernels.layers import apply_turned_qkv
 
 _EPS = {"softmax": 1e-6, "relu": 1e-3}
 _LAST_DRAW = 0.8  # of a run: after that the learning rate is too low for the weights to follow
@@ -52,7 +52,10 @@ class PerformerAttention(Attention):
         return feature_attention(q, k, v, self.features(*context), self.dropout_p)
 
     def features(self, scale: Tensor | None = None) -> Features:
-        """φ up to the factor m^-½, which cancels; with the ``scale`` that `fold` gives, φ of Ωx̂ in place of x."""
+        """φ up to the factor m^-½, which cancels; with the ``scale`` 1 / ‖Ωᵢ‖, φ of Ωx̂ in place of x.
+
+        As the d rows of a whole block of Ω are orthogonal, divided by their norms they are a rotation: ‖x̂‖ is kept.
+        """
         kernel: Literal["exp", "relu"] = "exp" if self.kernel == "softmax" else "relu"
         eps = _EPS[self.kernel] * self.num_features**0.5
         if scale is not None:
@@ -60,34 +63,8 @@ class PerformerAttention(Attention):
         return Features(kernel, eps, self.omega, self.head_dim**-0.25)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.fold(x) if self.folds(x) else super().project(x)
-
-    def folds(self, x: Tensor) -> bool:
-        """Whether Ω goes into the query and key maps: 2dC² products a batch in place of 2mC a token.
-
-        In bfloat16 for any batch, as a sample's rounding, of Ωk̂ or of k̂, must not depend on it. Never in float16, in
-        which Ωk̂ is out of range before k̂ is.
-        """
-        if self.num_features != self.head_dim or not (on_cpu(x) and is_plain(self.qkv)):
-            return False
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        return dtype == torch.bfloat16 or (dtype != torch.float16 and x.shape[0] * x.shape[1] > self.dim)
-
-    def fold(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Tokens to Ωq̂, Ωk̂, v and 1 / ‖Ωᵢ‖ ``(m,)``: Ω(W x + b) = (ΩW) x + Ωb.
-
-        The d rows of a whole block of Ω are orthogonal: divided by their norms they are a rotation, which keeps norms.
-        """
-        w_qk, w_v = self.qkv.weight.split([2 * self.dim, self.dim])
-        with torch.autocast("cpu", enabled=False):  # ΩW is rounded once, as W would be
-            omega = self.omega.to(w_qk.dtype) * self.head_dim**-0.25
-            weight = torch.cat([(omega @ w_qk.unflatten(0, (-1, self.head_dim))).flatten(0, 1), w_v])
-            bias: Tensor | None = None
-            if self.qkv.bias is not None:
-                b_qk, b_v = self.qkv.bias.split([2 * self.dim, self.dim])
-                bias = torch.cat([(omega * b_qk.view(-1, 1, self.head_dim)).sum(dim=-1).flatten(), b_v])
-        norms = self.omega.to(torch.promote_types(w_qk.dtype, torch.float32)).norm(dim=1)
-        return *map(self.split_heads, qkv(x, weight, bias)), norms.reciprocal()
+        q, k, v, *norms = apply_turned_qkv(self.qkv, x, self.omega, self.head_dim**-0.25)
+        return *map(self.split_heads, (q, k, v)), *norms
 
     def after_step(self, step: int, generator: torch.Generator, steps: int | None = None) -> None:
         settled = steps is not None and step > _LAST_DRAW * steps

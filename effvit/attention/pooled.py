@@ -11,10 +11,9 @@ from pydantic import Field
 from torch import Tensor
 
 from effvit.attention.base import Attention, AttentionOptions, Grid, register
-from effvit.kernels.choice import cast_once
-from effvit.kernels.grid_pooling import grid_pooling, uneven_members
-from effvit.kernels.qkv import QKVLinear, apply_qkv_apart, apply_v
-from effvit.kernels.softmax_attention import softmax_attention
+from effvit.kernels.dispatch import grid_pooling, softmax_attention
+from effvit.kernels.grid_pooling import uneven_members
+from effvit.kernels.layers import QKVLinear, apply_qkv_apart, apply_v
 
 
 class PooledOptions(AttentionOptions):
@@ -47,9 +46,7 @@ class PooledAttention(Attention):
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         # Means of W x are W times the means: pooling first applies the maps to M rows instead of N.
-        x = cast_once(x)
-        pooled = self.pool(x)
-        q, k, v = apply_qkv_apart(self.qkv, x, pooled, pooled)
+        q, k, v = apply_qkv_apart(self.qkv, x, lambda x: (self.pool(x),) * 2)
         return self.split_heads(q), self.split_heads(k), self.split_heads(v)
 
     def pool(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from effvit.attention.base import Attention, register
 from effvit.kernels.choice import is_plain
-from effvit.kernels.qkv import qkv
+from effvit.kernels.dispatch import qkv
 
 _MAPS = ("query", "key", "value")
 

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from effvit.attention.base import Attention, register
-from effvit.kernels.linear import apply_linear
+from effvit.kernels.layers import apply_linear
 
 
 @register

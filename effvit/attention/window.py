@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from effvit.attention.base import Attention, AttentionOptions, Grid, register
+from effvit.kernels.dispatch import softmax_attention
 from effvit.kernels.prefix_and_patches import prefix_and_patches
-from effvit.kernels.softmax_attention import softmax_attention
 from effvit.kernels.window_attention import Windows
 
 

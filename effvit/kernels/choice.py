@@ -1,4 +1,4 @@
-"""Whether a form of a primitive may run: by the device, and by who is watching. `effvit.policy` knows processors."""
+"""Whether forms written for a device may run: by the device, and by who is watching."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -107,8 +107,8 @@ def through_equation(
     return (next(found) if tensor.requires_grad else None for tensor in inputs)
 
 
-def primitive(function: F_) -> F_:
-    """Let torch.fx take a primitive as one step, whose choices depend on what only real tensors have."""
+def one_step(function: F_) -> F_:
+    """Let torch.fx take a function as one step, whose choices depend on what only real tensors have."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -120,7 +120,7 @@ def primitive(function: F_) -> F_:
     return cast(F_, call)
 
 
-@primitive
+@one_step
 def cast_once(x: Tensor) -> Tensor:
     """Tokens as autocast would have them for a product on a GPU, where several products would each convert them."""
     if x.device.type == "cuda" and x.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):

@@ -12,9 +12,7 @@ from effvit import policy
 from effvit.kernels import choice, focus
 
 _LOG2_E = log2(e)
-_BLOCK_NUMBERS = 2**18  # per thread: 1 MiB of float32, as a block needs a handful of such tensors
-
-_SMALL_HEAD = 2**13  # numbers
+BLOCK_NUMBERS = 2**18  # per thread: 1 MiB of float32, as a block needs a handful of such tensors
 
 
 class Features(NamedTuple):
@@ -90,39 +88,9 @@ def reference(q: Tensor, k: Tensor, v: Tensor, features: Features, dropout_p: fl
         return (y / (phi_q @ phi_k.sum(dim=-2).unsqueeze(-1))).to(v.dtype)
 
 
-@choice.primitive
-def feature_attention(q: Tensor, k: Tensor, v: Tensor, features: Features, dropout_p: float = 0.0) -> Tensor:
-    """`reference`, by blocks that stay in a CPU's cache where it would not, or by Triton."""
-    # The device first, as a batch that is exported has no size yet.
-    if choice.on_cuda(q, k, v) and not dropout_p and _suits_triton(q, k, v, features):
-        return in_triton(q, k, v, features)
-    if features.kernel == "focused":
-        q, k = (focus.focus(tokens, *features.scale_and_power()) for tokens in (q, k))
-        features = Features("identity", 0.0)
-    if choice.on_cpu(q, k, v) and not dropout_p and _blocks_pay(k, features):
-        return by_blocks(q, k, v, features)
-    return reference(q, k, v, features, dropout_p)
-
-
-def _blocks_pay(k: Tensor, features: Features) -> bool:
-    if features.kernel == "elu":  # of whose two parts PyTorch would keep all intermediate results
-        return True
-    if features.kernel == "softmax":  # which has few intermediate results
-        return k.shape[-2] * k.shape[-1] <= _SMALL_HEAD
-    return k.numel() > _BLOCK_NUMBERS
-
-
-def _suits_triton(q: Tensor, k: Tensor, v: Tensor, features: Features) -> bool:
-    from effvit.kernels.cuda.feature_attention import MOST_FEATURES, WIDEST
-
-    if isinstance(features.scale, Tensor) and features.kernel == "exp":  # given features, which only a CPU is
-        return False
-    m = 0 if features.omega is None else len(features.omega)
-    return q.numel() > 0 and k.shape[-2] > 0 and m <= MOST_FEATURES and max(k.shape[-1], v.shape[-1]) <= WIDEST
-
-
-def by_blocks(q: Tensor, k: Tensor, v: Tensor, features: Features) -> Tensor:
-    """One head of a few samples at a time."""
+def by_blocks(q: Tensor, k: Tensor, v: Tensor, features: Features, dropout_p: float = 0.0) -> Tensor:
+    """One head of a few samples at a time, which stay in a CPU's cache. Without dropout."""
+    assert not dropout_p, "no form with dropout"
     return Blockwise.apply(q, k, v, features)
 
 
@@ -191,7 +159,7 @@ class Blockwise(torch.autograd.Function):
 def _blocks(x: Tensor) -> Iterator[tuple[slice, int]]:
     """Cut ``(B, H, N, d)`` into blocks ``(b, N, d)`` of one head, sized to a CPU's cache."""
     samples, heads, tokens, width = x.shape
-    at_once = max(1, _BLOCK_NUMBERS * torch.get_num_threads() // (tokens * width))
+    at_once = max(1, BLOCK_NUMBERS * torch.get_num_threads() // (tokens * width))
     for sample in range(0, samples, at_once):
         for head in range(heads):
             yield slice(sample, sample + at_once), head
@@ -282,8 +250,12 @@ def _context(phi_k: Tensor, v: Tensor, features: Features) -> Tensor:
     return torch.cat([products, sums], dim=-1)
 
 
-def in_triton(q: Tensor, k: Tensor, v: Tensor, features: Features) -> Tensor:
-    """By `effvit.kernels.cuda`: up to 128 features and 64 columns; one scale for all of these, but for ``focused``."""
+def in_triton(q: Tensor, k: Tensor, v: Tensor, features: Features, dropout_p: float = 0.0) -> Tensor:
+    """By `effvit.kernels.cuda`: up to 128 features and 64 columns; one scale for all of these, but for ``focused``.
+
+    Without dropout.
+    """
+    assert not dropout_p, "no form with dropout"
     if features.kernel == "focused":
         return InTriton.apply(q, k, v, features.scale, features.kernel, features.eps, features.power)
     return InTriton.apply(q, k, v, features.omega, features.kernel, features.eps, features.scale)

@@ -24,15 +24,8 @@ def reference(x: Tensor, scale: Tensor, power: float) -> Tensor:
         return powers * (_norm(x_hat) / _norm(powers))
 
 
-@choice.primitive
-def focus(x: Tensor, scale: Tensor, power: float) -> Tensor:
-    """`reference`, by blocks that stay in a CPU's cache; on a GPU one block, for the sake of fewer passes."""
-    pays = choice.on_cpu(x) or choice.eager_on_cuda(x, scale)
-    return by_blocks(x, scale, power) if pays else reference(x, scale, power)
-
-
 def by_blocks(x: Tensor, scale: Tensor, power: float) -> Tensor:
-    """A few tokens at a time on a CPU."""
+    """A few tokens at a time, which stay in a CPU's cache; on a GPU all at once, for the sake of fewer passes."""
     return Blockwise.apply(x, scale, power)
 
 

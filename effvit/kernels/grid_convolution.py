@@ -7,9 +7,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
-from effvit import policy
-from effvit.kernels import choice
-
 Grid = tuple[int, int]
 
 
@@ -24,18 +21,8 @@ def reference(y: Tensor, v: Tensor, kernels: Tensor, grid_size: Grid) -> Tensor:
     return y + F.pad(torch.stack(parts).sum(dim=0).flatten(1, 2), (0, 0, y.shape[1] - v.shape[1], 0))
 
 
-@choice.primitive
-def grid_convolution(y: Tensor, v: Tensor, kernels: Tensor, grid_size: Grid) -> Tensor:
-    """`reference` by PyTorch's convolution of images."""
-    if policy.ONLY_REFERENCE:
-        return reference(y, v, kernels, grid_size)
-    if choice.on_cpu(y, v, kernels) and y.dtype == v.dtype == kernels.dtype:
-        return FewPasses.apply(y, v, kernels, grid_size)
-    return as_images(y, v, kernels, grid_size)
-
-
 def as_images(y: Tensor, v: Tensor, kernels: Tensor, grid_size: Grid) -> Tensor:
-    """Channels last in memory, so nothing is turned around."""
+    """By PyTorch's convolution of images, with channels last in memory, so that nothing is turned around."""
     return y + F.pad(convolve(v, kernels, grid_size), (0, 0, y.shape[1] - v.shape[1], 0))
 
 
@@ -44,6 +31,11 @@ def convolve(v: Tensor, kernels: Tensor, grid_size: Grid) -> Tensor:
     w = kernels.shape[-1]
     images = F.conv2d(_images(v, grid_size), kernels[:, None], padding=w // 2, groups=kernels.shape[0])
     return images.flatten(2).transpose(1, 2)
+
+
+def in_few_passes(y: Tensor, v: Tensor, kernels: Tensor, grid_size: Grid) -> Tensor:
+    """`as_images`, on a CPU."""
+    return FewPasses.apply(y, v, kernels, grid_size)
 
 
 class FewPasses(torch.autograd.Function):
@@ -79,4 +71,4 @@ def _images(v: Tensor, grid_size: Grid) -> Tensor:
     return v.transpose(1, 2).unflatten(2, grid_size)
 
 
-FORMS = {"as images": as_images, "few passes": FewPasses.apply}
+FORMS = {"as images": as_images, "in few passes": in_few_passes}

@@ -4,17 +4,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from effvit import policy
-from effvit.kernels import choice
+from effvit.kernels import token_means
 
 Grid = tuple[int, int]
 
 
-def reference(x: Tensor, grid_size: Grid, cells: Grid) -> Tensor:
+def reference(x: Tensor, grid_size: Grid, cells: Grid, members: Tensor | None = None) -> Tensor:
     """Patches ``(B, gh*gw, C)`` to the means of ``rows x columns`` cells, ``(B, rows*columns, C)``, both row-major.
 
     Cell i of n along a side of g patches has the patches from ⌊i g / n⌋ to ⌈(i + 1) g / n⌉: where n does not divide g,
-    neighbours share one.
+    neighbours share one. ``members`` is what `uneven_members` gives, for the form that needs it.
     """
     grid = x.unflatten(1, grid_size)
     rows, columns = (_ranges(side, number) for side, number in zip(grid_size, cells, strict=True))
@@ -22,43 +21,33 @@ def reference(x: Tensor, grid_size: Grid, cells: Grid) -> Tensor:
     return torch.stack(means, dim=1)
 
 
-@choice.primitive
-def grid_pooling(x: Tensor, grid_size: Grid, cells: Grid, members: Tensor | None = None) -> Tensor:
-    """`reference` by the form that suits the device; on CUDA with what `uneven_members` gives."""
-    if cells == grid_size:
-        return x
-    if policy.ONLY_REFERENCE:
-        return reference(x, grid_size, cells)
-    if x.device.type == "cuda":  # where PyTorch's pooling adds its gradients up in no fixed order
-        if members is not None:
-            return by_members(x, members)
-        if not any(side % number for side, number in zip(grid_size, cells, strict=True)):
-            return even(x, grid_size, cells)
-    return as_images(x, grid_size, cells)
+def unchanged(x: Tensor, grid_size: Grid, cells: Grid, members: Tensor | None = None) -> Tensor:
+    """Cells of a patch each."""
+    return x
 
 
-def as_images(x: Tensor, grid_size: Grid, cells: Grid) -> Tensor:
+def as_images(x: Tensor, grid_size: Grid, cells: Grid, members: Tensor | None = None) -> Tensor:
     """Channels last in memory, so nothing is copied but the result for a single sample, which PyTorch turns around."""
     images = x.transpose(1, 2).unflatten(2, grid_size)
     return F.adaptive_avg_pool2d(images, cells).flatten(2).transpose(1, 2).contiguous()
 
 
-def even(x: Tensor, grid_size: Grid, cells: Grid) -> Tensor:
+def even(x: Tensor, grid_size: Grid, cells: Grid, members: Tensor | None = None) -> Tensor:
     """Means of cells that divide the grid."""
     (rows, columns), (height, width) = cells, (side // number for side, number in zip(grid_size, cells, strict=True))
     return x.unflatten(1, (rows, height, columns, width)).mean(dim=(2, 4)).flatten(1, 2)
 
 
-def by_members(x: Tensor, members: Tensor) -> Tensor:
-    """Sums over members as one product, and their means."""
-    sums = torch.bmm(members.to(x.dtype).expand(x.shape[0], -1, -1), x)
-    return (sums / members.sum(dim=-1, keepdim=True)).to(x.dtype)
+def by_members(x: Tensor, grid_size: Grid, cells: Grid, members: Tensor | None = None) -> Tensor:
+    """One product with the cells' members."""
+    assert members is not None, "of cells that divide the grid"
+    return token_means.as_product(x, members)
 
 
 def uneven_members(grid_size: Grid, cells: Grid) -> Tensor | None:
     """Which patches each cell is the mean of, ``(rows*columns, gh*gw)``; None where cells divide the grid.
 
-    Zeros and, in a row, equal powers of two, which are exact in any precision and make sums no larger than patches.
+    As `effvit.kernels.token_means.scaled` gives them.
     """
     if not any(side % number for side, number in zip(grid_size, cells, strict=True)):
         return None
@@ -69,8 +58,7 @@ def uneven_members(grid_size: Grid, cells: Grid) -> Tensor | None:
             for row, members in zip(table, _ranges(side, number), strict=True):
                 row[members] = 1
             sides.append(table)
-        ones = torch.kron(*sides)
-        return torch.ldexp(ones, -torch.frexp(ones.sum(dim=-1, keepdim=True)).exponent)
+        return token_means.scaled(torch.kron(*sides))
 
 
 def _ranges(side: int, number: int) -> list[slice]:
@@ -79,7 +67,7 @@ def _ranges(side: int, number: int) -> list[slice]:
 
 def _as_on_cuda(x: Tensor, grid_size: Grid, cells: Grid) -> Tensor:
     members = uneven_members(grid_size, cells)
-    return even(x, grid_size, cells) if members is None else by_members(x, members.to(x))
+    return even(x, grid_size, cells) if members is None else by_members(x, grid_size, cells, members.to(x))
 
 
 FORMS = {"as images": as_images, "as on CUDA": _as_on_cuda}

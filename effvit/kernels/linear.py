@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from effvit import policy
@@ -16,18 +16,14 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y + bias
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`reference` by the fastest product for this processor."""
-    if policy.ONLY_REFERENCE:
-        return reference(x, weight, bias)
-    return OneDNNLinear.apply(x, weight, bias) if suits_onednn(x) else F.linear(x, weight, bias)
+def by_pytorch(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """PyTorch's own product."""
+    return F.linear(x, weight, bias)
 
 
-def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """Call a linear layer on rows ``(..., in)``: ``(..., out)``, by `linear` where that is the same."""
-    if choice.on_cpu(x) and choice.is_plain(layer):
-        return linear(x, layer.weight, layer.bias)
-    return layer(x)
+def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """OneDNN's product, and those of its gradients."""
+    return OneDNNLinear.apply(x, weight, bias)
 
 
 def suits_onednn(x: Tensor) -> bool:
@@ -83,4 +79,4 @@ class OneDNNLinear(torch.autograd.Function):
         return d_x, d_weight, gradient.flatten(0, -2).sum(0) if needs_bias else None
 
 
-FORMS = {"torch": F.linear, "oneDNN": OneDNNLinear.apply}
+FORMS = {"by PyTorch": by_pytorch, "by oneDNN": by_onednn}

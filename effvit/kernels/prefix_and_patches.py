@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from effvit import policy
+from effvit.kernels.dispatch import softmax_attention, window_attention, windows_suit_triton
 from effvit.kernels.parts import join, split
-from effvit.kernels.softmax_attention import softmax_attention
-from effvit.kernels.window_attention import Windows, in_triton, suits_triton, window_attention
+from effvit.kernels.window_attention import Windows, tokens_in_triton
 
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries of patches ``(B, h, P, d)``, all keys and all values of some heads to ``(B, h, P, e)``."""
@@ -34,8 +35,9 @@ def prefix_and_patches(
     """
     of_heads = [of_head for of_head in windows if of_head is not None]
     sizes = [len(of_heads), len(windows) - len(of_heads)]
-    if of_heads and suits_triton(q, k, v, of_heads, dropout_p):
-        y, *more = in_triton(q, k, v, of_heads)
+    if of_heads and windows_suit_triton(q, k, v, of_heads, dropout_p):
+        policy.note("window_attention", "with_prefix_in_triton")
+        y, *more = tokens_in_triton(q, k, v, of_heads)
         if others is None or not more:
             return y
         of_prefix, *qkv = more

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effvit import policy
 from effvit.kernels import choice
 
 MOST_ITERATIONS = 20
@@ -28,21 +27,6 @@ def reference(a: Tensor, iterations: int) -> Tensor:
     return z
 
 
-def pseudo_inverse(a: Tensor, iterations: int) -> Tensor:
-    """`reference` with each difference taken inside a product, or by Triton."""
-    if policy.ONLY_REFERENCE:
-        return reference(a, iterations)
-    if choice.on_cuda(a) and a.dtype == torch.float32 and a.numel() and _suits_triton(a):
-        return InTriton.apply(a, iterations)
-    return with_addends(a, iterations)
-
-
-def _suits_triton(a: Tensor) -> bool:
-    from effvit.kernels.cuda.pseudo_inverse import LARGEST
-
-    return a.shape[-1] <= LARGEST
-
-
 def with_addends(a: Tensor, iterations: int) -> Tensor:
     """Each difference is a product's own addend: no pass over matrices but the four products."""
     identity = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
@@ -54,6 +38,11 @@ def with_addends(a: Tensor, iterations: int) -> Tensor:
         bracket = torch.baddbmm(13 * identity, az, bracket, alpha=-1)
         z = torch.baddbmm(identity, z, bracket, beta=0, alpha=0.25)
     return z.view(shape)
+
+
+def in_triton(a: Tensor, iterations: int) -> Tensor:
+    """By `effvit.kernels.cuda`."""
+    return InTriton.apply(a, iterations)
 
 
 class InTriton(torch.autograd.Function):

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from effvit.kernels.choice import primitive
+from effvit.kernels.choice import one_step
 
 
-@primitive  # or who looks for attention in a graph (timm's AttentionExtract) takes its softmax for it
+@one_step  # or who looks for attention in a graph (timm's AttentionExtract) takes its softmax for it
 def shares(logits: Tensor) -> Tensor:
     """Softmax over the last dimension."""
     return logits.softmax(dim=-1)

@@ -4,11 +4,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from effvit import policy
-from effvit.kernels import choice
-
-_SHORT, _LONG = 128, 1024  # tokens
-_FEW_HEADS = 8192  # queries: of 2^17 tokens a GPU then has more multiprocessors than there are heads
 _COPIED_NUMBERS = 2**21  # 8 MiB of float32
 
 
@@ -21,23 +16,8 @@ def reference(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor
     return F.dropout(probabilities, dropout_p) @ v
 
 
-@choice.primitive
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
-    """`reference` without the N x M matrix in memory, where that pays."""
-    if policy.ONLY_REFERENCE or choice.in_forward_mode():  # PyTorch's kernels have no forward mode
-        return reference(q, k, v, dropout_p)
-    trained = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    rows, columns = q.shape[-2], k.shape[-2]
-    if q.device.type == "cuda" and trained and columns <= _SHORT and rows >= _FEW_HEADS:
-        # FlashAttention's backward pass is parallel over blocks of 128 keys: here it would be one program per head.
-        return reference(q, k, v, dropout_p)
-    if q.device.type == "cpu" and v.dtype in (torch.bfloat16, torch.float16):
-        if trained and max(rows, columns) <= _SHORT:
-            # In half precision the CPU's backward pass over sequences this short takes up to four times as long.
-            return in_float32(q, k, v, dropout_p)
-        pays = policy.LONG_ATTENTION_IN_FLOAT32 and choice.on_cpu(q, k, v)
-        if not trained and min(rows, columns) >= _LONG and pays:
-            return in_float32_by_samples(q, k, v, dropout_p)
+def by_pytorch(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
+    """PyTorch's kernel, which holds no N x M matrix where that pays."""
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
 
 
@@ -55,7 +35,7 @@ def in_float32_by_samples(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.
 
 
 FORMS = {
-    "torch": F.scaled_dot_product_attention,
+    "by PyTorch": by_pytorch,
     "in float32": in_float32,
     "in float32, by samples": in_float32_by_samples,
 }

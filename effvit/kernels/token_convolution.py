@@ -7,28 +7,36 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
-from effvit import policy
 from effvit.kernels import choice
 
 
-def reference(x: Tensor, kernels: Tensor) -> Tensor:
-    """y_n = Σ_j w_j x_(n + j - ⌊w/2⌋) of tokens ``(B, N, C)`` with kernels ``(C, w)``: ``(B, N, C)``."""
+def reference(x: Tensor, kernels: Tensor, residual: Tensor | None = None) -> Tensor:
+    """y_n = Σ_j w_j x_(n + j - ⌊w/2⌋) of tokens ``(B, N, C)`` with kernels ``(C, w)``: ``(B, N, C)``.
+
+    ``residual``, of the same shape, is added.
+    """
     w, n = kernels.shape[1], x.shape[1]
     padded = F.pad(x, (0, 0, w // 2, w // 2))
-    return torch.stack([padded[:, j : j + n] * kernels[:, j] for j in range(w)]).sum(dim=0)
+    return _plus(residual, torch.stack([padded[:, j : j + n] * kernels[:, j] for j in range(w)]).sum(dim=0))
 
 
-@choice.primitive
-def token_convolution(x: Tensor, kernels: Tensor, residual: Tensor | None = None) -> Tensor:
-    """`reference` by PyTorch's convolutions, or by Triton; plus ``residual``, of the shape of x."""
-    more = () if residual is None else (residual,)
-    if choice.on_cuda(x, kernels, *more) and len({tensor.dtype for tensor in (x, kernels, *more)}) == 1 and x.numel():
-        return InTriton.apply(x, kernels, residual)
-    if policy.ONLY_REFERENCE:
-        y = reference(x, kernels)
-    else:
-        y = FastBackward.apply(x, kernels) if choice.on_cpu(x, kernels) else convolve(x, kernels)
+def _plus(residual: Tensor | None, y: Tensor) -> Tensor:
     return y if residual is None else residual + y
+
+
+def as_images(x: Tensor, kernels: Tensor, residual: Tensor | None = None) -> Tensor:
+    """By PyTorch's convolution of images."""
+    return _plus(residual, convolve(x, kernels))
+
+
+def with_fast_backward(x: Tensor, kernels: Tensor, residual: Tensor | None = None) -> Tensor:
+    """`as_images`, on a CPU."""
+    return _plus(residual, FastBackward.apply(x, kernels))
+
+
+def in_triton(x: Tensor, kernels: Tensor, residual: Tensor | None = None) -> Tensor:
+    """By `effvit.kernels.cuda`."""
+    return InTriton.apply(x, kernels, residual)
 
 
 def convolve(x: Tensor, kernels: Tensor) -> Tensor:
@@ -89,4 +97,4 @@ class InTriton(torch.autograd.Function):
         return *found, gradients[0] if ctx.needs_input_grad[2] else None
 
 
-FORMS = {"torch": convolve, "fast backward": FastBackward.apply}
+FORMS = {"as images": as_images, "with fast backward": with_fast_backward}

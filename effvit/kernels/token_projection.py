@@ -3,9 +3,6 @@
 import torch
 from torch import Tensor
 
-from effvit import policy
-from effvit.kernels import choice
-
 Projected = tuple[Tensor, ...]
 
 
@@ -14,16 +11,8 @@ def reference(x: Tensor, *projections: Tensor) -> Projected:
     return tuple(projection @ x for projection in projections)
 
 
-@choice.primitive
-def token_projection(x: Tensor, *projections: Tensor) -> Projected:
-    """`reference` as batches of products: one product over all samples would have to turn x around in memory first."""
-    if policy.ONLY_REFERENCE:
-        return reference(x, *projections)
-    return at_once(x, *projections) if x.device.type == "cuda" else one_by_one(x, *projections)
-
-
 def one_by_one(x: Tensor, *projections: Tensor) -> Projected:
-    """A batch of products for each matrix."""
+    """A batch of products for each matrix: one over all samples would have to turn x around in memory first."""
     return tuple(torch.bmm(projection.expand(x.shape[0], -1, -1), x) for projection in projections)
 
 

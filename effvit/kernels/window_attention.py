@@ -7,10 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from effvit import policy
 from effvit.kernels import choice, softmax_attention
-
-_FEW = 80  # tokens that a patch sees
 
 
 class Windows(NamedTuple):
@@ -78,37 +75,6 @@ def _place(position: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
     return position % r, (position // r + (w - windows.shift if windows.shift else 0)) // w
 
 
-@choice.primitive
-def window_attention(q: Tensor, k: Tensor, v: Tensor, windows: OfHeads, dropout_p: float = 0.0) -> Tensor:
-    """`reference` window by window."""
-    if policy.ONLY_REFERENCE or choice.in_forward_mode():
-        return reference(q, k, v, windows, dropout_p)
-    if suits_triton(q, k, v, windows, dropout_p):
-        return in_triton(q, k, v, windows)[0]
-    few = max(of_head.size for of_head in windows) ** 2 + k.shape[-2] - q.shape[-2] <= _FEW
-    if few and choice.on_cpu(q, k, v):
-        return written_out(q, k, v, windows, dropout_p)
-    if choice.eager_on_cuda(q, k, v):
-        return by_copies(q, k, v, windows, dropout_p)
-    if q.device.type == "cpu" and v.dtype in (torch.bfloat16, torch.float16):
-        # In half precision a CPU takes four times as long backward on sequences this short.
-        with torch.autocast("cpu", enabled=False):
-            return by_reshape(q.float(), k.float(), v.float(), windows, dropout_p).to(v.dtype)
-    return by_reshape(q, k, v, windows, dropout_p)
-
-
-def suits_triton(q: Tensor, k: Tensor, v: Tensor, windows: OfHeads, dropout_p: float) -> bool:
-    """Whether `in_triton` may take these, the queries of patches or of all tokens."""
-    if not choice.on_cuda(q, k, v) or dropout_p:
-        return False
-    from effvit.kernels.cuda.windows import MOST_PATCHES, MOST_PREFIX, WIDEST
-
-    few = k.shape[-2] - windows[0].rows * windows[0].columns <= MOST_PREFIX
-    few = few and max(of_head.size for of_head in windows) ** 2 <= MOST_PATCHES
-    few = few and max(x.shape[2] * x.stride(2) for x in (q, k, v)) < 2**31  # or offsets would need 64 bits
-    return few and q.numel() > 0 and v.numel() > 0 and max(k.shape[-1], v.shape[-1]) <= WIDEST
-
-
 def _runs(windows: OfHeads) -> Iterator[tuple[Windows, slice]]:
     """Neighbouring heads that have the same windows."""
     starts = [head for head in range(len(windows)) if not head or windows[head] != windows[head - 1]]
@@ -141,6 +107,12 @@ def by_reshape(q: Tensor, k: Tensor, v: Tensor, of_heads: OfHeads, dropout_p: fl
         to_windows(q, windows), keys, values, attn_mask=mask, dropout_p=dropout_p
     )
     return from_windows(y, heads, windows)
+
+
+def by_reshape_in_float32(q: Tensor, k: Tensor, v: Tensor, windows: OfHeads, dropout_p: float = 0.0) -> Tensor:
+    """`by_reshape` on copies in float32; the result is of ``v``'s precision."""
+    with torch.autocast("cpu", enabled=False):
+        return by_reshape(q.float(), k.float(), v.float(), windows, dropout_p).to(v.dtype)
 
 
 def _mask(windows: Windows, heads: int, prefix: int, device: torch.device) -> Tensor | None:
@@ -321,7 +293,13 @@ def scatter(y: Tensor, prefix: int, of_heads: OfHeads, dtype: torch.dtype) -> Te
     return x
 
 
-def in_triton(q: Tensor, k: Tensor, v: Tensor, windows: OfHeads) -> tuple[Tensor, ...]:
+def in_triton(q: Tensor, k: Tensor, v: Tensor, windows: OfHeads, dropout_p: float = 0.0) -> Tensor:
+    """By `effvit.kernels.cuda`, without dropout."""
+    assert not dropout_p, "no form with dropout"
+    return tokens_in_triton(q, k, v, windows)[0]
+
+
+def tokens_in_triton(q: Tensor, k: Tensor, v: Tensor, windows: OfHeads) -> tuple[Tensor, ...]:
     """By `effvit.kernels.cuda`, where tokens lie. Queries of the patches, or of all tokens.
 
     With more heads than windows there are five results: outputs of the first heads; outputs of the prefix tokens in the
@@ -362,7 +340,7 @@ def _others(q: Tensor, k: Tensor, v: Tensor, windows: OfHeads) -> tuple[Tensor, 
 
 
 def _equation(q: Tensor, k: Tensor, v: Tensor, windows: OfHeads) -> tuple[Tensor, ...]:
-    """What `in_triton` returns, by references."""
+    """What `tokens_in_triton` returns, by references."""
     h, prefix = len(windows), q.shape[2] - windows[0].rows * windows[0].columns
     of_prefix = softmax_attention.reference(q[:, :, :prefix], k, v)
     patches = reference(q[:, :h, prefix:], k[:, :h], v[:, :h], windows)
@@ -375,4 +353,9 @@ def _as_numbers(windows: OfHeads) -> list[int]:
     return [number for same, heads in _runs(windows) for number in (heads.stop - heads.start, *same)]
 
 
-FORMS = {"by reshape": by_reshape, "written out": written_out, "by copies": by_copies}
+FORMS = {
+    "by reshape": by_reshape,
+    "by reshape, in float32": by_reshape_in_float32,
+    "written out": written_out,
+    "by copies": by_copies,
+}

@@ -14,7 +14,7 @@ from torch.fx import Proxy
 
 from effvit.attention import Attention, build_attention, check_options, check_value_conv
 from effvit.errors import UserError, explain
-from effvit.kernels.linear import apply_linear
+from effvit.kernels.layers import apply_linear
 from effvit.model.trained_on import TrainedOn
 
 # Far beyond any ViT: typing errors are reported at once, and a product of sizes fits 64 bits.

@@ -284,7 +284,6 @@ def test_norms_of_queries_and_keys_are_honoured(name, monkeypatch):
         model = host("timm qk_norm")
         swap_attention(model, name, **options)
         monkeypatch.setattr(choice, "on_cpu", on_cpu)
-        monkeypatch.setattr("effvit.attention.performer.on_cpu", on_cpu)
         with torch.no_grad():
             results.append(model(images()))
             model.blocks[0].attn.q_norm.weight.mul_(3)

@@ -8,6 +8,7 @@ import torch
 from mechanisms import FIRST, WITH_VALUE_CONV
 from mps import NoFloat64
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize, prune
@@ -18,7 +19,7 @@ from effvit import ViT, ViTConfig, build_attention, policy
 from effvit.attention.linformer import LinformerAttention
 from effvit.attention.performer import draw_features
 from effvit.attention.pooled import PooledAttention
-from effvit.kernels.qkv import QKVLinear
+from effvit.kernels.layers import QKVLinear
 
 pytestmark = pytest.mark.slow
 
@@ -368,7 +369,7 @@ def test_batches_above_the_size_of_blocks_have_gradients_by_torch_func(name):
 
 @BY_NAME
 def test_gradients_of_gradients_are_those_of_finite_differences(name, options, monkeypatch):
-    monkeypatch.setattr("effvit.kernels.feature_attention._BLOCK_NUMBERS", 1)
+    monkeypatch.setattr("effvit.kernels.feature_attention.BLOCK_NUMBERS", 1)
     attention = attention_of(name, options).double()
     x = torch.randn(1, TOKENS, WIDTH, dtype=torch.float64, requires_grad=True)
     with sdpa_kernel(SDPBackend.MATH):
@@ -407,6 +408,13 @@ def test_it_is_built_without_memory_and_filled_later(name, options):
     attention.load_state_dict(real.state_dict(), assign=True)
     x = torch.randn(2, TOKENS, WIDTH)
     torch.testing.assert_close(attention.eval()(x), real(x))
+
+
+@pytest.mark.parametrize("name, options", FIRST)  # PyTorch cannot initialise a convolution's weights so
+def test_it_is_built_and_called_with_tensors_that_only_pretend(name, options):
+    with FakeTensorMode():
+        attention = build_attention(name, WIDTH, HEADS, GRID, **options)
+        assert attention(torch.randn(2, TOKENS, WIDTH)).shape == (2, TOKENS, WIDTH)
 
 
 @pytest.mark.parametrize("of", [attention_of, model_of], ids=["module", "model"])

@@ -5,8 +5,7 @@ from torch.nn import functional as F
 
 from effvit import build_attention, policy
 from effvit.kernels import softmax_attention as module
-from effvit.kernels.qkv import qkv
-from effvit.kernels.softmax_attention import softmax_attention
+from effvit.kernels.dispatch import qkv, softmax_attention
 
 pytestmark = pytest.mark.slow
 

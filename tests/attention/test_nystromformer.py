@@ -7,8 +7,9 @@ from torch.nn import functional as F
 
 from effvit import build_attention
 from effvit.errors import UserError
-from effvit.kernels.landmarks import block_order, landmark_members, segments
-from effvit.kernels.pseudo_inverse import MOST_ITERATIONS, pseudo_inverse, reference
+from effvit.kernels.dispatch import pseudo_inverse
+from effvit.kernels.pseudo_inverse import MOST_ITERATIONS, reference
+from effvit.kernels.token_means import block_order, landmark_members, segments
 
 
 def nystromformer(m, grid=(4, 5), conv=0, **options):

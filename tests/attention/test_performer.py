@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from effvit import build_attention, policy
 from effvit.attention.performer import draw_features
-from effvit.kernels.qkv import qkv
+from effvit.kernels import dispatch
 
 D = 4
 
@@ -115,7 +115,7 @@ def test_epsilon_is_added_to_features_of_scale_one_over_root_m():
 @pytest.mark.parametrize("kernel", ["softmax", "relu"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_blocks_half_precision_is_rounded_at_the_ends_only(kernel, dtype, monkeypatch):
-    monkeypatch.setattr("effvit.kernels.feature_attention._BLOCK_NUMBERS", 1)
+    monkeypatch.setattr("effvit.kernels.feature_attention.BLOCK_NUMBERS", 1)
     attention = performer(m=11, kernel=kernel)
     inputs = [x.to(dtype).requires_grad_() for x in torch.randn(3, 5, 3, 13, 4)]
     exact = [x.detach().double().requires_grad_() for x in inputs]
@@ -223,13 +223,13 @@ def test_its_macs_are_linear_in_tokens():
 @pytest.mark.parametrize("qkv_bias", [True, False])
 @pytest.mark.parametrize("numbers", [1, 10**6], ids=["in blocks", "whole"])
 def test_features_folded_into_the_maps_change_neither_output_nor_gradients(kernel, qkv_bias, numbers, monkeypatch):
-    monkeypatch.setattr("effvit.kernels.feature_attention._BLOCK_NUMBERS", numbers)
+    monkeypatch.setattr("effvit.kernels.feature_attention.BLOCK_NUMBERS", numbers)
     attention = performer(m=4, kernel=kernel, qkv_bias=qkv_bias).double()
     x, gradient = torch.randn(2, 5, 13, 12, dtype=torch.float64)
     x.requires_grad_()
     results = []
     for folds in (True, False):
-        monkeypatch.setattr(attention, "folds", lambda *args, folds=folds: folds)
+        monkeypatch.setattr("effvit.kernels.layers.turns_maps", lambda *args, folds=folds: folds)
         y, matrix = attention(x, return_map=True)
         results.append((y.detach(), matrix.detach(), *torch.autograd.grad(y, [x, *attention.parameters()], gradient)))
     torch.testing.assert_close(*results)
@@ -242,7 +242,7 @@ def test_in_float16_features_are_not_folded_as_they_are_out_of_range_before_the_
         attention.qkv.weight[12:24] = 2e4 * torch.eye(12)
         attention.omega.mul_(4)
     x = torch.ones(8, 13, 12)
-    assert attention.folds(x)
+    assert dispatch.turns_maps(x, attention.omega)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.float16, enabled=autocast):
         y = attention(x) if autocast else attention.half()(x.half())
     assert y.isfinite().all()
@@ -266,7 +266,8 @@ def test_folded_features_in_bfloat16_have_the_errors_of_rounding_maps_and_tokens
 def test_folded_maps_are_rounded_once_under_autocast_whatever_the_batch(samples, monkeypatch):
     attention = performer(m=4, grid=(2, 2))
     given = []
-    monkeypatch.setattr("effvit.attention.performer.qkv", lambda *args: given.append(args) or qkv(*args))
+    qkv = dispatch.qkv
+    monkeypatch.setattr(dispatch, "qkv", lambda *args: given.append(args) or qkv(*args))
     for dtype in (torch.bfloat16, torch.float16):
         with torch.autocast("cpu", dtype=dtype):
             attention(torch.randn(samples, 5, 12))

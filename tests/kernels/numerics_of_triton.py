@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from effvit import build_attention, policy
 from effvit.kernels import (
     choice,
+    dispatch,
     feature_attention,
     pseudo_inverse,
     softmax_attention,
@@ -195,7 +196,7 @@ def test_sums_and_values_of_another_precision_than_queries():
 def test_pseudo_inverse(m, number, iterations):
     (a,) = drawn((number, 1, m, m))
     assert_equal(
-        lambda a: pseudo_inverse.InTriton.apply(a, iterations),
+        lambda a: pseudo_inverse.in_triton(a, iterations),
         lambda a: pseudo_inverse.reference(a, iterations),
         [a.softmax(dim=-1)],
     )
@@ -203,7 +204,7 @@ def test_pseudo_inverse(m, number, iterations):
 
 def test_columns_of_equal_sums_share_the_gradient_of_the_largest():
     a = torch.full((1, 4, 4), 0.25, device=DEVICE) + torch.eye(4, device=DEVICE)
-    assert_equal(lambda a: pseudo_inverse.InTriton.apply(a, 2), lambda a: pseudo_inverse.reference(a, 2), [a])
+    assert_equal(lambda a: pseudo_inverse.in_triton(a, 2), lambda a: pseudo_inverse.reference(a, 2), [a])
 
 
 @pytest.mark.parametrize(
@@ -218,12 +219,12 @@ def test_columns_of_equal_sums_share_the_gradient_of_the_largest():
 )
 def test_convolution_over_tokens(b, n, c, w, dtype):
     x, kernels, residual = drawn((b, n, c), (c, w), (b, n, c), dtype=dtype)
-    assert_equal(token_convolution.InTriton.apply, plus_convolution, [x, kernels, residual])
+    assert_equal(token_convolution.in_triton, plus_convolution, [x, kernels, residual])
 
 
 def test_convolution_alone():
     assert_equal(
-        lambda x, kernels: token_convolution.token_convolution(x, kernels),
+        lambda x, kernels: dispatch.token_convolution(x, kernels),
         token_convolution.reference,
         drawn((2, 21, 4), (4, 5)),
     )
@@ -235,7 +236,7 @@ def plus_convolution(x, kernels, residual):
 
 def test_sums_of_a_long_sequence_are_joined(monkeypatch):
     monkeypatch.setattr("effvit.kernels.cuda.token_convolution._SUMMED", 16)
-    assert_equal(token_convolution.InTriton.apply, plus_convolution, drawn((2, 45, 3), (3, 65), (2, 45, 3)))
+    assert_equal(token_convolution.in_triton, plus_convolution, drawn((2, 45, 3), (3, 65), (2, 45, 3)))
 
 
 def windowed(windows, prefix, d, e, dtype=torch.float32, heads=None, b=1):
@@ -286,13 +287,13 @@ def test_attention_in_windows(windows, prefix, d, e, dtype):
     q, k, v = windowed(windows, prefix, d, e, dtype)
     patches = q[:, :, prefix:]
     assert_equal(
-        lambda *x: window_attention.in_triton(*x, windows)[0],
+        lambda *x: window_attention.in_triton(*x, windows),
         lambda *x: window_attention.reference(*x, windows),
         [patches, k, v],
     )
     if prefix:
         assert_equal(
-            lambda *x: window_attention.in_triton(*x, windows)[0],
+            lambda *x: window_attention.in_triton(*x, windows),
             lambda *x: of_all_tokens(windows, prefix)(*x)[0],
             [q, k, v],
         )
@@ -302,7 +303,7 @@ def test_attention_in_windows(windows, prefix, d, e, dtype):
 def test_gradients_of_heads_without_windows_get_to_their_place(prefix, dtype):
     windows = [Windows(3, 5, 2), Windows(3, 5, 2, 2)]
     assert_equal(
-        in_one(lambda *x: window_attention.in_triton(*x, windows)),
+        in_one(lambda *x: window_attention.tokens_in_triton(*x, windows)),
         in_one(of_all_tokens(windows, prefix)),
         windowed(windows, prefix, 12, 10, dtype, heads=3),
     )
@@ -311,7 +312,7 @@ def test_gradients_of_heads_without_windows_get_to_their_place(prefix, dtype):
 def test_sums_over_many_windows_are_joined():
     windows = [Windows(3, 11, 1)]
     assert_equal(
-        lambda *x: window_attention.in_triton(*x, windows)[0],
+        lambda *x: window_attention.in_triton(*x, windows),
         lambda *x: of_all_tokens(windows, 1)(*x)[0],
         windowed(windows, 1, 12, 12),
     )
@@ -322,7 +323,7 @@ def test_scores_far_apart_neither_overflow_nor_vanish_in_windows():
     q, k, v = windowed(windows, 2, 12, 12)
     k[:, :, 9] *= 300
     q[:, :, 0] *= 30
-    y = window_attention.in_triton(q, k, v, windows)[0]
+    y = window_attention.in_triton(q, k, v, windows)
     expected, *_ = of_all_tokens(windows, 2)(q.double(), k.double(), v.double())
     assert (y - expected).norm() < 2e-5 * expected.norm()
 
@@ -333,7 +334,7 @@ def test_windows_of_a_sample_do_not_depend_on_its_batch_and_two_runs_are_equal()
 
     def run(tensors):
         inputs = [x.detach().requires_grad_() for x in tensors]
-        results = window_attention.in_triton(*inputs, windows)
+        results = window_attention.tokens_in_triton(*inputs, windows)
         return *results, *torch.autograd.grad([y.sin().sum() for y in results], inputs)
 
     both = run(tensors)
@@ -351,7 +352,7 @@ def test_windows_of_a_sample_do_not_depend_on_its_batch_and_two_runs_are_equal()
 )
 def test_windows_that_do_not_fit_are_left_to_pytorch(windows, prefix, width, dropout_p, expected):
     q, k, v = windowed([windows], prefix, 12, width)
-    assert window_attention.suits_triton(q, k, v, [windows], dropout_p) == expected
+    assert dispatch.windows_suit_triton(q, k, v, [windows], dropout_p) == expected
 
 
 OPTIONS = {

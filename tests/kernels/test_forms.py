@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from effvit import kernels, policy
+from effvit.kernels import dispatch
 from effvit.kernels.feature_attention import Features
+from effvit.kernels.token_means import landmark_members, scaled
 from effvit.kernels.window_attention import Windows
 
 pytestmark = pytest.mark.slow
@@ -18,7 +20,7 @@ pytestmark = pytest.mark.slow
 MODULES = {
     name: module
     for _, name, _ in pkgutil.iter_modules(kernels.__path__)
-    if hasattr(module := importlib.import_module(f"effvit.kernels.{name}"), "FORMS")
+    if hasattr(module := importlib.import_module(f"effvit.kernels.{name}"), "reference")
 }
 
 
@@ -77,6 +79,13 @@ CASES = {
         ([(2, 9, 4), (3, 9), (2, 9)], lambda dtype: ()),
         ([(1, 5, 3), (5, 5)], lambda dtype: ()),
     ],
+    "token_means": [
+        ([(2, 9, 4)], lambda dtype, m=m: (scaled(landmark_members((2, 4), m)).to(dtype),)) for m in (1, 3, 9)
+    ],
+    "turned_qkv": [
+        ([(2, 9, 12), (36, 12), (36,), (4, 4)], lambda dtype: (0.7,)),
+        ([(1, 1, 3), (9, 3), (9,), (3, 3)], lambda dtype: (1.0,)),
+    ],
     "window_attention": [
         (heads(rows * columns, prefix + rows * columns, e=5), lambda dtype, w=w: (w,))
         for w in (
@@ -122,7 +131,7 @@ def output_and_gradients(form, tensors, more):
 FORMS = [
     (name, form, case)
     for name, module in MODULES.items()
-    for form in ("public", *module.FORMS)
+    for form in ("chosen", *getattr(module, "FORMS", ()))
     for case in range(len(CASES[name]))
 ]
 
@@ -132,12 +141,12 @@ def test_every_primitive_has_cases():
 
 
 @pytest.mark.parametrize("processor", [True, False], ids=["AMD", "other"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("name", "form", "case"), FORMS)
 def test_output_and_gradients_are_those_of_the_reference_in_float64(name, form, case, dtype, processor, monkeypatch):
-    if name == "pseudo_inverse" and dtype == torch.bfloat16:
+    if name == "pseudo_inverse" and dtype in (torch.bfloat16, torch.float16):
         pytest.skip("the iteration squares the condition number: it is given float32")
-    if form.startswith("in float32") and dtype == torch.float64:
+    if "in float32" in form and dtype == torch.float64:
         pytest.skip("rounds to float32")
     for flag in ("ONEDNN_WEIGHT_GRADIENTS", "POWERS_OF_TWO", "LONG_ATTENTION_IN_FLOAT32"):
         monkeypatch.setattr(policy, flag, processor)
@@ -145,7 +154,7 @@ def test_output_and_gradients_are_those_of_the_reference_in_float64(name, form, 
     module = MODULES[name]
     shapes, more = CASES[name][case]
     tensors = drawn(name, shapes, dtype)
-    run = getattr(module, name) if form == "public" else module.FORMS[form]
+    run = getattr(dispatch, name) if form == "chosen" else module.FORMS[form]
     actual = output_and_gradients(run, tensors, more(dtype))
     exact = [None if tensor is None else tensor.double() for tensor in tensors]
     expected = output_and_gradients(module.reference, exact, more(torch.float64))
@@ -163,8 +172,12 @@ def test_the_equation_alone_runs_where_the_environment_asks_for_it(name, monkeyp
     shapes, more = CASES[name][0]
     tensors = drawn(name, shapes, torch.float64)
     monkeypatch.setattr(policy, "ONLY_REFERENCE", True)
-    monkeypatch.setattr(module, "reference", lambda *args: "the equation")
-    assert getattr(module, name)(*tensors, *more(torch.float64)) == "the equation"
+
+    def reference(*args):
+        return "the equation"
+
+    monkeypatch.setattr(module, "reference", reference)
+    assert getattr(dispatch, name)(*tensors, *more(torch.float64)) == "the equation"
 
 
 @pytest.mark.parametrize(("value", "code"), [("reference", 0), ("fast", 1)])
@@ -183,7 +196,6 @@ def test_the_environment_may_ask_for_the_equations_and_for_nothing_else(value, c
 
 @pytest.mark.parametrize("name", MODULES)
 def test_gradients_of_gradients_are_those_of_finite_differences(name):
-    module = MODULES[name]
     shapes, more = CASES[name][0]
     tensors = [tensor.requires_grad_() for tensor in drawn(name, shapes, torch.float64)]
     if name == "feature_attention":  # c, of which no gradient is taken, cancels but for ε
@@ -193,7 +205,7 @@ def test_gradients_of_gradients_are_those_of_finite_differences(name):
 
     def function(*inputs):
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            y = getattr(module, name)(*inputs, *more(torch.float64))
+            y = getattr(dispatch, name)(*inputs, *more(torch.float64))
         return sum(part.sin().sum() for part in (y if isinstance(y, tuple) else (y,)))
 
     assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
@@ -204,7 +216,7 @@ def test_gradients_of_gradients_are_those_of_finite_differences(name):
 @pytest.mark.parametrize("kernel", ["exp", "relu", "elu"])
 def test_attention_by_features_is_the_same_in_blocks_of_any_size(kernel, numbers, monkeypatch):
     module = MODULES["feature_attention"]
-    monkeypatch.setattr(module, "_BLOCK_NUMBERS", numbers)
+    monkeypatch.setattr(module, "BLOCK_NUMBERS", numbers)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     tensors = drawn("feature_attention", heads(13, 13, b=7), torch.float64)
     more = (features(kernel, 11, torch.float64),)
@@ -224,7 +236,7 @@ def test_features_that_are_given_are_those_of_relu_where_they_are_positive():
 
 def test_blocks_cover_each_sample_and_head_once(monkeypatch):
     module = MODULES["feature_attention"]
-    monkeypatch.setattr(module, "_BLOCK_NUMBERS", 100)
+    monkeypatch.setattr(module, "BLOCK_NUMBERS", 100)
     x = torch.zeros(7, 3, 13, 4)
     for block in module._blocks(x):
         x[block] += 1

@@ -6,7 +6,9 @@ from torch.nn import functional as F
 from effvit import build_attention, policy
 from effvit.kernels import linear as module
 from effvit.kernels import qkv as qkv_module
-from effvit.kernels.linear import apply_linear, linear, suits_onednn
+from effvit.kernels.dispatch import linear
+from effvit.kernels.layers import apply_linear
+from effvit.kernels.linear import suits_onednn
 
 needs_onednn = pytest.mark.skipif(policy._ONEDNN is None, reason="this build of PyTorch has no oneDNN")
 

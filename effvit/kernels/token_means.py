@@ -1,4 +1,4 @@
-"""Which tokens of a grid are averaged into one: landmarks as compact blocks of patches."""
+"""Means of tokens, such as landmarks, which are compact blocks of patches."""
 
 from math import ceil, sqrt
 
@@ -7,6 +7,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Grid = tuple[int, int]
+
+
+def reference(x: Tensor, members: Tensor) -> Tensor:
+    """Tokens ``(B, N, C)`` to the means of those of which a row of ``members`` ``(m, N)`` is not 0: ``(B, m, C)``."""
+    ones = (members != 0).to(x.dtype)
+    return ones @ x / ones.sum(dim=-1, keepdim=True)
+
+
+def as_product(x: Tensor, members: Tensor) -> Tensor:
+    """Of ``members`` whose rows are zeros and equal powers of two: see `scaled`."""
+    sums = torch.bmm(members.to(x.dtype).expand(x.shape[0], -1, -1), x)
+    return (sums / members.sum(dim=-1, keepdim=True)).to(x.dtype)
+
+
+def scaled(members: Tensor) -> Tensor:
+    """Ones become the power of two that makes sums of tokens no larger than tokens: exact in any precision."""
+    return torch.ldexp(members, -torch.frexp(members.sum(dim=-1, keepdim=True)).exponent)
 
 
 def landmark_members(grid_size: Grid, m: int, prefix_tokens: int = 1) -> Tensor:
@@ -41,6 +58,10 @@ def segments(n: int, m: int) -> Tensor:
 
     With s = ⌊n/m⌋ the first (s+1)m - n segments have s positions and the rest s + 1: nothing is padded.
     """
-    lengths = torch.full((m,), n // m)
-    lengths[m - n % m :] += 1
-    return torch.arange(m).repeat_interleave(lengths)
+    length, position = n // m, torch.arange(n)
+    shorter = (length + 1) * m - n
+    behind = position - shorter * length
+    return torch.where(behind < 0, position // max(length, 1), shorter + behind // (length + 1))
+
+
+FORMS = {"as product": as_product}
