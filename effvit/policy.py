@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import sysconfig
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -81,7 +82,7 @@ def kernels(device: torch.device = _CPU) -> str:
 @torch.compiler.assume_constant_result
 def note(primitive: str, form: str) -> None:
     """Keep in mind that a form of a primitive ran; compilers call this while they trace."""
-    _ran.setdefault(primitive, set()).add(form)
+    _ran[primitive].add(form)
 
 
 def ran() -> dict[str, str]:
@@ -89,7 +90,7 @@ def ran() -> dict[str, str]:
     return {name: ", ".join(sorted(form.lstrip("_") for form in _ran[name])) for name in sorted(_ran)}
 
 
-_ran: dict[str, set[str]] = {}
+_ran: dict[str, set[str]] = defaultdict(set)
 
 
 def takes_triton(device: torch.device) -> bool:

@@ -19,6 +19,7 @@ F_ = TypeVar("F_", bound=Callable[..., Any])
 _OF_TRITON = (torch.float32, torch.bfloat16, torch.float16)
 # PyTorch 2.6 does not say whether it compiles or exports.
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+_PLAIN = (Tensor, nn.Parameter)
 _LINEAR = F.linear  # counters such as ptflops put their own in its place
 _FORWARDS: dict[type[nn.Module], Any] = {
     kind: kind.forward for kind in (nn.Linear, nn.Conv2d)
@@ -37,13 +38,16 @@ def on_cpu(*tensors: Tensor) -> bool:
         return False
     if torch._C._len_torch_dispatch_stack() or F.linear is not _LINEAR or _in_function_mode():
         return False
-    return all(type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" for tensor in tensors)
+    for tensor in tensors:  # noqa: SIM110, a generator would take as long as a small product
+        if type(tensor) not in _PLAIN or not tensor.is_cpu:
+            return False
+    return True
 
 
 def _in_function_mode() -> bool:
     """Whether functions of PyTorch's are watched, other than for where new tensors go."""
     number = torch._C._len_torch_function_stack()
-    return any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(number))
+    return number > 0 and any(type(torch._C._get_function_stack_at(i)) is not DeviceContext for i in range(number))
 
 
 def eager_on_cuda(*tensors: Tensor) -> bool:
@@ -55,7 +59,7 @@ def eager_on_cuda(*tensors: Tensor) -> bool:
     counted = any(type(tensor) in STAND_INS for tensor in tensors)
     if torch._C._len_torch_dispatch_stack() and not counted:
         return False
-    plain = (Tensor, nn.Parameter, *STAND_INS)
+    plain = (*_PLAIN, *STAND_INS)
     return all(type(tensor) in plain and tensor.device.type == "cuda" for tensor in tensors)
 
 
@@ -77,10 +81,10 @@ def on_cuda(*tensors: Tensor) -> bool:
         if F.linear is not _LINEAR:
             return False
         if any(type(tensor) in STAND_INS for tensor in tensors):  # as if on a GPU that has all it takes
-            return all(type(tensor) in (Tensor, nn.Parameter, *STAND_INS) for tensor in tensors)
+            return all(type(tensor) in (*_PLAIN, *STAND_INS) for tensor in tensors)
         if torch._C._len_torch_dispatch_stack():
             return False
-    plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+    plain = all(type(tensor) in _PLAIN for tensor in tensors)
     return plain and policy.takes_triton(tensors[0].device)
 
 
@@ -112,12 +116,18 @@ def one_step(function: F_) -> F_:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        for argument in args:
-            if isinstance(argument, Proxy):
-                return argument.tracer.create_proxy("call_function", call, args, kwargs)
-        return function(*args, **kwargs)
+        step = step_of(call, args, kwargs)
+        return function(*args, **kwargs) if step is None else step
 
     return cast(F_, call)
+
+
+def step_of(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call as a step of the graph that torch.fx makes; None where it makes none."""
+    for argument in args:
+        if isinstance(argument, Proxy):
+            return argument.tracer.create_proxy("call_function", function, args, kwargs)
+    return None
 
 
 @one_step
@@ -139,9 +149,7 @@ def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> TypeGuard[A
         and kind.forward is _FORWARDS.get(kind, kind.forward)
         and "forward" not in layer.__dict__
         and "weight" in layer._parameters
-        and not any(map(_acts, (layer._forward_hooks, layer._forward_pre_hooks)))
-        and not any(map(_acts, (layer._backward_hooks, layer._backward_pre_hooks)))
-        and not any(map(_acts, _GLOBAL_HOOKS))
+        and not _is_hooked(layer)
         and type(layer.weight) in (Tensor, nn.Parameter, torch._subclasses.FakeTensor, *STAND_INS)
     )
 
@@ -169,6 +177,11 @@ _GLOBAL_HOOKS = (
 )
 # Whose hooks change nothing.
 _COUNTERS = ("ptflops.aten_engine", "torch.utils.module_tracker", "torch.utils.flop_counter")
+
+
+def _is_hooked(layer: nn.Module) -> bool:
+    of_layer = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    return (any(of_layer) or any(_GLOBAL_HOOKS)) and any(map(_acts, (*of_layer, *_GLOBAL_HOOKS)))
 
 
 def _acts(hooks: Mapping[int, Callable[..., Any]]) -> bool:

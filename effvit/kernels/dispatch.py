@@ -49,11 +49,14 @@ def primitive(module: ModuleType) -> Callable[[Callable[P, Form[R]]], Callable[P
     """Make what chooses between the forms of a module run the one it chose."""
 
     def decorate(choose: Callable[P, Form[R]]) -> Callable[P, R]:
-        @choice.one_step
+        name = choose.__name__
+
         @functools.wraps(choose)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            if (step := choice.step_of(run, args, kwargs)) is not None:
+                return step
             form = module.reference if policy.ONLY_REFERENCE else choose(*args, **kwargs)
-            policy.note(choose.__name__, form.__name__)
+            policy.note(name, form.__name__)
             return form(*args, **kwargs)
 
         return run

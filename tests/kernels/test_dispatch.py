@@ -1,6 +1,7 @@
 """Which form runs is noted, eagerly, compiled and exported, and is in the provenance of results."""
 
 import json
+from collections import defaultdict
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from effvit.provenance import write_provenance
 
 @pytest.fixture
 def noted(monkeypatch):
-    monkeypatch.setattr(policy, "_ran", {})
+    monkeypatch.setattr(policy, "_ran", defaultdict(set))
     return policy.ran
 
 
