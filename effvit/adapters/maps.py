@@ -11,7 +11,6 @@ from effvit.attention import Attention
 from effvit.attention.standard import StandardAttention
 from effvit.attention.uniform import UniformAttention
 from effvit.kernels.choice import is_plain
-from effvit.kernels.layers import QKVLinear
 from effvit.model.names import fused_to_standard
 
 Origins = dict[str, str]
@@ -143,8 +142,7 @@ def _filled(layer: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 def _as_linear(layer: nn.Module) -> nn.Module:
     """The layer itself; of one that is an ``nn.Linear`` in all but name, such a one with its parameters."""
-    in_all_but_name = type(layer) is QKVLinear or type(layer).__name__ == "NonDynamicallyQuantizableLinear"
-    if not in_all_but_name or layer._forward_hooks or layer._forward_pre_hooks:
+    if type(layer).__name__ != "NonDynamicallyQuantizableLinear" or layer._forward_hooks or layer._forward_pre_hooks:
         return layer
     assert isinstance(layer, nn.Linear)
     return linear_of(layer.weight, layer.bias)

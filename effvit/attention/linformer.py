@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from effvit.attention.base import Attention, AttentionOptions, Grid, register
 from effvit.errors import UserError
 from effvit.kernels.dispatch import softmax_attention, token_projection
-from effvit.kernels.layers import QKVLinear, apply_qkv_apart, apply_v, qkv_bias
+from effvit.kernels.layers import apply_qkv_apart, apply_v, qkv_bias
 
 
 class LinformerOptions(AttentionOptions):
@@ -47,9 +47,6 @@ class LinformerAttention(Attention):
         shape, std = (*heads, self.k, self.num_tokens), self.num_tokens**-0.5
         self.E = nn.Parameter(torch.randn(shape) * std)
         self.F = self.E if self.share in ("kv", "layers") else nn.Parameter(torch.randn(shape) * std)
-
-    def build_maps(self, qkv_bias: bool) -> None:
-        self.qkv = QKVLinear(self.dim, qkv_bias)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         if self.share == "none":

@@ -13,7 +13,7 @@ from torch import Tensor
 from effvit.attention.base import Attention, AttentionOptions, Grid, register
 from effvit.kernels.dispatch import grid_pooling, softmax_attention
 from effvit.kernels.grid_pooling import uneven_members
-from effvit.kernels.layers import QKVLinear, apply_qkv_apart, apply_v
+from effvit.kernels.layers import apply_qkv_apart, apply_v
 
 
 class PooledOptions(AttentionOptions):
@@ -40,9 +40,6 @@ class PooledAttention(Attention):
         self.cells = min(options.pool_size, grid_size[0]), min(options.pool_size, grid_size[1])
         self.register_table("members", uneven_members(grid_size, self.cells))
         self.num_pooled = self.prefix_tokens + self.cells[0] * self.cells[1]
-
-    def build_maps(self, qkv_bias: bool) -> None:
-        self.qkv = QKVLinear(self.dim, qkv_bias)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         # Means of W x are W times the means: pooling first applies the maps to M rows instead of N.

@@ -16,6 +16,7 @@ from torch.utils._device import DeviceContext
 from effvit import policy
 
 F_ = TypeVar("F_", bound=Callable[..., Any])
+
 _OF_TRITON = (torch.float32, torch.bfloat16, torch.float16)
 # PyTorch 2.6 does not say whether it compiles or exports.
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
@@ -96,6 +97,26 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
 def in_forward_mode() -> bool:
     """Whether forward-mode derivatives are taken (``torch.func.jvp``), which PyTorch's attention kernels lack."""
     return forward_ad._current_level >= 0
+
+
+def one_at_a_time(backward: F_) -> F_:
+    """Let the backward pass of one gradient take a batch of them, as ``is_grads_batched`` and Jacobians have it."""
+
+    @functools.wraps(backward)
+    def call(ctx: Any, *gradients: Tensor) -> Any:
+        if torch.compiler.is_compiling():
+            return backward(ctx, *gradients)
+        batched = [gradient for gradient in gradients if torch._C._functorch.is_legacy_batchedtensor(gradient)]
+        if not batched:
+            return backward(ctx, *gradients)
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        number = len(torch._remove_batch_dim(batched[0], level, 1, 0))
+        each = zip(*(torch._remove_batch_dim(gradient, level, number, 0) for gradient in gradients), strict=True)
+        found = zip(*(call(ctx, *of_one) for of_one in each), strict=True)
+        return tuple(None if of[0] is None else torch._add_batch_dim(torch.stack(of), 0, level) for of in found)
+
+    return cast(F_, call)
 
 
 def through_equation(

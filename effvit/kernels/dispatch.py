@@ -67,7 +67,8 @@ def primitive(module: ModuleType) -> Callable[[Callable[P, Form[R]]], Callable[P
 @primitive(linear_)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Form[Tensor]:
     """The fastest product for this processor."""
-    return linear_.by_onednn if linear_.suits_onednn(x) else linear_.by_pytorch
+    others = (weight,) if bias is None else (weight, bias)
+    return linear_.by_onednn if linear_.suits_onednn(x, *others) else linear_.by_pytorch
 
 
 @primitive(qkv_)

@@ -137,6 +137,7 @@ class Blockwise(torch.autograd.Function):
         return y
 
     @staticmethod
+    @choice.one_at_a_time
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         q, k, v, omega, scale, y, normaliser, kept = ctx.saved_tensors
@@ -274,6 +275,7 @@ class InTriton(torch.autograd.Function):
         return y
 
     @staticmethod
+    @choice.one_at_a_time
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         from effvit.kernels.cuda.feature_gradients import attend_backward
 

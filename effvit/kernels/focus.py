@@ -48,6 +48,7 @@ class Blockwise(torch.autograd.Function):
         return phi.transpose(1, 2)
 
     @staticmethod
+    @choice.one_at_a_time
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         x, scale, phi = ctx.saved_tensors

@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
+from effvit.kernels import choice
+
 Grid = tuple[int, int]
 
 
@@ -54,6 +56,7 @@ class FewPasses(torch.autograd.Function):
         ctx.save_for_backward(v, kernels)
 
     @staticmethod
+    @choice.one_at_a_time
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         v, kernels = ctx.saved_tensors
         (gradient,) = gradients

@@ -1,11 +1,11 @@
 """Layers called as what their class says: by the primitives where that is the same, else by a module's call."""
 
 from collections.abc import Callable
-from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from effvit import policy
 from effvit.kernels import choice
 from effvit.kernels.dispatch import linear, qkv, turned_qkv, turns_maps
 from effvit.kernels.qkv import Thirds
@@ -15,6 +15,7 @@ def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
     """Call a linear layer on rows ``(..., in)``: ``(..., out)``."""
     if choice.on_cpu(x) and choice.is_plain(layer):
         return linear(x, layer.weight, layer.bias)
+    policy.note("linear", "of_the_layer")
     return layer(x)
 
 
@@ -22,6 +23,7 @@ def apply_qkv(layer: nn.Module, x: Tensor) -> Thirds:
     """Call a merged layer on tokens ``(B, N, C)``: q, k, v ``(B, N, C)``."""
     if choice.on_cpu(x) and choice.is_plain(layer):
         return qkv(x, layer.weight, layer.bias)
+    policy.note("qkv", "of_the_layer")
     q, k, v = layer(x).chunk(3, dim=-1)
     return q, k, v
 
@@ -39,23 +41,6 @@ def apply_turned_qkv(layer: nn.Module, x: Tensor, omega: Tensor, scale: float) -
     return q, k, v, norms.reciprocal()
 
 
-class QKVLinear(nn.Linear):
-    """A merged layer that can be called on other rows for each map; as an ``nn.Linear`` of 3C columns otherwise."""
-
-    def __init__(self, dim: int, bias: bool = True) -> None:
-        super().__init__(dim, 3 * dim, bias=bias)
-
-    def forward(self, x: Tensor, of_k: Tensor | None = None, of_v: Tensor | None = None) -> Any:
-        """Rows ``(B, N, C)`` to ``(B, N, 3C)``; with rows for keys and values, to q, k, v ``(B, rows, C)``."""
-        if of_k is None or of_v is None:
-            return linear(x, self.weight, self.bias)
-        w_q, w_k, w_v = self.weight.chunk(3)
-        if self.bias is None:
-            return linear(x, w_q), linear(of_k, w_k), linear(of_v, w_v)
-        b_q, b_k, b_v = self.bias.chunk(3)
-        return linear(x, w_q, b_q), linear(of_k, w_k, b_k), linear(of_v, w_v, b_v)
-
-
 def apply_qkv_apart(layer: nn.Module, x: Tensor, rows: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Thirds:
     """Call a merged layer on tokens ``(B, N, C)`` for queries and on what ``rows`` makes of them for keys and values.
 
@@ -69,8 +54,9 @@ def apply_qkv_apart(layer: nn.Module, x: Tensor, rows: Callable[[Tensor], tuple[
     """
     x = choice.cast_once(x)
     of_k, of_v = rows(x)
-    if choice.is_plain(layer, QKVLinear):
-        q, k, v = layer(x, of_k, of_v)
+    if choice.is_plain(layer):
+        biases = (None,) * 3 if layer.bias is None else layer.bias.chunk(3)
+        q, k, v = map(linear, (x, of_k, of_v), layer.weight.chunk(3), biases)
         return q, k, v
     # Whatever took its place, such as an adapter, and hooks know rows of all three maps alone.
     keys = layer(of_k).chunk(3, dim=-1)
@@ -80,7 +66,7 @@ def apply_qkv_apart(layer: nn.Module, x: Tensor, rows: Callable[[Tensor], tuple[
 
 def apply_v(layer: nn.Module, x: Tensor) -> Tensor:
     """Call the values' part of a merged layer on tokens ``(B, N, C)``: ``(B, N, C)``."""
-    if _is_merged(layer):
+    if choice.is_plain(layer):
         bias = None if layer.bias is None else layer.bias.chunk(3)[2]
         return linear(x, layer.weight.chunk(3)[2], bias)
     return layer(x).chunk(3, dim=-1)[2]
@@ -88,10 +74,6 @@ def apply_v(layer: nn.Module, x: Tensor) -> Tensor:
 
 def qkv_bias(layer: nn.Module, x: Tensor) -> Thirds:
     """What a merged layer adds to q, k and v of tokens ``(B, N, C)``: ``(C,)`` each."""
-    bias = layer.bias if _is_merged(layer) else layer(x.new_zeros(1, x.shape[-1]))[0]
+    bias = layer.bias if choice.is_plain(layer) else layer(x.new_zeros(1, 1, x.shape[-1]))[0, 0]
     b_q, b_k, b_v = (x.new_zeros(3 * x.shape[-1]) if bias is None else bias).chunk(3)
     return b_q, b_k, b_v
-
-
-def _is_merged(layer: nn.Module) -> TypeGuard[Any]:
-    return choice.is_plain(layer) or choice.is_plain(layer, QKVLinear)

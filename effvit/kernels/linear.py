@@ -26,11 +26,11 @@ def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return OneDNNLinear.apply(x, weight, bias)
 
 
-def suits_onednn(x: Tensor) -> bool:
-    """Whether products with ``x`` are oneDNN's to compute: float32 without autocast, on a processor where that pays."""
+def suits_onednn(x: Tensor, *others: Tensor) -> bool:
+    """Whether products of ``x`` are oneDNN's to compute: float32 without autocast, on a processor where that pays."""
     return (
         policy.ONEDNN_PRODUCTS
-        and choice.on_cpu(x)
+        and choice.on_cpu(x, *others)
         and x.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and x.ndim > 1
@@ -70,6 +70,7 @@ class OneDNNLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
 
     @staticmethod
+    @choice.one_at_a_time
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         (gradient,) = gradients

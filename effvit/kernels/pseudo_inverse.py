@@ -57,6 +57,7 @@ class InTriton(torch.autograd.Function):
         return invert(a, iterations)
 
     @staticmethod
+    @choice.one_at_a_time
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         from effvit.kernels.cuda.pseudo_inverse import invert_backward
 

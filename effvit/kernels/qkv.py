@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from effvit.kernels import choice
 from effvit.kernels.linear import product, weight_gradient
 
 Thirds = tuple[Tensor, Tensor, Tensor]
@@ -40,6 +41,7 @@ class ThreeProducts(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
 
     @staticmethod
+    @choice.one_at_a_time
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         w_q, w_k, w_v = weight.chunk(3)

@@ -16,9 +16,9 @@ def shares(logits: Tensor) -> Tensor:
 
 def weighted_sum(parts: Iterable[Tensor], weights: Tensor) -> Tensor:
     """Sum of R tensors ``(B, H, P, e)``, made one after the other, by weights ``(B, P, R)``."""
-    total = None
-    for part, weight in zip(parts, weights[:, None, ..., None].unbind(dim=3), strict=True):
-        weight = weight.to(part.dtype)
+    total, of_parts = None, weights[:, None, ..., None].unbind(dim=3)
+    for number, part in enumerate(parts):  # torch.fx cannot go through what it traces
+        weight = of_parts[number].to(part.dtype)
         total = weight * part if total is None else torch.addcmul(total, weight, part)
     assert total is not None, "no parts"
     return total

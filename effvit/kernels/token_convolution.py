@@ -63,6 +63,7 @@ class FastBackward(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
+    @choice.one_at_a_time
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, kernels = ctx.saved_tensors
         (gradient,) = gradients
@@ -86,6 +87,7 @@ class InTriton(torch.autograd.Function):
         return convolution(x, kernels, residual)
 
     @staticmethod
+    @choice.one_at_a_time
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         from effvit.kernels.cuda.token_convolution import convolution_backward
 

@@ -241,6 +241,7 @@ class Gather(torch.autograd.Function):
         return gather(x, prefix, windows, dtype)
 
     @staticmethod
+    @choice.one_at_a_time
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return Scatter.apply(gradients[0], ctx.prefix, ctx.windows, ctx.dtype), None, None, None
 
@@ -254,6 +255,7 @@ class Scatter(torch.autograd.Function):
         return scatter(y, prefix, windows, dtype)
 
     @staticmethod
+    @choice.one_at_a_time
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return Gather.apply(gradients[0], ctx.prefix, ctx.windows, ctx.dtype), None, None, None
 
@@ -322,6 +324,7 @@ class InTriton(torch.autograd.Function):
         return (y, of_prefix, *_others(q, k, v, windows)) if len(windows) < q.shape[1] else (y,)
 
     @staticmethod
+    @choice.one_at_a_time
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         from effvit.kernels.cuda.window_gradients import attend_backward
 

@@ -16,15 +16,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from effvit import ViT, ViTConfig, build_attention, policy
-from effvit.attention.linformer import LinformerAttention
 from effvit.attention.performer import draw_features
-from effvit.attention.pooled import PooledAttention
-from effvit.kernels.layers import QKVLinear
 
 pytestmark = pytest.mark.slow
 
 GRID, TOKENS, WIDTH, HEADS = (3, 5), 16, 12, 3
-BY_NAME = pytest.mark.parametrize("name, options", FIRST + WITH_VALUE_CONV)
+GATE = ("hybrid", {"window_size": 2, "fusion": "gate"})
+BY_NAME = pytest.mark.parametrize("name, options", [*FIRST, GATE, *WITH_VALUE_CONV])
 
 
 def attention_of(name, options, **more):
@@ -88,6 +86,38 @@ def test_a_hook_that_replaces_the_merged_map_replaces_its_bias_too(name, options
         for parameter in merged_layer(of_zeros).parameters():
             parameter.zero_()
         torch.testing.assert_close(attention(x), of_zeros(x))
+
+
+@BY_NAME
+def test_a_hook_on_the_merged_map_sees_tokens_of_samples(name, options):
+    attention, x = attention_of(name, options), torch.randn(2, TOKENS, WIDTH)
+    expected = attention(x)
+    merged_layer(attention).register_forward_hook(lambda module, inputs, output: output[:, :, :] * 1)
+    torch.testing.assert_close(attention(x), expected, rtol=1e-5, atol=1e-6)
+
+
+class Doubled(nn.Parameter):
+    """Weights that take part in products as twice themselves, as quantised ones do as something else."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            if function is nn.functional.linear:
+                args = tuple(2 * each.as_subclass(torch.Tensor) if isinstance(each, Doubled) else each for each in args)
+            return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@BY_NAME
+def test_weights_that_act_in_products_act_on_every_processor(name, options, onednn, monkeypatch):
+    monkeypatch.setattr(policy, "ONEDNN_PRODUCTS", onednn and policy._ONEDNN is not None)
+    attention, doubled = attention_of(name, options), attention_of(name, options)
+    x = torch.randn(2, TOKENS, WIDTH)
+    layer = merged_layer(attention)
+    layer.weight = Doubled(layer.weight.detach(), requires_grad=False)
+    with torch.no_grad():
+        merged_layer(doubled).weight.mul_(2)
+        torch.testing.assert_close(attention(x), doubled(x), rtol=1e-4, atol=1e-5)
 
 
 @BY_NAME
@@ -300,8 +330,7 @@ def test_a_forward_put_in_place_of_linear_layers_own_is_called(name, options, mo
     monkeypatch.setattr(nn.Linear, "forward", lambda layer, x: calls.append(layer) or forward(layer, x))
     attention(torch.randn(2, TOKENS, WIDTH))
     assert attention.proj in calls
-    merged = merged_layer(attention)
-    assert isinstance(merged, QKVLinear) or merged in calls
+    assert merged_layer(attention) in calls
 
 
 @pytest.mark.parametrize("onednn", [True, False])
@@ -323,7 +352,6 @@ def test_a_mode_that_watches_functions_sees_products_on_every_processor(name, op
 
 @BY_NAME
 def test_dynamic_quantisation_replaces_the_maps_and_is_near(name, options):
-    """But for `QKVLinear`, which PyTorch does not know: it looks for layers of just the class that it is given."""
     model, images = model_of(name, options), torch.randn(32, 3, 16, 16)
     quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
     maps = [
@@ -331,11 +359,21 @@ def test_dynamic_quantisation_replaces_the_maps_and_is_near(name, options):
         for key, module in quantized.named_modules()
         if ".attn." in key and key.endswith((".qkv", ".proj", ".query", ".value"))
     ]
-    left = {type(module) for module in maps if "quantized" not in type(module).__module__}
-    assert maps and left <= {QKVLinear}
-    assert left == ({QKVLinear} if isinstance(model.blocks[0].attn, LinformerAttention | PooledAttention) else set())
+    assert maps and all("quantized" in type(module).__module__ for module in maps)
     expected = model(images)
     assert (quantized(images) - expected).norm() / expected.norm() < 0.1
+
+
+@BY_NAME
+def test_a_batch_of_gradients_is_taken_as_one_after_the_other(name, options):
+    attention = attention_of(name, options).double()
+    x = torch.randn(2, TOKENS, WIDTH, dtype=torch.float64, requires_grad=True)
+    inputs, gradients = (x, *attention.parameters()), torch.randn(3, 2, TOKENS, WIDTH, dtype=torch.float64)
+    y = attention(x)
+    together = torch.autograd.grad(y, inputs, gradients, retain_graph=True, is_grads_batched=True)
+    for number, gradient in enumerate(gradients):
+        expected = torch.autograd.grad(y, inputs, gradient, retain_graph=True)
+        torch.testing.assert_close([of[number] for of in together], list(expected))
 
 
 @BY_NAME
@@ -386,6 +424,21 @@ def test_public_counters_count_the_same_on_every_processor(name, options, onednn
     assert counter.get_total_flops() == 2 * model.macs()
 
 
+@BY_NAME
+def test_ptflops_counts_all_maps_whichever_way_it_counts(name, options):
+    from ptflops import get_model_complexity_info
+
+    model = model_of(name, options)
+    by_layers, by_operators = (
+        get_model_complexity_info(
+            model, (3, 16, 16), as_strings=False, print_per_layer_stat=False, verbose=False, backend=backend
+        )[0]
+        for backend in ("pytorch", "aten")
+    )
+    maps = sum(block.attn.map_macs() for block in model.blocks)
+    assert min(by_layers, by_operators) >= maps
+
+
 @pytest.mark.parametrize("onednn", [True, False])
 def test_ptflops_counts_the_maps_as_of_a_model_of_torchs_own_layers(onednn, monkeypatch):
     from ptflops import get_model_complexity_info
@@ -403,7 +456,8 @@ def test_ptflops_counts_the_maps_as_of_a_model_of_torchs_own_layers(onednn, monk
 def test_it_is_built_without_memory_and_filled_later(name, options):
     with torch.device("meta"):
         attention = build_attention(name, WIDTH, HEADS, GRID, **options)
-    assert all(parameter.is_meta for parameter in attention.parameters())
+        assert attention(torch.empty(2, TOKENS, WIDTH)).is_meta
+    assert all(tensor.is_meta for tensor in (*attention.parameters(), *attention.buffers()))
     real = attention_of(name, options)
     attention.load_state_dict(real.state_dict(), assign=True)
     x = torch.randn(2, TOKENS, WIDTH)
@@ -415,6 +469,9 @@ def test_it_is_built_and_called_with_tensors_that_only_pretend(name, options):
     with FakeTensorMode():
         attention = build_attention(name, WIDTH, HEADS, GRID, **options)
         assert attention(torch.randn(2, TOKENS, WIDTH)).shape == (2, TOKENS, WIDTH)
+    with FakeTensorMode(), torch.device("cuda"):
+        attention = build_attention(name, WIDTH, HEADS, GRID, **options)
+        assert attention(torch.randn(2, TOKENS, WIDTH)).is_cuda
 
 
 @pytest.mark.parametrize("of", [attention_of, model_of], ids=["module", "model"])
