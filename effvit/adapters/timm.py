@@ -51,11 +51,10 @@ class ForTimm(Adapted):
         q, k, *rest = super().project(x)
         return self.q_norm(q), self.k_norm(k), *rest
 
-    def folds(self, x: Tensor) -> bool:
-        """Whether Performer's features may go into the maps: not where a norm stands between."""
-        normed = not (isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity))
-        performer: Any = super()
-        return not normed and performer.folds(x)
+    @property
+    def maps_meet_features(self) -> bool:
+        """Whether no norm stands between the maps and Performer's features."""
+        return isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
 
     def merge(self, y: Tensor) -> Tensor:
         return self.proj_drop(apply_linear(self.proj, self.norm(y.transpose(1, 2).flatten(2))))

@@ -41,6 +41,7 @@ class PerformerAttention(Attention):
     complexity = "O(N m)"
     paper = "Choromanski et al. 2021, arXiv 2009.14794"
     omega: Tensor
+    maps_meet_features: bool = True  # a host's norms may stand between them
 
     def __init__(self, dim: int, num_heads: int, grid_size: Grid, options: PerformerOptions, **kwargs: Any) -> None:
         super().__init__(dim, num_heads, grid_size, options, **kwargs)
@@ -63,6 +64,8 @@ class PerformerAttention(Attention):
         return Features(kernel, eps, self.omega, self.head_dim**-0.25)
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        if not self.maps_meet_features:
+            return super().project(x)
         q, k, v, *norms = apply_turned_qkv(self.qkv, x, self.omega, self.head_dim**-0.25)
         return *map(self.split_heads, (q, k, v)), *norms
 
