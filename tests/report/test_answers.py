@@ -504,7 +504,7 @@ def with_model_times(study, **ratios):
 YES, NO = ("PyTorch, 2 threads", "yes"), ("PyTorch, 2 threads", "no")
 
 
-def test_the_first_table_takes_the_fastest_that_is_not_shown_to_lose_accuracy(full):
+def test_the_first_table_takes_the_fastest_whose_accuracy_may_be_as_high(full):
     study = with_model_times(full, linformer=(1.1, 0.5), performer=(0.95, 0.4), uniform=(0.5, 0.3))
     shown = take(study)
     assert shown[("65", *YES)] == ["Fused", "1", "0", "the baseline"]  # a twentieth is not worth it
@@ -518,10 +518,11 @@ def test_the_first_table_takes_the_fastest_that_is_not_shown_to_lose_accuracy(fu
     worse = full.paired["verdict"].mask(full.paired["attention"] == "performer", "worse")
     shown = take(replace(study, paired=full.paired.assign(verdict=worse)))
     assert shown[("577", *YES)][:2] == ["Linformer", "0.50×"]
-    one = full.paired.assign(verdict="one seed")
-    lost = one["attention"] == "performer"
-    one = one.assign(difference=one["difference"].mask(lost, -0.1), p_holm=one["p_holm"].mask(lost, 0.001))
-    assert take(replace(study, paired=one))[("577", *YES)][0] == "Linformer"
+    for verdict in ("one seed", "no difference shown"):  # the latter after correction alone
+        paired = full.paired.assign(verdict=verdict)
+        lost = paired["attention"] == "performer"
+        paired = paired.assign(difference_high=paired["difference_high"].mask(lost, -0.001))
+        assert take(replace(study, paired=paired))[("577", *YES)][0] == "Linformer"
     busy = study.scaling.assign(contended=study.scaling["tokens"] == 577)
     assert ("577", *YES) not in take(replace(study, scaling=busy))
 
