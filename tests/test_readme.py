@@ -306,7 +306,7 @@ def test_a_table_of_a_machine_names_options_that_are_not_the_default(tmp_path, g
 
 def test_the_table_of_cifar10_says_what_the_data_say():
     data = ROOT / "docs/cifar10/data"
-    section = PAGES["docs/cifar10.md"].split("## Six mechanisms")[1].split("\n## ")[0]
+    section = PAGES["docs/cifar10.md"].split("## Twelve mechanisms")[1].split("\n## ")[0]
     accuracy, paired = (pd.read_csv(data / f"{name}.csv").set_index("attention") for name in ("accuracy", "paired"))
     cost = pd.read_csv(data / "cost.csv").set_index(["attention", "quantity", "batch_size"])
     for attention, row in accuracy.iterrows():
@@ -319,7 +319,7 @@ def test_the_table_of_cifar10_says_what_the_data_say():
         ]
         if attention != "fused":
             of = paired.loc[attention, ["difference", "difference_low", "difference_high"]]
-            difference, low, high = (f"{100 * x:+.1f}".replace("-", "−") for x in of)
+            difference, low, high = (re.sub(r"^[+-](?=0\.0$)", "", f"{100 * x:+.1f}").replace("-", "−") for x in of)
             said += [f"{difference} ({low} to {high})", f" {memory:.2f} |"]
         assert [each for each in said if each not in line] == [], line
 
