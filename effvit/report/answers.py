@@ -114,7 +114,7 @@ def _best(compared: list[Accuracy], latency: pd.DataFrame, n_seeds: int) -> str:
     time = (
         f"{w.names([b.attention for b in cheaper])} saves time and loses accuracy"
         if cheaper
-        else "none is faster by a tenth or more"
+        else f"at batch {max(latency['batch_size']):.0f} none saves a tenth of the time"
         if cost_verdicts(latency)
         else "no latency was measured"
     )
@@ -145,14 +145,14 @@ def _accuracy_range(study: Study, dataset: str) -> Iterator[str]:
         f"Top-1 accuracy on {w.count(n, 'test image')} lies between {w.percent(low['top1'])} "
         f"({w.name(low['attention'])}) and {w.percent(high['top1'])} ({w.name(high['attention'])})"
     )
-    apart = (high["top1"] - low["top1"]) * n
     if seeds == 1:
+        apart = (high["top1"] - low["top1"]) * n
         yield (
             f"{text}: {w.count(apart, 'image')} apart. With one seed each this is no ranking: another seed may reverse "
             "the order."
         )
     else:
-        yield f"{text}, means over {seeds} seeds: {w.count(apart, 'image')} apart."
+        yield f"{text}, means over {seeds} seeds."
 
 
 def _accuracy_verdicts(compared: list[Accuracy]) -> Iterator[str]:
@@ -167,7 +167,12 @@ def _accuracy_verdicts(compared: list[Accuracy]) -> Iterator[str]:
             else "no accuracy difference to Fused is significant"
         )
         yield f"For these trained models, {says} (McNemar, Holm-corrected). Other seeds may differ."
-    if found := [b for b in compared if b.verdict == "no difference shown"]:
+    open_ones = [b for b in compared if b.verdict == "no difference shown"]
+    below = [b for b in open_ones if b.high < 0]
+    if below:
+        correction = f"the interval is below 0, but not after correction for {w.count(len(compared), 'comparison')}"
+        yield f"Probably less accurate ({correction}): {_differences(below)}."
+    if found := [b for b in open_ones if b not in below]:
         yield f"No difference in accuracy to Fused is shown for {_differences(found)}."
 
 
@@ -200,7 +205,7 @@ def hybrid(study: Study, dataset: str) -> Iterator[str]:
     gates = gates[gates["attention"] == "hybrid"]
     if len(gates):
         yield from _gates(gates)
-    yield "Every set of its branches is compared by make ablation (docs/hardware.md)."
+    yield "`make ablation` compares every set of its branches."
 
 
 def _gates(gates: pd.DataFrame) -> Iterator[str]:

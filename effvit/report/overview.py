@@ -121,7 +121,9 @@ def _percent(share: float) -> Cell:
 def _marked(parameters: float, fused: float | None) -> str:
     """A count, with the difference to `fused` if that is more than a tenth."""
     differs = fused and abs(parameters / fused - 1) > 0.1
-    return f"{parameters:,.0f}" + (f" ({parameters / fused - 1:+.0%})" if differs and fused else "")
+    if not (differs and fused):
+        return f"{parameters:,.0f}"
+    return f"{parameters:,.0f} ({parameters / fused - 1:+.0%})".replace("-", w.MINUS).replace("%", f"{w.SPACE}%")
 
 
 def _ratio(row: dict[str, Any] | None, runtime: str = "") -> Cell:
@@ -155,15 +157,13 @@ def efficiency_of_a_block(study: Study) -> Table:
     rows, shortest = [], int(study.scaling["tokens"].min())
     for attention, group in one_block(study.efficiency).groupby("attention", sort=False):
         found = {(row["quantity"], row["mode"]): row for row in records(group)}
-        forward = found.get(_COSTS[0], {})
-        growth = number(forward.get("slope", nan), partial(_slope, row=forward))
-        rows.append([mechanism(str(attention)), *(_pays_off(found.get(c), shortest) for c in _COSTS), growth])
+        rows.append([mechanism(str(attention)), *(_pays_off(found.get(c), shortest) for c in _COSTS)])
     note = (
         f"One attention block, one sample, {w.measured_on(records(study.scaling))}. Tokens from which it takes less "
-        f"than Fused, with the 95{w.SPACE}% interval. Growth: exponent of the forward time, where its interval "
-        f"is no wider than 1. {HOW_LENGTHS_ARE_KNOWN}."
+        f"than Fused, with the 95{w.SPACE}% interval. “Only”: less between these lengths, but not at the longest. "
+        f"{HOW_LENGTHS_ARE_KNOWN}."
     )
-    return Table("Tokens from which a mechanism pays off", ["Mechanism", *_LENGTHS, "Growth"], rows, note)
+    return Table("Tokens from which a mechanism pays off", ["Mechanism", *_LENGTHS], rows, note)
 
 
 def efficiency(study: Study) -> Table:

@@ -25,7 +25,7 @@ from effvit.report.tables import Study
 
 _CAPTIONS = {
     "curves": "Loss and validation accuracy while training",
-    "tradeoff": "Test accuracy against computation, latency and training memory, with the Pareto front",
+    "tradeoff": "Test accuracy against computation, latency and training memory",
     "attention-maps": "Attention rollout from the class token, the same images for all mechanisms",
     "cka": "Similarity of all layers of all mechanisms: linear CKA",
     "fidelity": "Error to exact attention against cost, and accuracy where attention is replaced without training",

@@ -33,17 +33,22 @@ def _similarity(cka: pd.DataFrame) -> Iterator[str]:
         yield NO_COMPARISON
         return
     if "standard" in mean:
-        retrained = mean["standard"]
-        other = mean.drop("standard")
-        below = w.names([str(a) for a in other[other < retrained].index]) if (other < retrained).any() else "none"
+        retrained, other = mean["standard"], mean.drop("standard")
+        ends = f", from {_similar(other, 0)} to {_similar(other, -1)}" if len(other) > 1 else f": {_similar(other, 0)}"
         yield (
-            f"Less similar to Fused than exact attention trained again (linear CKA {retrained:.2f}, mean over layers): "
-            f"{below}."
+            f"With one training of each this is no ranking: linear CKA with Fused, mean over layers{ends}; exact "
+            f"attention trained again has {retrained:.2f}."
+            if len(other)
+            else f"Exact attention trained again has a linear CKA of {retrained:.2f} with Fused, mean over layers."
         )
     else:
         yield "There is no scale: Standard, which is exact attention trained again, was not measured."
     images = w.count(int(cka["n_images"].iloc[0]), "image")
-    yield f"This is one training of each, on {images}. Other seeds may differ."
+    yield f"Compared on {images}. Other seeds may differ."
+
+
+def _similar(mean: "pd.Series[float]", place: int) -> str:
+    return f"{mean.iloc[place]:.2f} ({w.name(str(mean.index[place]))})"
 
 
 def closest(fidelity: pd.DataFrame) -> pd.DataFrame:

@@ -50,10 +50,12 @@ def _at(forward: pd.DataFrame, tokens: int) -> str:
     found = faster(forward[forward["tokens"] == tokens])
     if not found:
         return f"at {tokens:,} tokens none is faster than Fused by a tenth or more"
-    first = f"{w.name(found[0]['attention'])} ({w.times(found[0]['ratio_to_fused'])})"
+    # And those that are as fast as the first, for all we know.
+    most = [found[0], *(row for row in found[1:] if row["ratio_low"] <= found[0]["ratio_high"])]
+    fastest = w.several(f"{w.name(row['attention'])} ({w.times(row['ratio_to_fused'])})" for row in most)
     if len(found) == 1:
-        return f"at {tokens:,} tokens {first} is faster than Fused"
-    return f"at {tokens:,} tokens {len(found)} mechanisms are faster than Fused, {first} most"
+        return f"at {tokens:,} tokens {fastest} is faster than Fused"
+    return f"at {tokens:,} tokens {len(found)} mechanisms are faster than Fused, {fastest} most"
 
 
 def length_text(length: float, shortest: int) -> str:
@@ -91,7 +93,7 @@ def _stopped(rows: pd.DataFrame) -> Iterator[str]:
     stopped = rows[(rows["status"] != "ok") & (rows["quantity"] == "time")].sort_values("tokens", kind="stable")
     told = [
         f"{w.name(first['attention'])} in {PASSES.get(first['mode'], first['mode'])} at {first['tokens']:,} tokens "
-        f"({first['status']})"
+        f"({'over the time budget' if first['status'] == 'over budget' else first['status']})"
         for first in records(stopped.drop_duplicates(["attention", "mode"]))
     ]
     if told:

@@ -197,6 +197,26 @@ def test_a_single_seed_has_dotted_bars_over_test_images_and_says_so(study, table
     assert not figures.accuracy_tradeoff(tables.tradeoff).get_supxlabel()
 
 
+@pytest.mark.parametrize(("half", "drawn"), [(0.001, True), (0.2, False)])
+def test_a_pareto_front_is_drawn_where_intervals_along_it_do_not_overlap(half, drawn):
+    costs = {"gmacs": [1.0, 2.0, 3.0], "latency_ratio": [1.0, 2.0, 3.0], "train_memory_mib": [1.0, 2.0, 3.0]}
+    top1 = np.array([0.7, 0.8, 0.75])  # the last is behind the front
+    intervals = {
+        "top1_low": top1 - half,
+        "top1_high": top1 + half,
+        "top1_images_low": np.nan,
+        "top1_images_high": np.nan,
+    }
+    ratios = {"latency_ratio_low": costs["latency_ratio"], "latency_ratio_high": costs["latency_ratio"]}
+    names = {"dataset": "digits", "attention": ["linformer", "fused", "performer"], "batch_size": 64}
+    figure = figures.accuracy_tradeoff(pd.DataFrame(names | costs | {"top1": top1} | intervals | ratios))
+    for axes in figure.axes:
+        fronts = [line for line in axes.lines if line.get_drawstyle() == "steps-post"]
+        assert [list(line.get_ydata()) for line in fronts] == ([[0.7, 0.8]] if drawn else [])
+    labels = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    assert ("Pareto front" in labels) == drawn
+
+
 def test_a_cost_that_nobody_could_measure_leaves_its_panel_empty(tables):
     figure = figures.accuracy_tradeoff(tables.tradeoff.assign(train_memory_mib=np.nan))
     figure.draw_without_rendering()
