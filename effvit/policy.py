@@ -79,10 +79,24 @@ def kernels(device: torch.device = _CPU) -> str:
     return ", ".join(f"{primitive}: {form}" for primitive, form in forms.items())
 
 
-@torch.compiler.assume_constant_result
 def note(primitive: str, form: str) -> None:
     """Keep in mind that a form of a primitive ran; compilers call this while they trace."""
     _ran[primitive].add(form)
+
+
+# What torch.compiler.assume_constant_result does; that one loads the whole compiler, for seconds.
+note._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@contextmanager
+def nothing_noted() -> Iterator[None]:
+    """For what runs only to be counted, by other forms."""
+    before = {primitive: set(forms) for primitive, forms in _ran.items()}
+    try:
+        yield
+    finally:
+        _ran.clear()
+        _ran.update(before)
 
 
 def ran() -> dict[str, str]:

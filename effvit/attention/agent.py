@@ -45,7 +45,7 @@ class AgentAttention(Attention):
     def agents(self, q: Tensor) -> Tensor:
         """Queries ``(B, H, N, d)`` to agents ``(B, H, n, d)``."""
         patches = q.transpose(1, 2).flatten(2)[:, self.prefix_tokens :]
-        return self.split_heads(grid_pooling(patches, self.grid_size, self.cells, self.members))
+        return self.split_heads(grid_pooling(patches, self.grid_size, self.cells, self.table("members", q)))
 
     def mixing_macs(self) -> int:
         """4NnC."""

@@ -94,35 +94,36 @@ class Attention(nn.Module):
         self.reset_value_conv()
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.register_load_state_dict_post_hook(type(self)._fill_tables)
 
     def build_maps(self, qkv_bias: bool) -> None:
         """Create the maps from tokens to queries, keys and values: one merged map, rows in the order q, k, v."""
         self.qkv = nn.Linear(self.dim, 3 * self.dim, bias=qkv_bias)
 
     def register_table(self, name: str, table: Tensor | None) -> None:
-        """A buffer that is made of the grid: not in the state dict, and with its values wherever weights come to be.
+        """A buffer that is made of the grid: not in the state dict; `table` gives it with its values.
 
         Args:
             name: of the buffer.
             table: on the CPU, also where the module is built on another device.
         """
-        there = table if table is None else table.to(torch.empty(0).device)  # the default device
+        default = torch.empty(0).device
+        there = table if table is None or default.type == "meta" else table.to(default)
         self.register_buffer(name, there, persistent=False)
         if table is not None:
             self._tables[name] = table
+
+    def table(self, name: str, x: Tensor) -> Any:
+        """A table, or None, for tokens ``x``: also where those have no memory, or weights came into what had none."""
+        table = getattr(self, name)
+        if table is not None and not isinstance(x, Proxy) and table.is_meta != x.is_meta:
+            return self._tables[name].to(x.device)
+        return table
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Attention":
         super()._apply(fn, recurse)
         for name, table in self._tables.items():
             self.register_buffer(name, table.to(self.get_buffer(name)), persistent=False)
         return self
-
-    def _fill_tables(self, *_: Any) -> None:
-        """After weights were assigned to a module without memory."""
-        for name, table in self._tables.items():
-            if self.get_buffer(name).is_meta:
-                self.register_buffer(name, table.to(next(self.parameters())), persistent=False)
 
     def forward(self, x: Tensor, return_map: bool = False) -> Any:
         """Mix the tokens of each sample.

@@ -85,7 +85,7 @@ class NystromformerAttention(Attention):
 
     def landmarks(self, x: Tensor) -> Tensor:
         """Tokens ``(B, H, N, d)`` to landmarks ``(B, H, m, d)``."""
-        return self.split_heads(token_means(x.transpose(1, 2).flatten(2), self.get_buffer("members")))
+        return self.split_heads(token_means(x.transpose(1, 2).flatten(2), self.table("members", x)))
 
     def mixing_macs(self) -> int:
         """6NmC + 2m²C + 4THm³ with landmarks, 2N²C where exact; wNC for the convolution."""

@@ -49,9 +49,9 @@ class PooledAttention(Attention):
     def pool(self, x: Tensor) -> Tensor:
         """Tokens ``(B, S + P, C)`` to ``(B, M, C)``."""
         if not self.prefix_tokens:
-            return grid_pooling(x, self.grid_size, self.cells, self.members)
+            return grid_pooling(x, self.grid_size, self.cells, self.table("members", x))
         prefix, patches = x.split([self.prefix_tokens, self.num_patches], dim=1)
-        return torch.cat([prefix, grid_pooling(patches, self.grid_size, self.cells, self.members)], dim=1)
+        return torch.cat([prefix, grid_pooling(patches, self.grid_size, self.cells, self.table("members", x))], dim=1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *context: Tensor) -> Tensor:
         return softmax_attention(q, k, v, self.dropout_p)

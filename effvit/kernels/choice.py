@@ -145,7 +145,7 @@ def one_step(function: F_) -> F_:
 
 def step_of(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A call as a step of the graph that torch.fx makes; None where it makes none."""
-    for argument in args:
+    for argument in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(argument, Proxy):
             return argument.tracer.create_proxy("call_function", function, args, kwargs)
     return None

@@ -13,6 +13,8 @@ from ptflops import get_model_complexity_info
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from effvit import policy
+
 aten = torch.ops.aten
 
 
@@ -29,7 +31,8 @@ def count_macs(model: nn.Module, example: Tensor) -> int:
     """
     counted = copy.deepcopy(model)  # ptflops leaves its hooks behind
     # In inference mode linear and matmul reach the counter whole instead of as the products they consist of.
-    with torch.inference_mode(False), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with policy.nothing_noted(), torch.inference_mode(False), torch.no_grad(), fake:
         sample = torch.empty(1, *example.shape[1:], dtype=example.dtype, device=example.device)
         macs, _ = get_model_complexity_info(
             counted,

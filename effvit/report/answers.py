@@ -8,7 +8,16 @@ import pandas as pd
 
 from effvit.report import overview
 from effvit.report import wording as w
-from effvit.report.compare import MARGIN, NO_COMPARISON, Accuracy, accuracies, at_largest_batch, cost_verdicts, faster
+from effvit.report.compare import (
+    MARGIN,
+    NO_COMPARISON,
+    Accuracy,
+    accuracies,
+    at_largest_batch,
+    cost_verdicts,
+    faster,
+    keeps_accuracy,
+)
 from effvit.report.hardware import constrained_hardware
 from effvit.report.representations import representations
 from effvit.report.resolution import resolution
@@ -87,7 +96,7 @@ def _best(compared: list[Accuracy], latency: pd.DataFrame, n_seeds: int) -> str:
     ratios = {attention: row["ratio_to_fused"] for attention, row in rows.items()}
     found = {b.attention: b for b in compared}
     cheaper = [found[row["attention"]] for row in faster(latency)]
-    kept = [b for b in cheaper if b.verdict == "better" or (b.verdict == "no difference shown" and b.low >= -MARGIN)]
+    kept = [b for b in cheaper if b.verdict != "one seed" and keeps_accuracy(b)]
     undecided = [b for b in cheaper if b.verdict == "no difference shown" and b not in kept]
     unknown = [b for b in cheaper if b.verdict == "one seed"]
     better = [b for b in compared if b.verdict == "better" and b not in cheaper]
@@ -167,12 +176,14 @@ def _accuracy_verdicts(compared: list[Accuracy]) -> Iterator[str]:
             else "no accuracy difference to Fused is significant"
         )
         yield f"For these trained models, {says} (McNemar, Holm-corrected). Other seeds may differ."
-    open_ones = [b for b in compared if b.verdict == "no difference shown"]
-    below = [b for b in open_ones if b.high < 0]
+    left_open = [b for b in compared if b.verdict == "no difference shown"]
+    above, below = [b for b in left_open if b.low > 0], [b for b in left_open if b.high < 0]
+    correction = f"but not after correction for {w.count(len(compared), 'comparison')}"
+    if above:
+        yield f"Probably more accurate (the interval is above 0, {correction}): {_differences(above)}."
     if below:
-        correction = f"the interval is below 0, but not after correction for {w.count(len(compared), 'comparison')}"
-        yield f"Probably less accurate ({correction}): {_differences(below)}."
-    if found := [b for b in open_ones if b not in below]:
+        yield f"Probably less accurate (the interval is below 0, {correction}): {_differences(below)}."
+    if found := [b for b in left_open if b not in above + below]:
         yield f"No difference in accuracy to Fused is shown for {_differences(found)}."
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from effvit.report import wording as w
-from effvit.report.compare import MARGIN, SAME, accuracies, faster, faster_exported
+from effvit.report.compare import MARGIN, SAME, accuracies, faster, faster_exported, keeps_accuracy
 from effvit.report.overview import Cell, Table
 from effvit.report.tables import Study, by_attention, records
 
@@ -26,14 +26,14 @@ class _Pick:
 def which_one(study: Study) -> Table:
     """A row for each run of lengths with the same answer, one for trained models, and one for onnxruntime.
 
-    Another mechanism than `fused` is taken where it saves at least a tenth of the time, beyond the noise, and the
-    interval of its accuracy reaches `fused`'s on every data set; of several the fastest.
+    Another mechanism than `fused` is taken where it saves at least a tenth of the time, beyond the noise, and keeps the
+    accuracy on every data set, see `keeps_accuracy`; of several the fastest.
     """
     rows = [row for make in (_by_length, _without_retraining, _exported) for row in make(study)]
     measured = records(study.scaling) + records(study.hardware)
     note = (
-        "Fused unless another saves at least a tenth of the time, beyond the noise, and may be as accurate: "
-        "its interval, before correction for the number of mechanisms, is not below 0. "
+        "Fused unless another saves at least a tenth of the time, beyond the noise, and a loss of more than "
+        f"{100 * MARGIN:.0f} point of accuracy is excluded; with one seed, which excludes none, no loss is likely. "
         "Accuracy is that of the models trained for each data set, also where other lengths were timed. "
         f"In brackets: 95{w.SPACE}% intervals. Time: one image through the whole model, measured "
         f"{w.measured_on(measured)}."
@@ -73,7 +73,7 @@ def _times(scaling: pd.DataFrame) -> pd.DataFrame:
 
 def _less_accurate(study: Study) -> set[str]:
     compared = [b for dataset in study.datasets for b in accuracies(study, dataset)]
-    return {b.attention for b in compared if b.verdict == "worse" or b.high < 0}
+    return {b.attention for b in compared if not keeps_accuracy(b)}
 
 
 def _retrain(attention: str) -> str:

@@ -32,6 +32,16 @@ class Accuracy:
     p: float = nan
 
 
+def keeps_accuracy(compared: Accuracy) -> bool:
+    """Whether a faster mechanism may be recommended: a loss of more than `MARGIN` is excluded.
+
+    One seed excludes none; there it is enough that a loss is not likely.
+    """
+    if compared.verdict == "one seed":
+        return not compared.high < 0
+    return compared.verdict == "better" or (compared.verdict != "worse" and compared.low >= -MARGIN)
+
+
 def accuracies(study: Study, dataset: str) -> list[Accuracy]:
     """Compare every mechanism with `fused`: paired over seeds where that is known, by disjoint intervals otherwise."""
     rows = by_attention(study.of("accuracy", dataset))

@@ -457,10 +457,15 @@ def test_it_is_built_without_memory_and_filled_later(name, options):
     with torch.device("meta"):
         attention = build_attention(name, WIDTH, HEADS, GRID, **options)
         assert attention(torch.empty(2, TOKENS, WIDTH)).is_meta
-    assert all(tensor.is_meta for tensor in (*attention.parameters(), *attention.buffers()))
+    assert all(parameter.is_meta for parameter in attention.parameters())
     real = attention_of(name, options)
-    attention.load_state_dict(real.state_dict(), assign=True)
     x = torch.randn(2, TOKENS, WIDTH)
+    for one_by_one in (copy.deepcopy(attention), copy.deepcopy(attention).to("meta")):
+        for key, tensor in real.state_dict(keep_vars=True).items():  # as loaders of large models do
+            place, _, leaf = key.rpartition(".")
+            setattr(one_by_one.get_submodule(place), leaf, tensor)
+        torch.testing.assert_close(one_by_one.eval()(x), real(x))
+    attention.load_state_dict(real.state_dict(), assign=True)
     torch.testing.assert_close(attention.eval()(x), real(x))
 
 

@@ -48,7 +48,7 @@ def test_all_forms_of_a_primitive_are_noted(noted):
 def test_the_equations_are_noted_where_they_are_asked_for(name, noted, monkeypatch):
     monkeypatch.setattr(policy, "ONLY_REFERENCE", True)
     build_attention(name, 12, 3, (6, 6))(torch.randn(1, 37, 12))
-    assert set(noted().values()) <= {"reference"}
+    assert set(", ".join(noted().values()).split(", ")) <= {"reference", "of_the_layer"}
 
 
 @pytest.mark.slow
@@ -62,4 +62,13 @@ def test_the_equations_are_noted_where_they_are_asked_for(name, noted, monkeypat
 )
 def test_what_is_compiled_or_exported_is_noted_as_it_is_traced(run, noted):
     run(performer(), torch.randn(1, 17, 12))
-    assert noted() == {"feature_attention": "reference"}
+    assert noted() == {"feature_attention": "reference", "linear": "of_the_layer", "qkv": "of_the_layer"}
+
+
+def test_what_runs_only_to_be_counted_is_not_noted(noted):
+    performer()(torch.randn(1, 17, 12))
+    before = noted()
+    with policy.nothing_noted():
+        build_attention("fused", 12, 3, (4, 4))(torch.randn(1, 17, 12))
+        assert noted() != before
+    assert noted() == before

@@ -519,10 +519,11 @@ def test_the_first_table_takes_the_fastest_whose_accuracy_may_be_as_high(full):
     worse = full.paired["verdict"].mask(full.paired["attention"] == "performer", "worse")
     shown = take(replace(study, paired=full.paired.assign(verdict=worse)))
     assert shown[("577", *YES)][:2] == ["Linformer", "0.50×"]
-    for verdict in ("one seed", "no difference shown"):  # the latter after correction alone
+    # One seed makes a loss likely; several do not exclude one of more than a point.
+    for verdict, end, value in (("one seed", "high", -0.001), ("no difference shown", "low", -0.011)):
         paired = full.paired.assign(verdict=verdict)
         lost = paired["attention"] == "performer"
-        paired = paired.assign(difference_high=paired["difference_high"].mask(lost, -0.001))
+        paired[f"difference_{end}"] = paired[f"difference_{end}"].mask(lost, value)
         assert take(replace(study, paired=paired))[("577", *YES)][0] == "Linformer"
     busy = study.scaling.assign(contended=study.scaling["tokens"] == 577)
     assert ("577", *YES) not in take(replace(study, scaling=busy))
