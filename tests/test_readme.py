@@ -324,6 +324,19 @@ def test_the_table_of_cifar10_says_what_the_data_say():
         assert [each for each in said if each not in line] == [], line
 
 
+def test_what_a_convolution_gains_is_what_the_logs_say():
+    section = PAGES["docs/cifar10.md"].split("## Convolution or mixing")[1].split("\n## ")[0]
+    curves = pd.read_csv(ROOT / "docs/cifar10/data/curves.csv").query("seed == 0")
+    logs = {path.name: path for path in (ROOT / "docs/cifar10/convolution").iterdir()}
+    logs |= {path.name.removesuffix("_vc3"): path for path in (ROOT / "docs/hybrid-runs").glob("*_vc3")}
+    logs["hybrid"] = logs["heads_elu"]
+    for attention in ("hybrid", "linear", "uniform", "fused", "linformer", "focused", "window"):
+        without = curves.loc[curves["attention"] == attention, "val_accuracy"].max()
+        convolved = pd.read_csv(logs[attention] / "history.csv")["val_accuracy"].max()
+        gain = f"{100 * convolved:.1f} % | {100 * (convolved - without):+.1f} |"
+        assert f"| `{attention}` | {100 * without:.1f} % | {gain}" in section
+
+
 def test_the_table_of_public_modules_says_what_the_data_say():
     points = pd.read_csv(ROOT / "docs/peers/peers.csv")
     for attention, rows in points[points["peer"].notna()].groupby("attention"):
