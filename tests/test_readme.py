@@ -324,6 +324,16 @@ def test_the_table_of_cifar10_says_what_the_data_say():
         assert [each for each in said if each not in line] == [], line
 
 
+def test_what_nystromformer_is_without_its_convolution_is_what_its_runs_say():
+    runs = [ROOT / f"docs/cifar10/no-convolution/seed{seed}/evaluation.json" for seed in range(3)]
+    top1 = [json.loads(run.read_text())["top1"] for run in runs]
+    fused = pd.read_csv(ROOT / "docs/cifar10/data/accuracy.csv").set_index("attention").loc["fused", "top1"]
+    first, second, third = (f"{100 * each:.1f}" for each in top1)
+    page = " ".join(PAGES["docs/cifar10.md"].split())
+    assert f"it is {100 * (fused - sum(top1) / 3):.1f} points below `fused`" in page
+    assert f"{first}, {second} and {third} %" in page
+
+
 def test_what_a_convolution_gains_is_what_the_logs_say():
     section = PAGES["docs/cifar10.md"].split("## Convolution or mixing")[1].split("\n## ")[0]
     curves = pd.read_csv(ROOT / "docs/cifar10/data/curves.csv").query("seed == 0")
